@@ -1,0 +1,57 @@
+"""Pictures in numpy and Pillow: compositing, sheets, statistics. No accelerator framework."""
+
+from sl_jax.imaging._composite import (
+    checkerboard,
+    flatten,
+    on_checkerboard,
+    over,
+    over_premultiplied,
+    recompose,
+    to_uint8,
+    to_unit,
+)
+from sl_jax.imaging._sheet import SheetGeometry, contact_sheet, sheet_geometry
+from sl_jax.imaging._statistics import (
+    SOLID,
+    TRANSPARENT,
+    bimodality,
+    bleed,
+    bounding_box,
+    component_areas,
+    coverage,
+    duplicates,
+    fragments,
+    is_blank,
+    l1,
+    layer_distances,
+    premultiplied,
+    psnr,
+)
+
+__all__ = [
+    "SOLID",
+    "TRANSPARENT",
+    "SheetGeometry",
+    "bimodality",
+    "bleed",
+    "bounding_box",
+    "checkerboard",
+    "component_areas",
+    "contact_sheet",
+    "coverage",
+    "duplicates",
+    "flatten",
+    "fragments",
+    "is_blank",
+    "l1",
+    "layer_distances",
+    "on_checkerboard",
+    "over",
+    "over_premultiplied",
+    "premultiplied",
+    "psnr",
+    "recompose",
+    "sheet_geometry",
+    "to_uint8",
+    "to_unit",
+]
