@@ -90,9 +90,9 @@ def draw_sigmas(
 ) -> Float32[Array, "..."]:
     """Draws σ in (0, 1] for supervised flow matching: the sampling grid's density, made continuous.
 
-    A uniform draw, shifted by μ, has the density of an infinitely fine `sigma_grid`. `logit_normal`
-    (Stable Diffusion 3, arXiv 2403.03206, section 3.1) draws sigmoid(logit_mean + logit_std·z) first
-    and shifts that. `mu` may be one value or one per sample, and must broadcast to `shape`.
+    A uniform draw, shifted by μ, has the density of an infinitely fine `sigma_grid`. For
+    `logit_normal` (Stable Diffusion 3, arXiv 2403.03206, section 3.1) it is
+    sigmoid(logit_mean + logit_std·z) that is shifted. `mu` may be one value or one per sample, and must broadcast to `shape`.
     """
     if distribution == "uniform":
         base = 1.0 - jax.random.uniform(key, shape, jnp.float32)
@@ -120,12 +120,12 @@ class SchedulerConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
-        """Reads scheduler_config.json; raises ValueError where it asks for a grid we cannot make."""
+        """Reads scheduler_config.json; raises ValueError where it asks for another kind of grid."""
         on = [name for name in _UNSUPPORTED if config.get(name)]
         if on:
             raise ValueError(
                 f"scheduler_config.json sets {', '.join(on)}, which this sampler does not "
-                "implement; please set them to false or use the checkpoint's own scheduler_config.json"
+                "implement; please set them to false or use the checkpoint's own file"
             )
         known = {field.name for field in dataclasses.fields(cls)}
         values = {name: value for name, value in config.items() if name in known}
