@@ -92,7 +92,8 @@ def draw_sigmas(
 
     A uniform draw, shifted by μ, has the density of an infinitely fine `sigma_grid`. For
     `logit_normal` (Stable Diffusion 3, arXiv 2403.03206, section 3.1) it is
-    sigmoid(logit_mean + logit_std·z) that is shifted. `mu` may be one value or one per sample, and must broadcast to `shape`.
+    sigmoid(logit_mean + logit_std·z) that is shifted. `mu` may be one value or one per sample,
+    and must broadcast to `shape`.
     """
     if distribution == "uniform":
         base = 1.0 - jax.random.uniform(key, shape, jnp.float32)
