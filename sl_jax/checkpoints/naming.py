@@ -97,6 +97,7 @@ VAE = Naming(
     gamma={"norm1": 3, "norm2": 3, "norm_out": 3, "norm": 2},
     flat_convolutions=("resample_1", "to_qkv", "proj"),
 )
+TEXT_ENCODER = Naming(lists=(), stacked={"layers": "layers"}, prefix="model.")
 
 
 def to_parameter(tensor: np.ndarray, layout: str) -> np.ndarray:
