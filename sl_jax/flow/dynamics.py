@@ -16,6 +16,9 @@ For `flow_sde` q = a·√(t/(1−t)), where a first step at t = 1 puts σ_1 in t
 denominator only. For `cps` c = √(t'² − s²) = t'·|cos(aπ/2)|. Rewriting DanceGRPO's
 (x − (1−t)·x̂₀)/t² as (x + (1−t)·v)/t shows that it is `flow_sde` with another q.
 
+The two SDEs keep the ODE's marginals in the limit of many steps. `cps` keeps them at any number of
+steps if the data are one point, and narrows broader data.
+
 All functions are float32, take traced or plain σ, either one for the batch (scalar) or one per
 sample ([B]), and run over latents [B, N, C]: N packed tokens of C channels. Those that average take
 an optional `token_mask`, so that only trained tokens count.

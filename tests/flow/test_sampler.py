@@ -196,27 +196,39 @@ def test_cps_keeps_the_marginal_of_point_data_and_ends_on_it():
         assert abs(noise.mean()) < 0.04 and abs(noise.std() - 1) < 0.04
 
 
-def test_flow_sde_marginal_approaches_the_odes_as_steps_grow():
-    """Gaussian data N(0.4, 0.5²): the SDE ends there only in the limit of many steps."""
+def _gaussian_marginal(name, grid, level, mean=0.4, variance=0.25):
+    """Mean and std that the steps of a grid lead to, from N(0, 1), when data are Gaussian."""
+    m, var = 0.0, 1.0
+    for i in range(len(grid) - 1):
+        t = float(grid[i])
+        slope, shift = (float(_gaussian_velocity(np.asarray(grid), x, i)) for x in (1.0, 0.0))
+        k_x, k_v, std, _ = map(
+            float, dynamics.step_coefficients(name, t, grid[i + 1], grid[1], level)
+        )
+        m = k_x * m + k_v * ((slope - shift) * m + shift)
+        var = (k_x + k_v * (slope - shift)) ** 2 * var + std**2
+    return m, np.sqrt(var)
+
+
+@pytest.mark.parametrize("name", ["flow_sde", "dance_sde"])
+def test_sde_marginals_approach_the_odes_as_steps_grow(name):
+    """Gaussian data N(0.4, 0.5²): an SDE ends there only in the limit of many steps."""
 
     def gap(steps):
-        grid = jnp.asarray(schedule.sigma_grid(steps, 1.0))
-        final, _ = jax.jit(
-            lambda x, keys: sampler.rollout(
-                functools.partial(_gaussian_velocity, grid),
-                x,
-                grid,
-                dynamics="flow_sde",
-                noise_level=1.2,
-                window_start=0,
-                window_size=steps - 1,
-                keys=keys,
-            )
-        )(_noise(1500, seed=7), _keys(1500, seed=8))
-        return abs(float(final.mean()) - 0.4) + abs(float(final.std()) - 0.5)
+        mean, std = _gaussian_marginal(name, schedule.sigma_grid(steps, 1.0), 0.7)
+        return abs(mean - 0.4) + abs(std - 0.5)
 
-    few, many = gap(6), gap(80)
-    assert few > 0.05 and many < 0.012
+    assert gap(6) > 0.03 and gap(96) < 0.004 and gap(96) < gap(6) / 10
+
+
+def test_rollouts_have_the_marginal_that_their_steps_imply():
+    velocity = functools.partial(_gaussian_velocity, jnp.asarray(GRID))
+    x, keys = _noise(1200, seed=7), _keys(1200, seed=8)
+    final, _ = jax.jit(functools.partial(_rollout, size=7, level=0.7, fn=velocity))(x, 0, keys=keys)
+    mean, std = _gaussian_marginal("flow_sde", GRID, 0.7)
+    assert abs(std - 0.5) > 0.02, "eight steps must be few enough to tell from the limit"
+    assert abs(float(final.mean()) - mean) < 0.012
+    assert abs(float(final.std()) - std) < 0.01
 
 
 @pytest.mark.parametrize(
