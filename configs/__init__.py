@@ -1,0 +1,1 @@
+"""Configurations; installed as `sl_jax.configs`."""

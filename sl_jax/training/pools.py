@@ -1,0 +1,130 @@
+"""Training examples with true layers, held in memory, addressed by update number."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from sl_jax.data.procedural import make_design
+from sl_jax.models.codec import opaque, to_unit_range
+from sl_jax.models.packing import pack
+from sl_jax.models.rope import LatentGrid
+from sl_jax.training.supervised import FlowBatch, Frames
+
+
+def draw_designs(family: str, seeds: Sequence[int], size: int, layers: int) -> np.ndarray:
+    """True layers of many procedural designs, uint8 [n, layers, size, size, 4], on all cores."""
+    make = partial(_layers, family, size, layers)
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(multiprocessing.cpu_count()) as workers:
+        drawn = workers.imap(make, seeds, chunksize=64)
+        return np.stack(list(tqdm(drawn, f"designs {family}, L = {layers}", total=len(seeds))))
+
+
+def _layers(family: str, size: int, layers: int, seed: int) -> np.ndarray:
+    return make_design(family, seed, size, layers).layers
+
+
+def with_picture(layers: np.ndarray) -> np.ndarray:
+    """[n, L, H, W, 4] layers with the flat, opaque picture in front: [n, L + 1, H, W, 4]."""
+    flat = np.stack([_composite(design) for design in layers])
+    return np.concatenate([flat[:, None], layers], axis=1)
+
+
+def _composite(layers: np.ndarray) -> np.ndarray:
+    from sl_jax.imaging import recompose
+
+    return np.asarray(opaque(recompose(layers)))
+
+
+def indices(seed: int, step: int, batch: int, total: int) -> np.ndarray:
+    """Which examples update `step` sees: each epoch is a permutation of its own."""
+    start = step * batch
+    picks = np.arange(start, start + batch)
+    epochs = np.unique(picks // total)
+    orders = {e: np.random.default_rng((seed, int(e))).permutation(total) for e in epochs}
+    return np.array([orders[p // total][p % total] for p in picks])
+
+
+class FramePool:
+    """Single RGBA frames for the autoencoder, with flips, transposition and colour changes."""
+
+    def __init__(self, frames: np.ndarray, batch: int, seed: int):
+        self._frames = frames
+        self._batch = batch
+        self._seed = seed
+
+    def __call__(self, step: int) -> tuple[str, Frames]:
+        chosen = self._frames[indices(self._seed, step, self._batch, len(self._frames))]
+        rng = np.random.default_rng((self._seed, step, 1))
+        return "frames", Frames(to_unit_range(np.stack([_augmented(f, rng) for f in chosen])))
+
+    def held_out(self) -> tuple[str, Frames]:
+        """Every frame, as it is."""
+        return "frames", Frames(to_unit_range(self._frames))
+
+
+def _augmented(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    if rng.random() < 0.5:
+        frame = frame.swapaxes(0, 1)
+    frame = frame[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
+    colour = frame[..., rng.permutation(3)]
+    if rng.random() < 0.5:
+        colour = (255 - colour) * (frame[..., 3:] > 0)
+    return np.concatenate([colour, frame[..., 3:]], -1)
+
+
+class LatentPool:
+    """Latents of pictures and layers, encoded once; one array per number of layers.
+
+    The number of layers of an update is drawn from its own number, so all processes agree.
+    """
+
+    def __init__(self, latents: dict[LatentGrid, np.ndarray], batch: int, seed: int):
+        self._latents = latents
+        self._grids = list(latents)
+        self._batch = batch
+        self._seed = seed
+
+    def __call__(self, step: int) -> tuple[LatentGrid, FlowBatch]:
+        rng = np.random.default_rng((self._seed, step, 2))
+        grid = self._grids[rng.integers(len(self._grids))]
+        pool = self._latents[grid]
+        return grid, flow_batch(pool[indices(self._seed, step, self._batch, len(pool))])
+
+    def held_out(self) -> list[tuple[LatentGrid, FlowBatch]]:
+        """All examples in batches, a shorter last one left out."""
+        return [
+            (grid, flow_batch(pool[start : start + self._batch]))
+            for grid, pool in self._latents.items()
+            for start in range(0, len(pool) - self._batch + 1, self._batch)
+        ]
+
+
+def flow_batch(frames: np.ndarray) -> FlowBatch:
+    """Packed latents [B, L + 1, N, C] as target sequence and condition."""
+    target = jnp.asarray(frames, jnp.float32)
+    batch, _, _, channels = target.shape
+    return FlowBatch(target.reshape(batch, -1, channels), target[:, 0])
+
+
+def encode_pool(
+    encode: Callable[[Array], Array], layers: np.ndarray, batch: int = 64
+) -> np.ndarray:
+    """Packed latents, float16 [n, L + 1, N, C], of designs [n, L, H, W, 4] and their pictures."""
+    encode = jax.jit(encode)
+    parts = []
+    for start in tqdm(range(0, len(layers), batch), "encoding"):
+        frames = with_picture(layers[start : start + batch])
+        count, per_design, *shape = frames.shape
+        padded = np.zeros((batch * per_design, *shape), np.uint8)
+        padded[: count * per_design] = frames.reshape(-1, *shape)
+        latents = encode(padded)[: count * per_design]
+        tokens = pack(latents[:, None])
+        parts.append(np.asarray(tokens, np.float16).reshape(count, per_design, *tokens.shape[1:]))
+    return np.concatenate(parts)

@@ -1,0 +1,245 @@
+"""Supervised stages: the autoencoder (`vae`) and the flow (`flow`) on pictures with true layers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from flax import struct
+from jaxtyping import Array, Float, PRNGKeyArray
+from tqdm import tqdm
+
+from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.flow.schedule import draw_sigmas
+from sl_jax.models.mmdit import MMDiT
+from sl_jax.models.rope import LatentGrid
+from sl_jax.models.vae import Vae
+from sl_jax.training.metrics import MetricsWriter
+from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
+
+
+@dataclass(frozen=True)
+class StageConfig:
+    """One supervised stage.
+
+    Attributes:
+        steps: updates.
+        optimizer: see `OptimizerConfig`.
+        ema: decay of the exponential moving average of the trained parameters, which is the
+            result. It warms up as min(ema, (1 + step) / (10 + step)).
+        log_every, eval_every, checkpoint_every: updates between them.
+    """
+
+    steps: int
+    optimizer: OptimizerConfig
+    ema: float = 0.999
+    log_every: int = 50
+    eval_every: int = 500
+    checkpoint_every: int = 500
+
+
+@struct.dataclass
+class StageState:
+    """All that a stage carries from update to update."""
+
+    step: Array
+    trained: Any
+    ema: Any
+    optimizer: optax.OptState
+
+
+class Frames(NamedTuple):
+    """Pixels for the autoencoder: straight RGBA in [-1, 1], [B, H, W, 4]."""
+
+    pixels: Float[Array, "b h w 4"]
+
+
+class FlowBatch(NamedTuple):
+    """Packed, normalised latents for the flow.
+
+    Attributes:
+        target: [B, (layers + 1)·N, C]: the whole picture, then its layers back to front.
+        condition: [B, N, C]: the picture.
+    """
+
+    target: Float[Array, "b n c"]
+    condition: Float[Array, "b m c"]
+
+
+def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
+    """Loss of the autoencoder on RGBA frames.
+
+    |Δα| + w·|Δrgb| + (Δ of neighbouring-pixel differences) + kl_weight·KL, where w is 1 on visible
+    pixels and 0.05 where alpha is 0, whose colour no one sees. Terms are means over pixels.
+    """
+
+    def loss(params: Any, batch: Frames, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+        pixels = batch.pixels
+        posterior = vae.apply({"params": params}, pixels, method="encode")
+        noise = jax.random.normal(key, posterior.mean.shape)
+        sampled = posterior.mean + jnp.exp(0.5 * posterior.logvar) * noise
+        decoded = vae.apply({"params": params}, sampled, clamp=False, method="decode")
+        visible = (pixels[..., 3:] > -1).astype(jnp.float32)
+        weight = jnp.concatenate([jnp.repeat(0.05 + 0.95 * visible, 3, -1), visible**0], -1)
+        error = weight * (decoded - pixels)
+        absolute = jnp.mean(jnp.abs(error))
+        edges = jnp.mean(jnp.abs(jnp.diff(error, axis=1))) + jnp.mean(
+            jnp.abs(jnp.diff(error, axis=2))
+        )
+        kl = 0.5 * jnp.mean(
+            jnp.square(posterior.mean) + jnp.exp(posterior.logvar) - 1 - posterior.logvar
+        )
+        total = absolute + jnp.mean(jnp.square(error)) + 0.5 * edges + kl_weight * kl
+        return total, {"l1": absolute, "mse": jnp.mean(jnp.square(error)), "kl": kl}
+
+    return loss
+
+
+def flow_loss(
+    velocity: Callable[[Any, Array, Array, Array], Array], mu: float, distribution: str
+) -> Loss:
+    """Flow matching: mean ‖v_θ(x_t, t) − (ε − x₀)‖² at random t (arXiv 2210.02747).
+
+    Args:
+        velocity: (trained, x_t, t, condition) → v.
+        mu: shift of the draw of t, see `flow.schedule.draw_sigmas`.
+        distribution: "uniform" or "logit_normal".
+    """
+
+    def loss(trained: Any, batch: FlowBatch, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+        time_key, noise_key = jax.random.split(key)
+        t = draw_sigmas(time_key, (len(batch.target),), mu, distribution=distribution)
+        noise = jax.random.normal(noise_key, batch.target.shape)
+        x = (1 - t[:, None, None]) * batch.target + t[:, None, None] * noise
+        error = velocity(trained, x, t, batch.condition) - (noise - batch.target)
+        mse = jnp.mean(jnp.square(error))
+        return mse, {"mse": mse}
+
+    return loss
+
+
+def full_velocity(model: MMDiT, text: Array, grid: LatentGrid) -> Callable[..., Array]:
+    """(params, x, t, condition) → v with one text for the whole batch; all parameters trained."""
+
+    def velocity(params: Any, x: Array, t: Array, condition: Array) -> Array:
+        words = jnp.broadcast_to(text, (len(x), *text.shape))
+        return model.apply(
+            {"params": params}, x, condition, words, t, grid, method="initialise"
+        ).astype(jnp.float32)
+
+    return velocity
+
+
+class Stage:
+    """Trains one pytree by one loss, resumable at any checkpoint.
+
+    Batch and randomness of update n depend on n alone, so a stage that is stopped and started again
+    ends with the same parameters.
+    """
+
+    def __init__(
+        self,
+        config: StageConfig,
+        losses: Mapping[Any, Loss],
+        checkpoints: RunCheckpoints,
+        writer: MetricsWriter,
+        seed: int,
+    ):
+        """`losses` holds one loss per kind of batch (for the flow: per number of layers)."""
+        self._config = config
+        self._checkpoints = checkpoints
+        self._writer = writer
+        self._key = jax.random.key(seed)
+        self._optimizer = make_optimizer(config.optimizer)
+        self._updates = {
+            kind: jax.jit(self._update(fn), donate_argnums=0) for kind, fn in losses.items()
+        }
+        self._evaluations = {kind: jax.jit(fn) for kind, fn in losses.items()}
+
+    def start(self, trained: Any) -> StageState:
+        """The state to begin with, or the newest checkpoint of the work directory."""
+        state = StageState(
+            jnp.zeros((), jnp.int32),
+            trained,
+            jax.tree.map(jnp.copy, trained),
+            self._optimizer.init(trained),
+        )
+        if self._checkpoints.latest is None:
+            return state
+        step, state, _ = self._checkpoints.restore(state)
+        logging.info("Going on at update %d of %d.", step, self._config.steps)
+        return state
+
+    def run(
+        self,
+        state: StageState,
+        batches: Callable[[int], tuple[Any, Any]],
+        held_out: Callable[[], Iterator[tuple[Any, Any]]],
+        name: str,
+    ) -> StageState:
+        """Trains to the end.
+
+        Args:
+            state: from `start`.
+            batches: update number → (kind, batch).
+            held_out: makes an iterator over (kind, batch) for the validation loss.
+            name: of the stage, in progress bar and metrics.
+        """
+        config = self._config
+        first = int(state.step)
+        progress = tqdm(range(first, config.steps), name, initial=first, total=config.steps)
+        sums: dict[str, list[Array]] = {}
+        for step in progress:
+            kind, batch = batches(step)
+            state, metrics = self._updates[kind](state, batch, jax.random.fold_in(self._key, step))
+            for key, value in metrics.items():
+                sums.setdefault(key, []).append(value)
+            done = step + 1
+            if done % config.log_every == 0 or done == config.steps:
+                means = {f"{name}/{k}": float(jnp.mean(jnp.stack(v))) for k, v in sums.items()}
+                self._writer.scalars(done, means)
+                progress.set_postfix({k.split("/")[-1]: f"{v:.4f}" for k, v in means.items()})
+                sums = {}
+            if done % config.eval_every == 0 or done == config.steps:
+                self._writer.scalars(done, self._evaluate(state, held_out(), name))
+            if done % config.checkpoint_every == 0 or done == config.steps:
+                self._checkpoints.save(done, state)
+        self._checkpoints.wait()
+        return state
+
+    def _evaluate(self, state: StageState, batches: Iterator[Any], name: str) -> dict[str, float]:
+        results: dict[str, list[float]] = {}
+        for number, (kind, batch) in enumerate(batches):
+            key = jax.random.fold_in(jax.random.key(0), number)
+            _, metrics = self._evaluations[kind](state.ema, batch, key)
+            for metric, value in metrics.items():
+                results.setdefault(f"{name}/held_out_{metric}", []).append(float(value))
+        return {metric: float(np.mean(values)) for metric, values in results.items()}
+
+    def _update(self, loss: Loss) -> Callable[[StageState, Any, PRNGKeyArray], Any]:
+        def update(state: StageState, batch: Any, key: PRNGKeyArray) -> tuple[StageState, Any]:
+            gradients, metrics = jax.grad(loss, has_aux=True)(state.trained, batch, key)
+            updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.trained)
+            trained = optax.apply_updates(state.trained, updates)
+            step = state.step.astype(jnp.float32)
+            decay = jnp.minimum(self._config.ema, (1 + step) / (10 + step))
+            ema = optax.incremental_update(trained, state.ema, 1 - decay)
+            metrics |= {"gradient_norm": optax.global_norm(gradients)}
+            return StageState(state.step + 1, trained, ema, optimizer), metrics
+
+        return update
+
+
+def fresh_params(
+    module: nn.Module, key: PRNGKeyArray, *args: Any, method: str | None = None
+) -> Any:
+    """Random parameters of a module, without partitioning metadata."""
+    init = jax.jit(lambda k: nn.unbox(module.init(k, *args, method=method))["params"])
+    return init(key)
