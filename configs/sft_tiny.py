@@ -21,18 +21,21 @@ def get_config() -> ConfigDict:
     data.family = "A"
     data.size = 64
     data.layers = (2, 3)
-    data.train_designs = 24_000  # per number of layers, seeds from 1,000,000 up
-    data.held_out_designs = 256  # per number of layers, seeds from 0 up
 
     vae = config.vae = ConfigDict()
-    vae.base_dim = 16
-    vae.z_dim = 16
-    vae.dim_mult = (1, 2, 4, 4)
-    vae.num_res_blocks = 1
-    vae.temperal_downsample = (False, True, True)
-    vae.designs = 4_000  # designs per number of layers whose frames the stage sees
+    vae.architecture = ConfigDict(
+        {
+            "base_dim": 16,
+            "z_dim": 16,
+            "dim_mult": (1, 2, 4, 4),
+            "num_res_blocks": 1,
+            "temperal_downsample": (False, True, True),
+            "input_channels": 4,
+        }
+    )
+    vae.designs = 3_000  # per number of layers
     vae.batch = 16
-    vae.steps = 4_000
+    vae.steps = 3_000
     vae.learning_rate = 2e-3
     vae.warmup_steps = 100
     vae.weight_decay = 1e-4
@@ -41,11 +44,17 @@ def get_config() -> ConfigDict:
     vae.kl_weight = 1e-5
 
     flow = config.flow = ConfigDict()
-    flow.num_layers = 4
-    flow.num_attention_heads = 4
-    flow.attention_head_dim = 32
-    flow.axes_dims_rope = (8, 12, 12)
-    flow.joint_attention_dim = 64
+    flow.architecture = ConfigDict(
+        {
+            "num_layers": 4,
+            "num_attention_heads": 4,
+            "attention_head_dim": 32,
+            "axes_dims_rope": (8, 12, 12),
+            "joint_attention_dim": 64,
+        }
+    )
+    flow.designs = 24_000  # per number of layers
+    flow.held_out_designs = 256
     flow.batch = 64
     flow.steps = 4_000
     flow.learning_rate = 1e-3
@@ -53,7 +62,8 @@ def get_config() -> ConfigDict:
     flow.weight_decay = 1e-2
     flow.clip_norm = 1.0
     flow.ema = 0.999
-    # 16 condition tokens would give μ = 0.25, a grid that hardly visits high noise; 640 px have 2.5.
+    # Sixteen condition tokens would give μ = 0.25, a grid with hardly any high noise; the production
+    # size (640 px) has 2.5. The exported scheduler applies this one.
     flow.mu = 2.5
     flow.time_distribution = "uniform"
     return config

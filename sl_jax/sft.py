@@ -1,9 +1,12 @@
 """Supervised training on pictures with true layers: `python -m sl_jax.sft --config=…`.
 
 Stages: `vae` trains the RGBA autoencoder, `flow` the MMDiT on its latents. Stopped and started
-again, it goes on where it was; finished stages are not repeated.
+again, it goes on where it was; finished stages are not repeated. The result is a checkpoint folder
+in the diffusers layout.
 """
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +16,112 @@ from absl import app, logging
 from ml_collections import ConfigDict, config_flags
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
+from sl_jax.inference.tiny_text import make_tiny_text_encoder
+from sl_jax.models.codec import encode_frames
+from sl_jax.models.mmdit import MMDiT, MMDiTConfig
+from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
 from sl_jax.training import export, pools
 from sl_jax.training.metrics import MetricsWriter
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.supervised import (
+    Loss,
     Stage,
     StageConfig,
+    flow_loss,
     fresh_params,
+    full_velocity,
     reconstruction_loss,
 )
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-_TRAIN_SEEDS = 1_000_000
-_PACKED_PIXELS = 16
+_TRAIN_SEEDS = 1_000_000  # held-out designs count from 0, so the two never meet
+_VAE_HELD_OUT = 32
+_STATISTICS_FRAMES = 8192
 
 
 def main(argv: list[str]) -> None:
-    """Runs the stages that are configured, in order, and writes the checkpoint."""
+    """Runs the configured stages in order; the last one writes the checkpoint folder."""
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
-    config = _CONFIG.value
-    workdir = Path(config.workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if "vae" in config.stages:
-        train_vae(config, workdir / "vae")
+    config, stages = _CONFIG.value, {"vae": train_vae, "flow": train_flow}
+    for name in config.stages:
+        if name not in stages:
+            raise app.UsageError(f"config.stages names {name!r}; please use {', '.join(stages)}")
+        stages[name](config, Path(config.workdir))
 
 
 def train_vae(config: ConfigDict, workdir: Path) -> None:
-    """Stage `vae`: leaves config and parameters of the autoencoder in `workdir/export`."""
-    if (workdir / "export").exists():
-        logging.info("%s is finished.", workdir)
+    """Stage `vae`: leaves the autoencoder in `workdir/vae/export`."""
+    folder, settings, size = workdir / "vae", config.vae, config.data.size
+    if (folder / "export").exists():
+        logging.info("%s is finished.", folder)
         return
-    settings = config.vae
-    shape = VaeConfig.from_dict(
-        {
-            "latents_mean": [0.0] * settings.z_dim,
-            "latents_std": [1.0] * settings.z_dim,
-            "input_channels": 4,
-            **{
-                name: settings[name]
-                for name in (
-                    "base_dim",
-                    "z_dim",
-                    "dim_mult",
-                    "num_res_blocks",
-                    "temperal_downsample",
-                )
-            },
-        }
+    vae = Vae(
+        VaeConfig.from_dict(settings.architecture.to_dict() | export.unit_statistics(settings))
     )
-    vae = Vae(shape)
-    train, held_out = (
-        np.concatenate([_frames(config, count, first, n) for n in config.data.layers])
-        for first, count in ((_TRAIN_SEEDS, settings.designs), (0, 32))
-    )
-    stage = _stage(
-        settings, {"frames": reconstruction_loss(vae, settings.kl_weight)}, workdir, config
-    )
-    size = config.data.size
-    state = stage.start(
-        fresh_params(vae, jax.random.key(config.seed), np.zeros((1, size, size, 4), np.float32))
-    )
+    train = _frames(config, _TRAIN_SEEDS, settings.designs)
+    held_out = pools.FramePool(_frames(config, 0, _VAE_HELD_OUT), 1, 0).held_out()
+    losses = {"frames": reconstruction_loss(vae, settings.kl_weight)}
+    stage = _stage(settings, losses, folder, config.seed)
+    pixels = np.zeros((1, size, size, 4), np.float32)
     state = stage.run(
-        state,
+        stage.start(fresh_params(vae, jax.random.key(config.seed), pixels)),
         pools.FramePool(train, settings.batch, config.seed),
-        lambda: iter([pools.FramePool(held_out, len(held_out), 0).held_out()]),
+        [held_out],
         "vae",
     )
-    shape = export.with_latent_statistics(vae, state.ema, train[:8192])
-    export.save_vae(workdir / "export", shape, state.ema, np.float32)
+    shape = export.with_latent_statistics(vae, state.ema, train[:_STATISTICS_FRAMES])
+    export.save_vae(folder / "export", shape, state.ema, np.float32)
 
 
-def _frames(config: ConfigDict, count: int, first: int, layers: int) -> np.ndarray:
-    designs = pools.draw_designs(
-        config.data.family, range(first, first + count), config.data.size, layers
+def train_flow(config: ConfigDict, workdir: Path) -> None:
+    """Stage `flow`, on the autoencoder of `workdir`; writes the checkpoint to `config.export`."""
+    settings, target = config.flow, Path(config.export)
+    make_tiny_text_encoder(target, config.seed)
+    text = encode_prompts(target, [DEFAULT_PROMPT], dtype=np.float32).hidden[0]
+    vae, vae_params = export.load_vae(workdir / "vae" / "export")
+    encode = jax.jit(partial(encode_frames, vae, vae_params))
+    side = config.data.size // PACKED_PIXELS
+    grids = [LatentGrid(layers, side, side) for layers in config.data.layers]
+    train, held_out = (
+        {
+            grid: pools.cached_latents(
+                workdir / "latents", encode, config.data, grid.layers, first, count
+            )
+            for grid in grids
+        }
+        for first, count in ((_TRAIN_SEEDS, settings.designs), (0, settings.held_out_designs))
     )
-    return pools.with_picture(designs).reshape(-1, config.data.size, config.data.size, 4)
+    model = MMDiT(MMDiTConfig.from_dict(settings.architecture.to_dict()))
+    losses = {
+        grid: flow_loss(full_velocity(model, text, grid), settings.mu, settings.time_distribution)
+        for grid in grids
+    }
+    stage = _stage(settings, losses, workdir / "flow", config.seed)
+    pool = pools.LatentPool(train, settings.batch, config.seed)
+    grid, batch = pool(0)
+    one = (batch.target[:1], batch.condition[:1], text[None], np.zeros(1, np.float32))
+    params = fresh_params(model, jax.random.key(config.seed), *one, grid, method="initialise")
+    examples = pools.LatentPool(held_out, settings.batch, 0).held_out()
+    state = stage.run(stage.start(params), pool, examples, "flow")
+    export.save_vae(target / "vae", vae.config, vae_params, config.export_dtype)
+    export.save_transformer(target / "transformer", model.config, state.ema, config.export_dtype)
+    export.save_pipeline_files(target, settings.mu)
+    logging.info("The checkpoint is in %s.", target)
 
 
-def _stage(settings: ConfigDict, losses: Any, workdir: Path, config: ConfigDict) -> Stage:
+def _frames(config: ConfigDict, first: int, count: int) -> np.ndarray:
+    """Pictures and layers of `count` designs per number of layers, [n, size, size, 4]."""
+    size, seeds = config.data.size, range(first, first + count)
+    drawn = (
+        pools.draw_designs(config.data.family, seeds, size, layers) for layers in config.data.layers
+    )
+    return np.concatenate([pools.with_picture(d).reshape(-1, size, size, 4) for d in drawn])
+
+
+def _stage(settings: ConfigDict, losses: Mapping[Any, Loss], workdir: Path, seed: int) -> Stage:
     optimizer = OptimizerConfig(
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
@@ -103,8 +132,8 @@ def _stage(settings: ConfigDict, losses: Any, workdir: Path, config: ConfigDict)
     checkpoints = RunCheckpoints(workdir / "checkpoints", keep=2)
     resume = checkpoints.latest
     writer = MetricsWriter(workdir, None if resume is None else resume + 1)
-    stage = StageConfig(settings.steps, optimizer, settings.ema)
-    return Stage(stage, losses, checkpoints, writer, config.seed)
+    config = StageConfig(settings.steps, optimizer, settings.ema)
+    return Stage(config, losses, checkpoints, writer, seed)
 
 
 if __name__ == "__main__":

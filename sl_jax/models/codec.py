@@ -23,7 +23,9 @@ def opaque(picture: UInt8[Array, "*b 3"]) -> UInt8[Array, "*b 4"]:
     return jnp.concatenate([picture, jnp.full_like(picture[..., :1], 255)], axis=-1)
 
 
-def encode_frames(vae: Vae, params: Any, frames: UInt8[Array, "b h w 4"]) -> Float[Array, "b i j z"]:
+def encode_frames(
+    vae: Vae, params: Any, frames: UInt8[Array, "b h w 4"]
+) -> Float[Array, "b i j z"]:
     """Normalised mode of the posterior of each frame."""
     posterior = vae.apply({"params": params}, to_unit_range(frames), method="encode")
     return normalize_latents(posterior.mean, vae.config)

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+PACKED_PIXELS = 16  # picture pixels along a side of one token: spatial factor 8, patches of 2
+
 _THETA = 10000.0
 
 

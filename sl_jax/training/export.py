@@ -30,6 +30,12 @@ _PIPELINE = {
 }
 
 
+def unit_statistics(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Latent statistics of an autoencoder that is not trained yet: mean 0, deviation 1."""
+    channels = settings["architecture"]["z_dim"]
+    return {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
+
+
 def with_latent_statistics(vae: Vae, params: Any, frames: np.ndarray, batch: int = 64) -> VaeConfig:
     """The autoencoder's config with mean and deviation per latent channel, measured on `frames`."""
     encode = jax.jit(lambda x: encode_frames(vae, params, x))

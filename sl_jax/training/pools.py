@@ -1,29 +1,33 @@
 """Training examples with true layers, held in memory, addressed by update number."""
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from tqdm import tqdm
 
 from sl_jax.data.procedural import make_design
-from sl_jax.models.codec import opaque, to_unit_range
+from sl_jax.imaging import recompose
+from sl_jax.models.codec import to_unit_range
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.training.supervised import FlowBatch, Frames
+
+_ENCODED = 32  # designs per call of the encoder
 
 
 def draw_designs(family: str, seeds: Sequence[int], size: int, layers: int) -> np.ndarray:
     """True layers of many procedural designs, uint8 [n, layers, size, size, 4], on all cores."""
     make = partial(_layers, family, size, layers)
     context = multiprocessing.get_context("spawn")
+    title = f"designs of family {family}, L = {layers}"
     with context.Pool(multiprocessing.cpu_count()) as workers:
-        drawn = workers.imap(make, seeds, chunksize=64)
-        return np.stack(list(tqdm(drawn, f"designs {family}, L = {layers}", total=len(seeds))))
+        return np.stack(list(tqdm(workers.imap(make, seeds, 64), title, total=len(seeds))))
 
 
 def _layers(family: str, size: int, layers: int, seed: int) -> np.ndarray:
@@ -32,14 +36,10 @@ def _layers(family: str, size: int, layers: int, seed: int) -> np.ndarray:
 
 def with_picture(layers: np.ndarray) -> np.ndarray:
     """[n, L, H, W, 4] layers with the flat, opaque picture in front: [n, L + 1, H, W, 4]."""
-    flat = np.stack([_composite(design) for design in layers])
-    return np.concatenate([flat[:, None], layers], axis=1)
-
-
-def _composite(layers: np.ndarray) -> np.ndarray:
-    from sl_jax.imaging import recompose
-
-    return np.asarray(opaque(recompose(layers)))
+    opaque = np.full((len(layers), 1, *layers.shape[2:]), 255, np.uint8)
+    for picture, design in zip(opaque, layers, strict=True):
+        picture[0, ..., :3] = recompose(design)
+    return np.concatenate([opaque, layers], axis=1)
 
 
 def indices(seed: int, step: int, batch: int, total: int) -> np.ndarray:
@@ -113,18 +113,45 @@ def flow_batch(frames: np.ndarray) -> FlowBatch:
     return FlowBatch(target.reshape(batch, -1, channels), target[:, 0])
 
 
-def encode_pool(
-    encode: Callable[[Array], Array], layers: np.ndarray, batch: int = 64
+def cached_latents(
+    folder: Path,
+    encode: Callable[[np.ndarray], Array],
+    data: Mapping[str, Any],
+    layers: int,
+    first: int,
+    count: int,
 ) -> np.ndarray:
-    """Packed latents, float16 [n, L + 1, N, C], of designs [n, L, H, W, 4] and their pictures."""
-    encode = jax.jit(encode)
-    parts = []
-    for start in tqdm(range(0, len(layers), batch), "encoding"):
-        frames = with_picture(layers[start : start + batch])
-        count, per_design, *shape = frames.shape
-        padded = np.zeros((batch * per_design, *shape), np.uint8)
-        padded[: count * per_design] = frames.reshape(-1, *shape)
-        latents = encode(padded)[: count * per_design]
-        tokens = pack(latents[:, None])
-        parts.append(np.asarray(tokens, np.float16).reshape(count, per_design, *tokens.shape[1:]))
-    return np.concatenate(parts)
+    """Packed latents of procedural designs and their pictures, kept in `folder` once made.
+
+    Args:
+        encode: frames uint8 [B, H, W, 4] → normalised latents [B, h, w, z].
+        data: `family` and `size` of the designs.
+        layers: layers of each design.
+        first, count: range of seeds.
+
+    Returns:
+        float16 [count, layers + 1, N, C], the picture first.
+    """
+    path = folder / f"{data['family']}_{data['size']}_{layers}_{first}_{count}.npy"
+    if path.exists():
+        return np.load(path)
+    designs = draw_designs(data["family"], range(first, first + count), data["size"], layers)
+    latents = np.concatenate(
+        [
+            _encoded(encode, designs[start : start + _ENCODED])
+            for start in tqdm(range(0, count, _ENCODED), f"encoding, L = {layers}")
+        ]
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(path.with_suffix(".partial.npy"), latents)
+    path.with_suffix(".partial.npy").replace(path)
+    return latents
+
+
+def _encoded(encode: Callable[[np.ndarray], Array], designs: np.ndarray) -> np.ndarray:
+    frames = with_picture(designs)
+    count, per_design = frames.shape[:2]
+    padded = np.zeros((_ENCODED * per_design, *frames.shape[2:]), np.uint8)
+    padded[: count * per_design] = frames.reshape(-1, *frames.shape[2:])
+    tokens = np.asarray(pack(encode(padded)[:, None]), np.float16)[: count * per_design]
+    return tokens.reshape(count, per_design, *tokens.shape[1:])

@@ -1,6 +1,6 @@
 """Supervised stages: the autoencoder (`vae`) and the flow (`flow`) on pictures with true layers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -181,7 +181,7 @@ class Stage:
         self,
         state: StageState,
         batches: Callable[[int], tuple[Any, Any]],
-        held_out: Callable[[], Iterator[tuple[Any, Any]]],
+        held_out: Sequence[tuple[Any, Any]],
         name: str,
     ) -> StageState:
         """Trains to the end.
@@ -189,7 +189,7 @@ class Stage:
         Args:
             state: from `start`.
             batches: update number → (kind, batch).
-            held_out: makes an iterator over (kind, batch) for the validation loss.
+            held_out: (kind, batch) pairs for the validation loss.
             name: of the stage, in progress bar and metrics.
         """
         config = self._config
@@ -208,13 +208,13 @@ class Stage:
                 progress.set_postfix({k.split("/")[-1]: f"{v:.4f}" for k, v in means.items()})
                 sums = {}
             if done % config.eval_every == 0 or done == config.steps:
-                self._writer.scalars(done, self._evaluate(state, held_out(), name))
+                self._writer.scalars(done, self._evaluate(state, held_out, name))
             if done % config.checkpoint_every == 0 or done == config.steps:
                 self._checkpoints.save(done, state)
         self._checkpoints.wait()
         return state
 
-    def _evaluate(self, state: StageState, batches: Iterator[Any], name: str) -> dict[str, float]:
+    def _evaluate(self, state: StageState, batches: Sequence[Any], name: str) -> dict[str, float]:
         results: dict[str, list[float]] = {}
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
