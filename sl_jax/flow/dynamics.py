@@ -88,6 +88,11 @@ def step_moments(coefficients: StepCoefficients, x: Latents, velocity: Latents) 
     return StepMoments(mean, coefficients.std)
 
 
+def next_latents(moments: StepMoments, noise: Latents) -> Float32[Array, "batch tokens channels"]:
+    """x' = mean + std·ε for standard normal noise ε [B, N, C]."""
+    return moments.mean + _over_latents(moments.std) * noise
+
+
 def step_noise(x_next: Latents, moments: StepMoments) -> Float32[Array, "batch tokens channels"]:
     """ε = (x' − mean)/std: the noise that carried the mean to x'. std must not be 0."""
     return (x_next.astype(jnp.float32) - moments.mean) / _over_latents(moments.std)

@@ -287,9 +287,10 @@ def _stochastic_update(
     coefficients = flow_dynamics.step_coefficients(
         noise.dynamics, sigmas[step], sigmas[step + 1], sigmas[1], noise.level
     )
-    mean, std = flow_dynamics.step_moments(coefficients, state.x, velocity)
-    x_next = mean + std * _normal(noise.keys, step, mean.shape[1:])
-    record = WindowSteps(state.x, x_next, mean, std, step)
+    moments = flow_dynamics.step_moments(coefficients, state.x, velocity)
+    draw = _normal(noise.keys, step, state.x.shape[1:])
+    x_next = flow_dynamics.next_latents(moments, draw)
+    record = WindowSteps(state.x, x_next, moments.mean, moments.std, step)
     window = jax.tree.map(
         lambda rows, row: jax.lax.dynamic_update_index_in_dim(rows, row, step - noise.start, 0),
         state.window,
