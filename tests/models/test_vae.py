@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
+from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageRMS_norm
 
-from sl_jax.models.vae import Vae, VaeConfig, denormalize_latents, normalize_latents
+from sl_jax.models.vae import Vae, VaeConfig, _Norm, denormalize_latents, normalize_latents
 
 torch.set_num_threads(1)
 
@@ -26,6 +27,7 @@ TINY = {
     "latents_mean": [0.1, -0.2, 0.3, -0.4],
     "latents_std": [1.5, 0.5, 2.0, 1.0],
 }
+SHALLOW = {"dim_mult": [1, 2], "temperal_downsample": [True]}  # quick to compile
 
 
 def make_config(**changes):
@@ -95,6 +97,10 @@ def abstract_params(config):
     return jax.eval_shape(Vae(config).init, jax.random.key(0), pixels)
 
 
+def mapped(state_dict):
+    return [(param_path(n), t) for n, t in state_dict.items() if param_path(n) is not None]
+
+
 def relative_error(result, expected):
     result, expected = np.asarray(result, np.float64), np.asarray(expected, np.float64)
     assert result.shape == expected.shape
@@ -154,10 +160,6 @@ def test_every_tensor_is_mapped(case):
     assert tree_shapes(abstract_params(VaeConfig.from_dict(config))) == expected
 
 
-def mapped(state_dict):
-    return [(param_path(n), t) for n, t in state_dict.items() if param_path(n) is not None]
-
-
 def test_names_and_shapes_at_the_published_size():
     with torch.device("meta"):
         oracle = AutoencoderKLQwenImage(input_channels=4)
@@ -176,8 +178,31 @@ def test_names_and_shapes_at_the_published_size():
     assert unused == {f"{m}.time_conv.{kind}" for m in modules for kind in ("weight", "bias")}
 
 
+def test_log_variance_is_clipped_as_in_diffusers():
+    config = make_config(**SHALLOW)
+    oracle = make_oracle(config)
+    with torch.no_grad():
+        oracle.quant_conv.bias[4:] = torch.tensor([90.0, -90.0, 19.0, -29.0])
+    pixels = np.random.default_rng(5).uniform(-1, 1, (1, 8, 8, 4)).astype(np.float32)
+    with torch.no_grad():
+        expected = nhwc(oracle.encode(frames(pixels)).latent_dist.logvar)
+    vae, variables = Vae(VaeConfig.from_dict(config)), convert(oracle.state_dict())
+    posterior = jax.jit(lambda v: vae.apply(v, pixels, method="encode"))(variables)
+    assert (expected.min(), expected.max()) == (-30, 20)
+    np.testing.assert_allclose(posterior.logvar, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("magnitude", [0.0, 1e-13, 1e-11, 1.0])
+def test_norm_of_faint_features_matches_diffusers(magnitude):
+    x = np.random.default_rng(6).normal(size=(1, 3, 2, 8)) * magnitude
+    x = x.astype(np.float32)
+    expected = QwenImageRMS_norm(8, images=False)(frames(x))
+    result = _Norm().apply({"params": {"scale": jnp.ones(8)}}, x)
+    np.testing.assert_allclose(result, nhwc(expected), rtol=1e-5)
+
+
 def test_gradients_match_diffusers():
-    config = make_config()
+    config = make_config(**SHALLOW)
     oracle = make_oracle(config)
     vae, variables = Vae(VaeConfig.from_dict(config)), convert(oracle.state_dict())
     rng = np.random.default_rng(2)
@@ -203,20 +228,25 @@ def _grad(parameter):
 
 
 def test_gradients_are_finite_on_an_all_zero_picture():
-    config = make_config()
+    config = make_config(**SHALLOW)
     variables = convert(make_oracle(config).state_dict())
     variables = jax.tree_util.tree_map_with_path(
         lambda path, a: np.zeros_like(a) if path[-1].key == "bias" else a, variables
     )
     vae, pixels = Vae(VaeConfig.from_dict(config)), jnp.zeros((1, 8, 8, 4))
-    assert not np.any(jax.jit(vae.apply)(variables, pixels))
-    gradients = jax.jit(jax.grad(lambda v: jnp.sum((vae.apply(v, pixels) - 1) ** 2)))(variables)
+
+    def loss(variables):
+        decoded = vae.apply(variables, pixels)
+        return jnp.sum((decoded - 1) ** 2), decoded
+
+    gradients, decoded = jax.jit(jax.grad(loss, has_aux=True))(variables)
+    assert not np.any(decoded), "every norm must have seen zeros"
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
     assert np.abs(gradients["params"]["decoder"]["conv_out"]["bias"]).max() > 0
 
 
 def test_bfloat16_is_near_float32():
-    config = make_config()
+    config = make_config(**SHALLOW)
     variables = convert(make_oracle(config).state_dict())
     config = VaeConfig.from_dict(config)
     pixels = np.random.default_rng(3).uniform(-1, 1, (2, 24, 40, 4)).astype(np.float32)
