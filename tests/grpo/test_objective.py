@@ -39,9 +39,12 @@ def _log_probs_64(case, velocity, coefficients):
     return (-squares - np.log(std) - 0.5 * np.log(2 * np.pi)).mean(axis=(1, 2))
 
 
+_policy_objective = jax.jit(objective.policy_objective, static_argnames="config")
+
+
 def _objective(velocity, case, config=None, coefficients=None, **given_arrays):
     arrays = {"advantage": jnp.ones(B), "weight": jnp.full(B, 1 / B), **given_arrays}
-    return objective.policy_objective(
+    return _policy_objective(
         jnp.asarray(velocity),
         coefficients=coefficients or _coefficients(),
         config=config or objective.ObjectiveConfig(),
@@ -114,10 +117,10 @@ def test_first_update_has_ratio_one_and_the_policy_gradient(kind):
         return -jnp.sum(weight * jnp.clip(advantage, -5, 5) * ratios)
 
     velocity = jnp.asarray(case["velocity_old"])
-    gradient, metrics = jax.grad(loss, has_aux=True)(velocity)
+    gradient, metrics = jax.jit(jax.grad(loss, has_aux=True))(velocity)
     for zero in (metrics.log_ratio, metrics.ratio_excess, metrics.surrogate_gain, metrics.kl_old):
         np.testing.assert_array_equal(zero, 0.0)
-    expected = jax.grad(weighted_log_ratio)(velocity)
+    expected = jax.jit(jax.grad(weighted_log_ratio))(velocity)
     assert float(jnp.abs(expected).max()) > 0
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-9)
 
@@ -260,7 +263,7 @@ def test_micro_batches_of_mixed_steps_sum_to_the_whole(kind):
         arrays = {"advantage": advantage[rows_used], "weight": weight[rows_used]}
         return _objective(velocity[rows_used], picked[0], config, picked[1], **arrays)[0]
 
-    grad = jax.value_and_grad(part)
+    grad = jax.jit(jax.value_and_grad(part))
     velocity = jnp.asarray(velocity)
     whole, whole_gradient = grad(velocity, np.arange(4))
     parts = [grad(velocity, np.array(p)) for p in ([2, 0], [1], [3])]
@@ -283,11 +286,11 @@ def test_token_mask_equals_the_slice_of_trained_tokens(kind):
     loss, metrics = _objective(
         velocity[:, 2:], sliced_case, config, velocity_reference=reference[:, 2:]
     )
-    masked_loss, masked_metrics = masked(jnp.asarray(velocity))
+    run = jax.jit(jax.value_and_grad(masked, has_aux=True))
+    (masked_loss, masked_metrics), gradient = run(jnp.asarray(velocity))
     np.testing.assert_allclose(masked_loss, loss, rtol=1e-5)
     for ours, theirs in zip(masked_metrics, metrics, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-7)
-    gradient = jax.grad(lambda v: masked(v)[0])(jnp.asarray(velocity))
     np.testing.assert_array_equal(gradient[:, :2], 0.0)
 
 
