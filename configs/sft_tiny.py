@@ -1,8 +1,8 @@
 """Trains the tiny base from nothing on procedural designs of family A.
 
 The result is a checkpoint in the diffusers layout, small enough to ship, on which every other
-command can be tried on a CPU. Stage `vae` trains the RGBA autoencoder, stage `flow` the MMDiT on its
-latents.
+command can be tried on a CPU. Stage `vae` trains the RGBA autoencoder, stage `flow` the MMDiT on
+its latents.
 """
 
 from ml_collections import ConfigDict
@@ -62,8 +62,8 @@ def get_config() -> ConfigDict:
     flow.weight_decay = 1e-2
     flow.clip_norm = 1.0
     flow.ema = 0.999
-    # Sixteen condition tokens would give μ = 0.25, a grid with hardly any high noise; the production
-    # size (640 px) has 2.5. The exported scheduler applies this one.
+    # Sixteen condition tokens would give μ = 0.25, a grid with hardly any high noise; production
+    # (640 px) has 2.5. The exported scheduler applies this one.
     flow.mu = 2.5
     flow.time_distribution = "uniform"
     return config

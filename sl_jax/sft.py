@@ -16,6 +16,7 @@ from absl import app, logging
 from ml_collections import ConfigDict, config_flags
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.pipeline import load_vae
 from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
 from sl_jax.inference.tiny_text import make_tiny_text_encoder
 from sl_jax.models.codec import encode_frames
@@ -81,7 +82,7 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
     settings, target = config.flow, Path(config.export)
     make_tiny_text_encoder(target, config.seed)
     text = encode_prompts(target, [DEFAULT_PROMPT], dtype=np.float32).hidden[0]
-    vae, vae_params = export.load_vae(workdir / "vae" / "export")
+    vae, vae_params = load_vae(workdir / "vae" / "export", np.float32)
     encode = jax.jit(partial(encode_frames, vae, vae_params))
     side = config.data.size // PACKED_PIXELS
     grids = [LatentGrid(layers, side, side) for layers in config.data.layers]

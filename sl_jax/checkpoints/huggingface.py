@@ -103,8 +103,8 @@ class TensorFiles:
         pickled = sorted(p.name for pattern in _PICKLED for p in self.folder.glob(pattern))
         if pickled:
             raise CheckpointError(
-                f"{self.folder} holds only pickled weights ({', '.join(pickled)}), which can run code "
-                "when loaded; please convert them to safetensors"
+                f"{self.folder} holds only pickled weights ({', '.join(pickled)}), which can run "
+                "code when loaded; please convert them to safetensors"
             )
         raise CheckpointError(f"{self.folder} holds no *.safetensors files")
 

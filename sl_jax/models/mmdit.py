@@ -49,8 +49,8 @@ class MMDiTConfig:
     def __post_init__(self) -> None:
         if not self.use_layer3d_rope or self.zero_cond_t or self.guidance_embeds:
             raise ValueError(
-                "only the layered variant of the MMDiT is implemented: please use a checkpoint with "
-                "use_layer3d_rope true, zero_cond_t false and guidance_embeds false, not "
+                "only the layered variant of the MMDiT is implemented: please use a checkpoint "
+                "with use_layer3d_rope true, zero_cond_t false and guidance_embeds false, not "
                 f"{self.use_layer3d_rope}, {self.zero_cond_t}, {self.guidance_embeds}"
             )
         if sum(self.axes_dims_rope) != self.attention_head_dim:

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 _PLAIN_ROPE = ("default", "mrope")
@@ -129,10 +130,12 @@ class TextEncoder(nn.Module):
 
 def _rope(config: TextEncoderConfig, length: int) -> tuple[Float[Array, "s 1 d"], ...]:
     """Cosines and sines of positions 0…length−1 in float32; both halves of a head are alike."""
-    exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
-    angles = jnp.arange(length)[:, None] * config.rope_theta**-exponents
-    angles = jnp.concatenate([angles, angles], axis=-1)[:, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    exponents = np.arange(0, config.head_dim, 2, dtype=np.float32) / np.float32(config.head_dim)
+    # Rounded where the reference rounds: far positions magnify the last place of a frequency.
+    powers = (config.rope_theta ** exponents.astype(np.float64)).astype(np.float32)
+    angles = np.arange(length, dtype=np.float32)[:, None] * (np.float32(1) / powers)
+    angles = np.concatenate([angles, angles], axis=-1)[:, None].astype(np.float64)
+    return jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)
 
 
 def _rotate(

@@ -7,12 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from sl_jax.checkpoints.huggingface import load_params, named_tensors, read_config, save_params
+from sl_jax.checkpoints.huggingface import named_tensors, save_params
 from sl_jax.checkpoints.naming import MMDIT, VAE
 from sl_jax.models.codec import encode_frames
 from sl_jax.models.mmdit import MMDiTConfig
@@ -50,7 +48,7 @@ def with_latent_statistics(vae: Vae, params: Any, frames: np.ndarray, batch: int
 
 
 def save_vae(folder: Path, config: VaeConfig, params: Any, dtype: Any) -> None:
-    """Writes the `vae` component, with the temporal tensors that single frames never use as zeros."""
+    """Writes the `vae` component, its unused temporal tensors as zeros."""
     tensors = itertools.chain(named_tensors(VAE, params, dtype), _temporal(config, dtype))
     content = {"_class_name": "AutoencoderKLQwenImage", **dataclasses.asdict(config)}
     save_params(folder, tensors, content)
@@ -76,15 +74,6 @@ def _convolution(
 ) -> Iterator[tuple[str, np.ndarray]]:
     yield f"{name}.weight", np.zeros((outputs, inputs, 3, 1, 1), dtype)
     yield f"{name}.bias", np.zeros((outputs,), dtype)
-
-
-def load_vae(folder: Path, dtype: Any = jnp.float32) -> tuple[Vae, Any]:
-    """Module and parameters of a `vae` component."""
-    vae = Vae(VaeConfig.from_dict(read_config(folder)), dtype=dtype, param_dtype=dtype)
-    side = 2 * vae.config.spatial_factor
-    pixels = jax.ShapeDtypeStruct((1, side, side, vae.config.input_channels), jnp.float32)
-    abstract = nn.unbox(jax.eval_shape(vae.init, jax.random.key(0), pixels))["params"]
-    return vae, load_params(folder, VAE, abstract, unused=("time_conv",))
 
 
 def save_transformer(folder: Path, config: MMDiTConfig, params: Any, dtype: Any) -> None:

@@ -1,0 +1,105 @@
+"""A decomposition model loaded from a checkpoint folder: transformer, autoencoder, scheduler."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+
+from sl_jax.checkpoints.huggingface import load_params, read_config
+from sl_jax.checkpoints.naming import MMDIT, VAE
+from sl_jax.flow.schedule import SchedulerConfig
+from sl_jax.models.attention import default_implementation
+from sl_jax.models.mmdit import MMDiT, MMDiTConfig
+from sl_jax.models.rope import LatentGrid
+from sl_jax.models.vae import Vae, VaeConfig
+from sl_jax.parallel.mesh import Rules, replicated, with_shardings
+
+
+@dataclass(frozen=True)
+class ComputeConfig:
+    """How the model computes.
+
+    Attributes:
+        dtype: "bfloat16" or "float32", of the base parameters and of all matrix products.
+        attention: "auto" chooses by platform; or "xla", "cudnn".
+        remat: what the backward pass recomputes: "none", "block" or "dots"; see `MMDiT`.
+    """
+
+    dtype: str = "bfloat16"
+    attention: str = "auto"
+    remat: str = "block"
+
+
+class Pipeline(NamedTuple):
+    """Modules with their parameters; parameters of the transformer are sharded, the rest whole."""
+
+    model: MMDiT
+    params: Any
+    vae: Vae
+    vae_params: Any
+    scheduler: SchedulerConfig
+
+
+def load_pipeline(
+    folder: epath.PathLike, compute: ComputeConfig, mesh: Mesh, rules: Rules
+) -> Pipeline:
+    """Loads a checkpoint in the diffusers layout onto a mesh.
+
+    Raises:
+        CheckpointError: lists what is missing, surplus or mis-shaped.
+        ValueError: a config.json describes a model that is not implemented.
+    """
+    folder = epath.Path(folder)
+    model = make_model(folder, compute, mesh.devices.flat[0].platform)
+    params = load_params(
+        folder / "transformer", MMDIT, with_shardings(abstract_params(model), mesh, rules)
+    )
+    vae, vae_params = load_vae(folder / "vae", compute.dtype, replicated(mesh))
+    scheduler = SchedulerConfig.from_dict(
+        read_config(folder / "scheduler", "scheduler_config.json")
+    )
+    return Pipeline(model, params, vae, vae_params, scheduler)
+
+
+def make_model(folder: epath.PathLike, compute: ComputeConfig, platform: str) -> MMDiT:
+    """The transformer that `folder` describes, without parameters."""
+    dtype = jnp.dtype(compute.dtype)
+    attention = compute.attention
+    return MMDiT(
+        MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer")),
+        attention=default_implementation(platform) if attention == "auto" else attention,
+        remat=compute.remat,
+        dtype=dtype,
+        param_dtype=dtype,
+    )
+
+
+def abstract_params(model: MMDiT) -> Any:
+    """Shapes and logical axes of all parameters, without allocating any."""
+    config = model.config
+    tokens = jax.ShapeDtypeStruct((1, 2, config.in_channels), jnp.float32)
+    condition = jax.ShapeDtypeStruct((1, 1, config.in_channels), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 1, config.joint_attention_dim), jnp.float32)
+    time = jax.ShapeDtypeStruct((1,), jnp.float32)
+
+    def init(key: jax.Array, *args: jax.Array) -> Any:
+        return model.init(key, *args, LatentGrid(1, 1, 1), method="initialise")
+
+    return jax.eval_shape(init, jax.random.key(0), tokens, condition, text, time)["params"]
+
+
+def load_vae(folder: epath.PathLike, dtype: Any, sharding: Any = None) -> tuple[Vae, Any]:
+    """The autoencoder in a `vae` component folder, whole on every device of `sharding`."""
+    dtype = jnp.dtype(dtype)
+    vae = Vae(VaeConfig.from_dict(read_config(folder)), dtype=dtype, param_dtype=dtype)
+    side = 2 * vae.config.spatial_factor
+    pixels = jax.ShapeDtypeStruct((1, side, side, vae.config.input_channels), jnp.float32)
+    abstract = nn.unbox(jax.eval_shape(vae.init, jax.random.key(0), pixels))["params"]
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
+    )
+    return vae, load_params(folder, VAE, placed, unused=("time_conv",))

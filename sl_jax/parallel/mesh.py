@@ -1,0 +1,112 @@
+"""The device mesh and the rule table that lays arrays out over it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "sequence")
+BATCH_AXES = ("data", "fsdp")
+
+Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
+
+# Logical axis of a parameter or an activation → mesh axis.
+DEFAULT_RULES: Rules = (
+    ("batch", BATCH_AXES),
+    ("tokens", "sequence"),
+    ("attention_tokens", None),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("modulation", "tensor"),
+    ("layers", None),
+)
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be −1 and takes the devices that are left.
+
+    Attributes:
+        data: replicas of the whole model; batches are split over data × fsdp.
+        fsdp: shards of the parameters along their input features.
+        tensor: shards of heads and MLP features.
+        sequence: shards of the token axis.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    sequence: int = 1
+
+    def shape(self, devices: int) -> tuple[int, int, int, int]:
+        """Axis sizes for a number of devices.
+
+        Raises:
+            ValueError: the sizes do not multiply to `devices`.
+        """
+        sizes = [self.data, self.fsdp, self.tensor, self.sequence]
+        fixed = math.prod(s for s in sizes if s != -1)
+        if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
+            raise ValueError(f"mesh {self}: sizes must be positive, at most one of them −1")
+        if devices % fixed or (-1 not in sizes and fixed != devices):
+            raise ValueError(
+                f"mesh {self}: sizes multiply to {fixed}, which does not fit {devices} devices; "
+                "please set one axis to −1, or choose sizes whose product is the device count"
+            )
+        data, fsdp, tensor, sequence = (devices // fixed if s == -1 else s for s in sizes)
+        return data, fsdp, tensor, sequence
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with the axes data, fsdp, tensor and sequence over all (or the given) devices."""
+    devices = jax.devices() if devices is None else devices
+    shape = config.shape(len(devices))
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    if list(devices) == jax.devices():
+        return jax.make_mesh(shape, AXES, axis_types=auto)
+    return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Sharding of arrays whose batch axis follows `leading` unsharded axes."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * leading, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def with_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
+    """Shapes with shardings, from a tree of `jax.eval_shape` with logical axes on its leaves.
+
+    An axis whose size its mesh axis does not divide is left whole.
+    """
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, list(rules))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=_divisible(leaf.shape, sharding)
+        ),
+        nn.unbox(boxed),
+        shardings,
+    )
+
+
+def _divisible(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    for axis, names in enumerate(spec):
+        parts = (names,) if isinstance(names, str) else (names or ())
+        if shape[axis] % math.prod(sharding.mesh.shape[name] for name in parts):
+            spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
