@@ -7,7 +7,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from etils import epath
-from jax.sharding import Mesh
 
 from sl_jax.checkpoints.huggingface import load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT, VAE
@@ -16,7 +15,7 @@ from sl_jax.models.attention import default_implementation
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
-from sl_jax.parallel.mesh import Rules, replicated, with_shardings
+from sl_jax.parallel.mesh import Layout, replicated
 
 
 @dataclass(frozen=True)
@@ -44,9 +43,7 @@ class Pipeline(NamedTuple):
     scheduler: SchedulerConfig
 
 
-def load_pipeline(
-    folder: epath.PathLike, compute: ComputeConfig, mesh: Mesh, rules: Rules
-) -> Pipeline:
+def load_pipeline(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -> Pipeline:
     """Loads a checkpoint in the diffusers layout onto a mesh.
 
     Raises:
@@ -54,25 +51,25 @@ def load_pipeline(
         ValueError: a config.json describes a model that is not implemented.
     """
     folder = epath.Path(folder)
-    model = make_model(folder, compute, mesh.devices.flat[0].platform)
-    params = load_params(
-        folder / "transformer", MMDIT, with_shardings(abstract_params(model), mesh, rules)
-    )
-    vae, vae_params = load_vae(folder / "vae", compute.dtype, replicated(mesh))
+    model = make_model(folder, compute, layout)
+    params = load_params(folder / "transformer", MMDIT, layout.abstract(abstract_params(model)))
+    vae, vae_params = load_vae(folder / "vae", compute.dtype, replicated(layout.mesh))
     scheduler = SchedulerConfig.from_dict(
         read_config(folder / "scheduler", "scheduler_config.json")
     )
     return Pipeline(model, params, vae, vae_params, scheduler)
 
 
-def make_model(folder: epath.PathLike, compute: ComputeConfig, platform: str) -> MMDiT:
+def make_model(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -> MMDiT:
     """The transformer that `folder` describes, without parameters."""
     dtype = jnp.dtype(compute.dtype)
     attention = compute.attention
+    platform = layout.mesh.devices.flat[0].platform
     return MMDiT(
         MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer")),
         attention=default_implementation(platform) if attention == "auto" else attention,
         remat=compute.remat,
+        constrain=layout,
         dtype=dtype,
         param_dtype=dtype,
     )

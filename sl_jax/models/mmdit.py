@@ -11,7 +11,7 @@ one. For a fixed set of times the result is a table, and the third of the parame
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -93,6 +93,15 @@ class MMDiTConfig:
         return {"_class_name": "QwenImageTransformer2DModel", **dataclasses.asdict(self)}
 
 
+Constrain = Callable[[Array, tuple[str | None, ...]], Array]
+
+
+def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """Leaves the layout to the compiler."""
+    del axes
+    return x
+
+
 class Modulation(NamedTuple):
     """What time does to the network; B is the batch, or 1 to serve a whole batch.
 
@@ -122,6 +131,7 @@ class MMDiT(nn.Module):
         attention: implementation of joint attention.
         remat: "none", "block" (recompute everything inside a block) or "dots" (keep the results
             of matrix products).
+        constrain: lays an activation out over devices by the logical names of its axes.
         dtype: compute dtype.
         param_dtype: storage dtype of the base parameters.
     """
@@ -129,6 +139,7 @@ class MMDiT(nn.Module):
     config: MMDiTConfig
     attention: Implementation = "xla"
     remat: str = "none"
+    constrain: Constrain = unconstrained
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -157,7 +168,7 @@ class MMDiT(nn.Module):
             variable_axes={"params": 0, "lora": 0, "lora_scale": 0},
             split_rngs={"params": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
-        )(config, self.attention, name="blocks", **types)
+        )(config, self.attention, self.constrain, name="blocks", **types)
         self.proj_out = LoRADense(
             config.patch_size**2 * config.out_channels, ("embed", None), name="proj_out", **types
         )
@@ -191,7 +202,7 @@ class MMDiT(nn.Module):
         words = self.txt_in(self.txt_norm(text).astype(self.dtype))
         rope = layer3d_rope(grid, text.shape[1], self.config.axes_dims_rope)
         lengths = None if text_lengths is None else text_lengths + image.shape[1]
-        image = nn.with_logical_constraint(image, ("batch", "tokens", None))
+        image = self.constrain(image, ("batch", "tokens", None))
         (image, _), _ = self.blocks(
             (image, words), (modulation.image, modulation.text), rope, lengths
         )
@@ -299,6 +310,7 @@ class _OutputModulation(nn.Module):
 class _Block(nn.Module):
     config: MMDiTConfig
     attention: Implementation
+    constrain: Constrain
     dtype: Any
     param_dtype: Any
 
@@ -313,7 +325,9 @@ class _Block(nn.Module):
         image, text = streams
         image_mod, text_mod = ([m[:, i, None] for i in range(6)] for m in modulation)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        attention = _JointAttention(self.config, self.attention, name="attn", **types)
+        attention = _JointAttention(
+            self.config, self.attention, self.constrain, name="attn", **types
+        )
         image_update, text_update = attention(
             _modulated(image, image_mod[0], image_mod[1]),
             _modulated(text, text_mod[0], text_mod[1]),
@@ -328,12 +342,13 @@ class _Block(nn.Module):
         text = text + text_mod[5] * _FeedForward(name="txt_mlp", **types)(
             _modulated(text, text_mod[3], text_mod[4])
         )
-        return (nn.with_logical_constraint(image, ("batch", "tokens", None)), text), None
+        return (self.constrain(image, ("batch", "tokens", None)), text), None
 
 
 class _JointAttention(nn.Module):
     config: MMDiTConfig
     implementation: Implementation
+    constrain: Constrain
     dtype: Any
     param_dtype: Any
 
@@ -360,7 +375,7 @@ class _JointAttention(nn.Module):
         key = normed(joined("to_k", "add_k_proj"), "norm_k", "norm_added_k")
         value = joined("to_v", "add_v_proj")
         query, key, value = (
-            nn.with_logical_constraint(x, ("batch", "attention_tokens", "heads", None))
+            self.constrain(x, ("batch", "attention_tokens", "heads", None))
             for x in (query, key, value)
         )
         out = attend(query, key, value, key_lengths, self.implementation)

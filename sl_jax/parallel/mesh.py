@@ -88,25 +88,41 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def with_shardings(boxed: Any, mesh: Mesh, rules: Rules) -> Any:
-    """Shapes with shardings, from a tree of `jax.eval_shape` with logical axes on its leaves.
+@dataclass(frozen=True)
+class Layout:
+    """Lays arrays out over a mesh by the logical names of their axes.
 
-    An axis whose size its mesh axis does not divide is left whole.
+    An axis whose size its mesh axes do not divide is left whole.
     """
-    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed), mesh, list(rules))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, leaf.dtype, sharding=_divisible(leaf.shape, sharding)
-        ),
-        nn.unbox(boxed),
-        shardings,
-    )
 
+    mesh: Mesh
+    rules: Rules = DEFAULT_RULES
 
-def _divisible(shape: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
-    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
-    for axis, names in enumerate(spec):
-        parts = (names,) if isinstance(names, str) else (names or ())
-        if shape[axis] % math.prod(sharding.mesh.shape[name] for name in parts):
-            spec[axis] = None
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+    def __call__(self, x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+        """Constrains an activation inside a jitted program."""
+        return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, axes))
+
+    def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
+        """The sharding of an array of `shape` whose axes have these names."""
+        table = dict(self.rules)
+        spec = [table.get(name) if name else None for name in axes]
+        for axis, names in enumerate(spec):
+            parts = (names,) if isinstance(names, str) else (names or ())
+            if shape[axis] % math.prod(self.mesh.shape[part] for part in parts):
+                spec[axis] = None
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
+
+    def abstract(self, boxed: Any) -> Any:
+        """Shapes with shardings, from an `eval_shape` tree whose leaves carry axis names."""
+        specs = nn.get_partition_spec(boxed)
+        return jax.tree.map(
+            lambda leaf, spec: jax.ShapeDtypeStruct(
+                leaf.shape,
+                leaf.dtype,
+                sharding=self.sharding(
+                    leaf.shape, (*spec, *(None,) * (len(leaf.shape) - len(spec)))
+                ),
+            ),
+            nn.unbox(boxed),
+            specs,
+        )

@@ -1,0 +1,89 @@
+"""From pictures to layers: what rollout, learner, evaluation and `decompose` have in common."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from sl_jax.flow.sampler import VelocityFn
+from sl_jax.models.codec import decode_frames, encode_frames, opaque
+from sl_jax.models.mmdit import MMDiT, Modulation
+from sl_jax.models.packing import pack, unpack
+from sl_jax.models.rope import LatentGrid
+from sl_jax.models.vae import Vae
+
+
+class Condition(NamedTuple):
+    """What the model is told about B samples.
+
+    Attributes:
+        picture: packed latents of the source picture.
+        text: hidden states of the prompt.
+        text_lengths: valid tokens per prompt; None if none is padding.
+    """
+
+    picture: Float[Array, "b m c"]
+    text: Float[Array, "b s e"]
+    text_lengths: Int[Array, " b"] | None
+
+    def repeat(self, times: int) -> "Condition":
+        """Each sample `times` in a row."""
+        return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), self)
+
+
+def picture_latents(
+    vae: Vae, params: Any, pictures: UInt8[Array, "b h w 3"]
+) -> Float[Array, "b m c"]:
+    """Packed, normalised latents of opaque pictures."""
+    latents = encode_frames(vae, params, opaque(pictures)).astype(jnp.float32)
+    return pack(latents[:, None])
+
+
+def decode_layers(
+    vae: Vae, params: Any, latents: Float[Array, "b n c"], grid: LatentGrid
+) -> UInt8[Array, "b l h w 4"]:
+    """Straight RGBA layers, back to front; frame 0, the whole picture again, is dropped.
+
+    Frame by frame for all samples, so that memory does not grow with the number of layers.
+    """
+    frames = unpack(latents, grid.height, grid.width)[:, 1:]
+    by_layer = jax.lax.map(lambda x: decode_frames(vae, params, x), jnp.moveaxis(frames, 1, 0))
+    return jnp.moveaxis(by_layer, 0, 1)
+
+
+def modulation_table(
+    model: MMDiT, params: Any, adapter: Mapping[str, Any], sigmas: Float[Array, " steps_1"]
+) -> Modulation:
+    """Modulation at every σ of a grid but the final 0, where no velocity is evaluated."""
+    return model.apply({"params": params, **adapter}, sigmas[:-1], method="modulate")
+
+
+def velocity_function(
+    model: MMDiT,
+    params: Any,
+    adapter: Mapping[str, Any],
+    condition: Condition,
+    table: Modulation,
+    grid: LatentGrid,
+) -> VelocityFn:
+    """(x, index into the σ grid) → velocity, float32, for the samples of `condition`.
+
+    Args:
+        adapter: collections from `Adapter.variables`; empty for the base model.
+        table: from `modulation_table` with the same parameters and adapter.
+    """
+
+    def velocity(x: Float[Array, "b n c"], index: Int[Array, ""]) -> Float[Array, "b n c"]:
+        return model.apply(
+            {"params": params, **adapter},
+            x,
+            condition.picture,
+            condition.text,
+            condition.text_lengths,
+            table.at(index),
+            grid,
+        ).astype(jnp.float32)
+
+    return velocity
