@@ -1,0 +1,128 @@
+"""Outlines of procedural designs, as signed distance fields.
+
+A shape is a function of two coordinate arrays that returns, at each point, the distance to the
+outline, negative inside. It lies within the unit circle. A factory draws the proportions of one
+shape. Distances give antialiased edges, soft shadows and rims alike without a blur.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from sl_jax.data._draws import Draws, circle
+
+Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
+ShapeFactory = Callable[[Draws], Shape]
+Point = tuple[float, float]
+
+
+def length(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Euclidean length, rounded alike everywhere (unlike `np.hypot`)."""
+    return np.sqrt(x * x + y * y)
+
+
+def segment(x: np.ndarray, y: np.ndarray, start: Point, end: Point) -> np.ndarray:
+    """Unsigned distance to a line segment."""
+    ex, ey = end[0] - start[0], end[1] - start[1]
+    px, py = x - start[0], y - start[1]
+    along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0.0, 1.0)
+    return length(px - along * ex, py - along * ey)
+
+
+def box(x: np.ndarray, y: np.ndarray, half_width: float, half_height: float) -> np.ndarray:
+    """Signed distance to an upright rectangle about the origin."""
+    dx, dy = np.abs(x) - half_width, np.abs(y) - half_height
+    outside = length(np.maximum(dx, 0.0), np.maximum(dy, 0.0))
+    return outside + np.minimum(np.maximum(dx, dy), 0.0)
+
+
+def polygon(x: np.ndarray, y: np.ndarray, corners: Sequence[Point]) -> np.ndarray:
+    """Signed distance to a simple polygon: nearest edge, sign by the even-odd rule."""
+    start = np.array(corners)[:, :, None, None]
+    end = np.roll(start, -1, axis=0)
+    ax, ay, bx, by = start[:, 0], start[:, 1], end[:, 0], end[:, 1]
+    ex, ey = bx - ax, by - ay
+    px, py = x - ax, y - ay
+    along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0.0, 1.0)
+    dx, dy = px - along * ex, py - along * ey
+    nearest = np.sqrt((dx * dx + dy * dy).min(axis=0))
+    rises = by > ay
+    crosses = ((ay > y) != (by > y)) & ((ex * py > px * ey) != rises)
+    inside = np.logical_xor.reduce(crosses, axis=0)
+    return np.where(inside, -nearest, nearest)
+
+
+def _rounded_polygon(corners: Sequence[Point], radius: float) -> Shape:
+    """A polygon shrunk about the origin and grown again by `radius`, which rounds its corners."""
+    small = [(cx * (1.0 - radius), cy * (1.0 - radius)) for cx, cy in corners]
+    return lambda x, y: polygon(x, y, small) - radius
+
+
+def disc(draws: Draws) -> Shape:
+    """A filled circle."""
+    return lambda x, y: length(x, y) - 1.0
+
+
+def ellipse(draws: Draws) -> Shape:
+    """An ellipse, 0.5 to 0.8 as high as wide (first-order distance)."""
+    ratio = draws.uniform(0.5, 0.8)
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        scaled = length(x, y / ratio)
+        slope = length(x, y / (ratio * ratio))
+        return scaled * (scaled - 1.0) / (slope + 1e-6)
+
+    return distance
+
+
+def rounded_rectangle(draws: Draws) -> Shape:
+    """A rectangle with rounded corners, 0.5 to 1 as high as wide."""
+    ratio, rounding = draws.uniform(0.5, 1.0), draws.uniform(0.1, 0.45)
+    width = 0.98 / (1.0 + ratio * ratio) ** 0.5
+    height = width * ratio
+    radius = rounding * height
+    return lambda x, y: box(x, y, width - radius, height - radius) - radius
+
+
+def pill(draws: Draws) -> Shape:
+    """A bar with round ends."""
+    radius = draws.uniform(0.32, 0.5)
+    reach = 1.0 - radius
+    return lambda x, y: segment(x, y, (-reach, 0.0), (reach, 0.0)) - radius
+
+
+def ring(draws: Draws) -> Shape:
+    """A circle with a round hole."""
+    half = draws.uniform(0.2, 0.29)
+    return lambda x, y: np.abs(length(x, y) - (1.0 - half)) - half
+
+
+def regular_polygon(draws: Draws) -> Shape:
+    """A triangle, pentagon or hexagon with softened corners."""
+    count = draws.choice((3, 3, 5, 6))
+    corners = [circle(index / count) for index in range(count)]
+    return _rounded_polygon(corners, draws.uniform(0.05, 0.2))
+
+
+def star(draws: Draws) -> Shape:
+    """A star of four to seven points with softened corners."""
+    count, waist = draws.choice((4, 5, 5, 6, 7)), draws.uniform(0.48, 0.62)
+    corners = []
+    for index in range(count):
+        corners.append(circle(index / count))
+        cosine, sine = circle((index + 0.5) / count)
+        corners.append((cosine * waist, sine * waist))
+    return _rounded_polygon(corners, draws.uniform(0.04, 0.1))
+
+
+def arch(draws: Draws) -> Shape:
+    """A doorway: a box with a round top, standing upright before rotation."""
+    width = draws.uniform(0.5, 0.62)
+
+    middle = width - 0.98
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        walls = np.maximum(np.abs(x) - width, y - 0.78)
+        return np.where(y < middle, length(x, y - middle) - width, walls)
+
+    return distance
