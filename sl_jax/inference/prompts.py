@@ -1,8 +1,279 @@
-"""Prompts as hidden states of the text encoder."""
+"""Prompts as hidden states of the text encoder, computed once and kept on disk.
+
+Behaviour of `_get_qwen_prompt_embeds` in diffusers' Qwen-Image pipelines: the prompt is set into a
+template, and of the hidden states after the last norm only those of the template's beginning are
+dropped. The encoder lives no longer than the call; nothing of it stays in memory.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import uuid
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Int32
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, load_params, read_config
+from sl_jax.checkpoints.naming import TEXT_ENCODER
+from sl_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 
 PROMPT_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-    "text, spatial relationships of the objects and background:<|im_end|>\n<|im_start|>user\n{}"
-    "<|im_end|>\n<|im_start|>assistant\n"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 DEFAULT_PROMPT = "a clean, well composed image"
+
+_REAL_VOCABULARY = 151643
+_REAL_PREFIX = 34
+_MAX_TOKENS = 1024
+_BATCH = 8
+_UNUSED = ("visual.", "lm_head.", "rotary_emb.")
+_WHOLE = 4096  # Tensors of up to so many elements enter the fingerprint whole.
+
+
+class PromptEmbeddings(NamedTuple):
+    """Hidden states of P prompts, on the host.
+
+    Attributes:
+        hidden: one row of S vectors per prompt, zero beyond its length; S is the longest length.
+        lengths: valid vectors per prompt, at least 1.
+    """
+
+    hidden: Float[np.ndarray, "p s e"]
+    lengths: Int32[np.ndarray, " p"]
+
+
+def encode_prompts(
+    checkpoint: epath.PathLike,
+    prompts: Sequence[str],
+    *,
+    max_tokens: int = 512,
+    cache_dir: epath.PathLike | None = None,
+    dtype: Any,
+) -> PromptEmbeddings:
+    """Encodes prompts with `checkpoint/tokenizer` and `checkpoint/text_encoder`.
+
+    The weights are spread over the devices of this process while it computes, and freed before it
+    returns. What is in the cache is not computed again; if all is, no weights are loaded.
+
+    Args:
+        checkpoint: folder in the diffusers layout.
+        prompts: at least one; equal ones are encoded once.
+        max_tokens: tokens kept per prompt (suffix of the template included), 1 to 1024.
+        cache_dir: folder for hidden states, one file per prompt, named by the content of prompt,
+            template, tokenizer and weights; None keeps nothing.
+        dtype: of weights, computation and result.
+
+    Raises:
+        CheckpointError: tokenizer or text encoder are missing or do not fit their config.
+        ValueError: no prompts, or `max_tokens` out of range.
+    """
+    if not prompts or not 1 <= max_tokens <= _MAX_TOKENS:
+        raise ValueError(
+            f"please pass at least one prompt and max_tokens between 1 and {_MAX_TOKENS}, "
+            f"not {len(prompts)} prompts and {max_tokens}"
+        )
+    folder, dtype = epath.Path(checkpoint), np.dtype(dtype)
+    cache = None
+    if cache_dir is not None:
+        key = (PROMPT_TEMPLATE, max_tokens, dtype.name, fingerprint(folder))
+        cache = _Cache(epath.Path(cache_dir), json.dumps(key), dtype)
+    hidden = {prompt: cache.read(prompt) if cache else None for prompt in prompts}
+    absent = [prompt for prompt, states in hidden.items() if states is None]
+    if absent:
+        encoded = _encode(folder, absent, max_tokens, dtype)
+        for prompt, states in zip(absent, encoded, strict=True):
+            hidden[prompt] = states
+            if cache:
+                cache.write(prompt, states)
+    return _padded([hidden[prompt] for prompt in prompts])
+
+
+def _padded(rows: Sequence[np.ndarray]) -> PromptEmbeddings:
+    lengths = np.array([len(row) for row in rows], np.int32)
+    hidden = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), rows[0].dtype)
+    for target, row in zip(hidden, rows, strict=True):
+        target[: len(row)] = row
+    return PromptEmbeddings(hidden, lengths)
+
+
+def _encode(
+    folder: epath.Path, prompts: Sequence[str], max_tokens: int, dtype: np.dtype
+) -> list[np.ndarray]:
+    """Hidden states of each prompt, without prefix and padding."""
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    prefix = prefix_length(tokenizer)
+    texts = [PROMPT_TEMPLATE.format(prompt) for prompt in prompts]
+    # Attention is causal: what is cut off after encoding may as well be cut off before.
+    rows = [ids[: prefix + max_tokens] for ids in tokenizer(texts)["input_ids"]]
+    batch = min(_BATCH, len(rows))
+    tokens = np.zeros((math.ceil(len(rows) / batch) * batch, max(map(len, rows))), np.int32)
+    for target, ids in zip(tokens, rows, strict=False):
+        target[: len(ids)] = ids
+    with _loaded(folder / "text_encoder", dtype) as encode:
+        batches = (encode(tokens[i : i + batch]) for i in range(0, len(rows), batch))
+        states = itertools.chain.from_iterable(batches)
+        return [row[prefix : len(ids)].copy() for ids, row in zip(rows, states, strict=False)]
+
+
+def load_tokenizer(folder: epath.PathLike) -> Any:
+    """The Qwen2 tokenizer in `folder`, read from its files alone.
+
+    Raises:
+        CheckpointError: the folder holds no tokenizer.
+    """
+    from transformers import Qwen2Tokenizer
+
+    folder = epath.Path(folder)
+    if not (folder / "tokenizer.json").exists() and not (folder / "vocab.json").exists():
+        raise CheckpointError(
+            f"{folder} holds neither tokenizer.json nor vocab.json; please pass a checkpoint in "
+            "the diffusers folder layout, with its tokenizer/"
+        )
+    return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def prefix_length(tokenizer: Any) -> int:
+    """Tokens of the template before the prompt, as `tokenizer` counts them.
+
+    Warns if they are not 34 with a vocabulary of the real size: then this is another tokenizer than
+    the one the model was trained with.
+
+    Raises:
+        CheckpointError: the tokenizer merges the end of the prefix with a prompt.
+    """
+    prefix = tokenizer.encode(PROMPT_TEMPLATE.partition("{}")[0])
+    whole = tokenizer.encode(PROMPT_TEMPLATE.format(DEFAULT_PROMPT))
+    if whole[: len(prefix)] != prefix:
+        raise CheckpointError(
+            "the tokenizer merges the end of the prompt template with the prompt, so that the "
+            "template cannot be cut off; please use the Qwen2 tokenizer of the checkpoint"
+        )
+    if tokenizer.vocab_size >= _REAL_VOCABULARY and len(prefix) != _REAL_PREFIX:
+        warnings.warn(
+            f"the prompt template has {len(prefix)} tokens before the prompt, but {_REAL_PREFIX} "
+            "with Qwen2.5-VL's tokenizer; please check that tokenizer/ belongs to this checkpoint",
+            stacklevel=2,
+        )
+    return len(prefix)
+
+
+@contextmanager
+def _loaded(folder: epath.Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
+    """The encoder as a function of tokens; its arrays are deleted on leaving."""
+    try:
+        config = TextEncoderConfig.from_dict(read_config(folder))
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
+    model = TextEncoder(config, dtype=dtype, param_dtype=dtype)
+    with TensorFiles(folder) as files:
+        nested = "model.language_model.norm.weight" in files
+    naming = dataclasses.replace(
+        TEXT_ENCODER, prefix="model.language_model." if nested else TEXT_ENCODER.prefix
+    )
+    params = load_params(folder, naming, _abstract(model), _UNUSED)
+    encode = jax.jit(model.apply)
+    try:
+        yield lambda tokens: np.asarray(encode({"params": params}, tokens))
+    finally:
+        for leaf in jax.tree.leaves(params):
+            leaf.delete()
+
+
+def _abstract(model: TextEncoder) -> dict[str, Any]:
+    """Shapes of the parameters, their input features spread over the devices of this process."""
+    width = model.config.hidden_size
+    devices = jax.local_devices()
+    devices = devices[: math.gcd(width, len(devices))]
+    mesh = jax.sharding.Mesh(np.array(devices), ("fsdp",))
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    shardings = nn.logical_to_mesh_sharding(
+        nn.get_partition_spec(abstract), mesh, [("embed", "fsdp")]
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        nn.meta.unbox(abstract),
+        shardings,
+    )
+
+
+def fingerprint(checkpoint: epath.PathLike) -> str:
+    """A hash of what decides a prompt's hidden states: tokenizer, config and weights.
+
+    It depends on content alone, not on times, paths or how weights are split into files. Small
+    tensors enter whole and large ones by their first, middle and last row: retraining changes them,
+    and fifteen gigabytes need not be read.
+
+    Raises:
+        CheckpointError: files are missing or damaged.
+    """
+    folder = epath.Path(checkpoint)
+    digest = hashlib.sha256()
+    texts = [folder / "text_encoder" / "config.json"]
+    if (folder / "tokenizer").exists():
+        texts += sorted((folder / "tokenizer").iterdir())
+    for file in texts:
+        if file.exists() and not file.is_dir():
+            digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    with TensorFiles(folder / "text_encoder") as tensors:
+        for name in sorted(tensors.names()):
+            if not any(part in name for part in _UNUSED):
+                digest.update(f"{name} {tensors.shape(name)}\n".encode())
+                for part in _sampled(tensors, name):
+                    digest.update(part.tobytes())
+    return digest.hexdigest()
+
+
+def _sampled(tensors: TensorFiles, name: str) -> list[np.ndarray]:
+    shape = tensors.shape(name)
+    if math.prod(shape) <= _WHOLE:
+        return [tensors.read(name)]
+    rows = (0, shape[0] // 2, shape[0] - 1)
+    return [tensors.read(name, (slice(row, row + 1),)) for row in rows]
+
+
+class _Cache:
+    """Hidden states on disk, one safetensors file per prompt; float32 holds every dtype exactly."""
+
+    def __init__(self, folder: epath.Path, key: str, dtype: np.dtype):
+        self._folder = folder
+        self._key = key
+        self._dtype = dtype
+
+    def _path(self, prompt: str) -> epath.Path:
+        name = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
+        return self._folder / f"{name}.safetensors"
+
+    def read(self, prompt: str) -> np.ndarray | None:
+        """Hidden states of `prompt`; None if absent, or damaged, which warns."""
+        path = self._path(prompt)
+        if not path.exists():
+            return None
+        try:
+            return load(path.read_bytes())["hidden"].astype(self._dtype)
+        except (SafetensorError, KeyError) as error:
+            warnings.warn(f"{path} is damaged ({error}); encoding {prompt!r} again", stacklevel=4)
+            return None
+
+    def write(self, prompt: str, hidden: np.ndarray) -> None:
+        """Puts a file in place at once, so that no process reads half of it."""
+        path = self._path(prompt)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial = self._folder / f".{uuid.uuid4().hex}.partial"
+        content = save({"hidden": hidden.astype(np.float32)}, {"prompt": prompt})
+        partial.write_bytes(content)
+        partial.replace(path)

@@ -60,8 +60,8 @@ _VISION = {
 def make_tiny_text_encoder(folder: Path | str, seed: int = 0) -> None:
     """Writes `folder/tokenizer` and `folder/text_encoder`, under 1 MB together.
 
-    The same seed gives the same files. Weights are float16 (hidden size 64, two layers, one block of
-    vision tower), scaled so that hidden states have unit mean square.
+    The same seed gives the same files. Weights are float16: hidden size 64, two layers and one
+    block of vision tower. Hidden states have unit mean square.
     """
     folder = Path(folder)
     ids = _write_tokenizer(folder / "tokenizer")
