@@ -1,7 +1,10 @@
 """Scoring of decompositions by a judge. No accelerator framework is imported here."""
 
+from sl_jax.scoring.embedded import EmbeddedConfig, EmbeddedJudge
 from sl_jax.scoring.judge import JudgeConfig, JudgeWorker, TwoStageJudge
 from sl_jax.scoring.request import RenderConfig
+from sl_jax.scoring.rewards import Reward, Rewards
+from sl_jax.scoring.stats import JudgeStats, summarize
 from sl_jax.scoring.types import (
     CRITERIA,
     Answer,
@@ -20,6 +23,8 @@ __all__ = [
     "CRITERIA",
     "Answer",
     "BrokenAnswerError",
+    "EmbeddedConfig",
+    "EmbeddedJudge",
     "Endpoint",
     "Failure",
     "Group",
@@ -27,9 +32,13 @@ __all__ = [
     "JudgeConfig",
     "JudgeError",
     "JudgeRequest",
+    "JudgeStats",
     "JudgeWorker",
     "PermanentJudgeError",
     "RenderConfig",
+    "Reward",
+    "Rewards",
     "TransientJudgeError",
     "TwoStageJudge",
+    "summarize",
 ]

@@ -1,0 +1,111 @@
+"""Rewards beyond the judge."""
+
+import numpy as np
+import pytest
+
+from sl_jax import imaging
+from sl_jax.scoring import Group, GroupScores, Rewards, cases
+
+
+def _group() -> Group:
+    """The truth, all blank over the right background, and noise that recomposes to nothing."""
+    clean = cases.design(32)
+    noise = np.random.default_rng(0).integers(0, 256, clean.shape, np.uint8)
+    return Group(
+        "g", imaging.recompose(clean), (clean, cases.all_in_background(clean), noise, clean)
+    )
+
+
+def _judged(reward=(0.9, 0.8, 0.7, 0.6), valid=(True, True, True, False)) -> GroupScores:
+    valid = np.array(valid)
+    reward = np.where(valid, reward, np.nan)
+    count = len(reward)
+    return GroupScores(
+        group_id="g",
+        criteria=np.full((count, 5), 0.5),
+        stage1=reward,
+        stage2=reward,
+        reward=reward,
+        valid=valid,
+        two_stage=True,
+        reasons=((),) * count,
+        failures=(None,) * count,
+        grid_failure=None,
+        capped=np.zeros(count, bool),
+        grid_scores=reward[None],
+        permutations=np.arange(count)[None],
+    )
+
+
+def half(group, scores):
+    """A user's reward."""
+    return np.full(len(group.candidates), 0.5)
+
+
+def undecided(group, scores):
+    """A user's reward that cannot say anything of the first candidate."""
+    return np.array([np.nan, 1, 1, 1])
+
+
+class Least:
+    """A user's veto with an option."""
+
+    caps = True
+
+    def __init__(self, cap=0.3):
+        self.cap = cap
+
+    def __call__(self, group, scores):
+        return np.full(len(group.candidates), self.cap)
+
+
+def test_by_default_vetoes_cap_the_judge():
+    scores = Rewards()(_group(), _judged())
+    np.testing.assert_allclose(scores.reward, [0.9, 0.05, 0.1, np.nan])
+    np.testing.assert_array_equal(scores.capped, [False, True, True, False])
+    np.testing.assert_array_equal(scores.valid, [True, True, True, False])
+
+
+def test_the_recomposition_veto_tightens_with_the_error():
+    group = _group()
+    rewards = []
+    for shift in (0, 15, 30, 45):
+        moved = group.candidates[0].copy()
+        moved[0, ..., :3] = np.maximum(moved[0, ..., :3].astype(int) - shift, 0)
+        one = Group("g", group.source, (moved,))
+        scores = Rewards()(one, _judged((0.95,), (True,)))
+        rewards.append(scores.reward[0])
+    assert rewards[0] == rewards[1] == 0.95
+    assert rewards[1] > rewards[2] > rewards[3] >= 0.1
+
+
+def test_rewards_are_weighted_and_found_by_path():
+    rewards = Rewards([("judge", 2.0), (f"{__name__}.half", 1.0)])
+    np.testing.assert_allclose(rewards(_group(), _judged()).reward[:3], [2.3, 2.1, 1.9])
+    capped = Rewards([("judge", 1.0), (f"{__name__}.Least", 0.5, {"cap": 0.6})])
+    np.testing.assert_allclose(capped(_group(), _judged()).reward[:3], [0.75, 0.7, 0.65])
+
+
+def test_a_reward_that_is_not_a_number_makes_the_candidate_invalid():
+    scores = Rewards([("judge", 1.0), (f"{__name__}.undecided", 1.0)])(_group(), _judged())
+    np.testing.assert_array_equal(scores.valid, [False, True, True, False])
+    assert np.isnan(scores.reward[0])
+
+
+def test_wrong_lists_are_refused():
+    for wrong in (
+        [("nothing", 1.0)],
+        [("sl_jax.scoring.nothing", 1.0)],
+        [("all_blank_veto", 1.0)],
+        [("judge", 1.0), ("all_blank_veto", 2.0)],
+        [(f"{__name__}.half", 1.0, {"x": 1})],
+    ):
+        with pytest.raises(ValueError, match="please"):
+            Rewards(wrong)
+    with pytest.raises(ValueError, match="one number per candidate"):
+        Rewards([(f"{__name__}.short", 1.0)])(_group(), _judged())
+
+
+def short(group, scores):
+    """A wrong reward."""
+    return np.zeros(1)
