@@ -231,7 +231,7 @@ class Stage:
             step = state.step.astype(jnp.float32)
             decay = jnp.minimum(self._config.ema, (1 + step) / (10 + step))
             ema = optax.incremental_update(trained, state.ema, 1 - decay)
-            metrics |= {"gradient_norm": optax.global_norm(gradients)}
+            metrics |= {"gradient_norm": optax.tree.norm(gradients)}
             return StageState(state.step + 1, trained, ema, optimizer), metrics
 
         return update

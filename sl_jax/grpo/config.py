@@ -1,0 +1,337 @@
+"""The typed configuration of a run; everything wrong with one is said before anything loads."""
+
+import dataclasses
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from sl_jax.checkpoints.pipeline import ComputeConfig
+from sl_jax.data.buckets import make_buckets
+from sl_jax.flow.dynamics import Dynamics
+from sl_jax.flow.sampler import OdeMethod, validate_window
+from sl_jax.flow.schedule import sigma_grid
+from sl_jax.grpo.objective import ObjectiveConfig
+from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig
+from sl_jax.parallel.mesh import MeshConfig
+from sl_jax.training.optimizer import OptimizerConfig
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message lists each field, its value and the fix."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures to train on.
+
+    Attributes:
+        path: folder of pictures.
+        eval_data: folder of held-out pictures; empty to hold out `eval_fraction` of `path`.
+        eval_fraction: share of the pictures held out, by content hash.
+        buckets: (height, width) in pixels, multiples of 16; each picture is stretched to the
+            nearest by aspect ratio.
+        layers: numbers of layers L that a step may have.
+        prompt: for pictures without a caption; `captions` false uses it for all.
+        captions: use the captions beside the pictures.
+        max_text_tokens: longer prompts are cut.
+    """
+
+    path: str = ""
+    eval_data: str = ""
+    eval_fraction: float = 0.05
+    buckets: tuple[tuple[int, int], ...] = ((640, 640),)
+    layers: tuple[int, ...] = (3, 4)
+    prompt: str = "a clean, well composed image"
+    captions: bool = True
+    max_text_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How candidates are sampled.
+
+    Attributes:
+        groups: pictures per epoch.
+        batch_groups: pictures that are rolled out together.
+        group_size: candidates per picture, at least 2.
+        steps: sampling steps.
+        shift: μ of the σ grid; None takes the checkpoint's own rule.
+        dynamics, noise_level: of the stochastic steps, see `flow.dynamics`.
+        window_size, window_range: how many steps are stochastic and trained, and the half-open
+            range they lie in; the start is drawn per epoch.
+        group_noise: whether the candidates of a group share the initial noise, and with it the
+            prefix before the window.
+        ode_method: of the other steps.
+    """
+
+    groups: int = 32
+    batch_groups: int = 8
+    group_size: int = 8
+    steps: int = 10
+    shift: float | None = None
+    dynamics: Dynamics = "flow_sde"
+    noise_level: float = 1.2
+    window_size: int = 2
+    window_range: tuple[int, int] = (0, 5)
+    group_noise: Literal["shared", "independent"] = "shared"
+    ode_method: OdeMethod = "euler"
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    """From rewards to advantages, see `grpo.advantages`.
+
+    Attributes:
+        scale: divide by the "group" std, the "batch" std, or by nothing ("none").
+        std_floor: least divisor, from the judge's measured noise.
+    """
+
+    scale: Literal["group", "batch", "none"] = "group"
+    std_floor: float = 0.01
+
+
+@dataclass(frozen=True)
+class LearnerConfig:
+    """How the adapter is updated.
+
+    Attributes:
+        updates: per epoch; the epoch's pictures are split among them.
+        micro_batch: samples per forward and backward pass, over all devices.
+        ema: decay per update of the average that is exported and evaluated.
+        reference: of the KL term: the base without adapter, or the adapter at the start.
+    """
+
+    updates: int = 2
+    micro_batch: int = 8
+    ema: float = 0.9
+    reference: Literal["base", "init"] = "base"
+
+
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Who judges, and how.
+
+    Attributes:
+        endpoint: "embedded" computes scores from the rendered pictures, in process.
+        two_stage, stage2_weight, grids: see `scoring.judge.JudgeConfig`.
+        weights: one per criterion.
+        concurrency: groups in flight.
+        min_valid: least share of valid candidates for an update.
+    """
+
+    endpoint: str = "embedded"
+    two_stage: bool = True
+    stage2_weight: float = 0.7
+    grids: int = 1
+    weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    concurrency: int = 8
+    min_valid: float = 0.5
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Evaluation on held-out pictures with the averaged adapter.
+
+    Attributes:
+        every: epochs between evaluations; the first comes before training.
+        pictures: how many; those of the report are among them.
+        shown: pictures in the report.
+        steps, method: sampler.
+        batch: pictures sampled together.
+        seed: of the initial noise, the same at every evaluation.
+    """
+
+    every: int = 10
+    pictures: int = 32
+    shown: int = 8
+    steps: int = 50
+    method: OdeMethod = "heun"
+    batch: int = 8
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Epochs between checkpoints, and how many are kept."""
+
+    every: int = 5
+    keep: int = 3
+
+
+@dataclass(frozen=True)
+class GrpoConfig:
+    """A whole run. `configs/grpo.py` documents where each default comes from."""
+
+    workdir: str
+    model: str
+    epochs: int
+    seed: int = 0
+    init_adapter: str = ""
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    advantage: AdvantageConfig = field(default_factory=AdvantageConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    lora: LoRAConfig = field(default_factory=lambda: LoRAConfig(targets=DEFAULT_TARGETS))
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(3e-4))
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    judge: JudgeSettings = field(default_factory=JudgeSettings)
+    rewards: tuple[tuple[str, float], ...] = (("judge", 1.0),)
+    recomposition_bound: float = 0.1
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+
+
+def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
+    """Builds and checks the configuration of a run on `devices` devices.
+
+    Raises:
+        ConfigError: lists every field that is unknown, missing or out of range.
+    """
+    problems: list[str] = []
+    built = _build(GrpoConfig, config, "config", problems)
+    if built is not None:
+        problems += _problems(built, devices)
+    if problems:
+        raise ConfigError("this configuration cannot run:\n  " + "\n  ".join(problems))
+    return built
+
+
+def _build(cls: type, given: Mapping[str, Any], path: str, problems: list[str]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    types = typing.get_type_hints(cls)
+    before = len(problems)
+    problems += [
+        f"{path}.{name} is unknown; known fields are {', '.join(sorted(fields))}"
+        for name in sorted(set(given) - set(fields))
+    ]
+    values: dict[str, Any] = {}
+    for name, entry in fields.items():
+        if name not in given:
+            if entry.default is entry.default_factory is dataclasses.MISSING:
+                problems.append(f"{path}.{name} is missing")
+        elif dataclasses.is_dataclass(types[name]):
+            values[name] = _build(types[name], given[name], f"{path}.{name}", problems)
+        else:
+            values[name] = _checked(given[name], types[name], f"{path}.{name}", problems)
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(f"{path}: {error}")
+        return None
+
+
+def _checked(value: Any, kind: Any, path: str, problems: list[str]) -> Any:
+    value = _tuples(value)
+    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
+        choices = ", ".join(map(repr, typing.get_args(kind)))
+        problems.append(f"{path} is {value!r}; please use one of {choices}")
+    elif kind is int and (isinstance(value, bool) or not isinstance(value, int)):
+        problems.append(f"{path} is {value!r}; please give a whole number")
+    elif kind is float and not isinstance(value, int | float):
+        problems.append(f"{path} is {value!r}; please give a number")
+    elif kind in (str, bool) and not isinstance(value, kind):
+        problems.append(f"{path} is {value!r}; please give a {kind.__name__}")
+    return value
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _problems(config: GrpoConfig, devices: int) -> Iterator[str]:
+    yield from _positive(config)
+    rollout, learner = config.rollout, config.learner
+    if rollout.group_size < 2:
+        yield (
+            f"config.rollout.group_size is {rollout.group_size}; candidates are compared within "
+            "their group, so please use at least 2"
+        )
+    if rollout.groups % (rollout.batch_groups * learner.updates):
+        yield (
+            f"config.rollout.groups is {rollout.groups}; please use a multiple of batch_groups × "
+            f"updates = {rollout.batch_groups} × {learner.updates}"
+        )
+    yield from _window_problems(rollout)
+    yield from _data_problems(config.data)
+    yield from _mesh_problems(config, devices)
+
+
+def _positive(config: GrpoConfig) -> Iterator[str]:
+    counts = {
+        "epochs": config.epochs,
+        "rollout.groups": config.rollout.groups,
+        "rollout.batch_groups": config.rollout.batch_groups,
+        "rollout.steps": config.rollout.steps,
+        "learner.updates": config.learner.updates,
+        "learner.micro_batch": config.learner.micro_batch,
+        "judge.grids": config.judge.grids,
+        "judge.concurrency": config.judge.concurrency,
+        "evaluation.every": config.evaluation.every,
+        "evaluation.pictures": config.evaluation.pictures,
+        "evaluation.steps": config.evaluation.steps,
+        "evaluation.batch": config.evaluation.batch,
+        "checkpoint.every": config.checkpoint.every,
+        "checkpoint.keep": config.checkpoint.keep,
+        "lora.rank": config.lora.rank,
+    }
+    for name, value in counts.items():
+        if value < 1:
+            yield f"config.{name} is {value}; please use at least 1"
+
+
+def _window_problems(rollout: RolloutConfig) -> Iterator[str]:
+    if rollout.steps < 1:
+        return
+    try:
+        validate_window(
+            rollout.dynamics,
+            sigma_grid(rollout.steps, rollout.shift or 1.0),
+            window_range=rollout.window_range,
+            window_size=rollout.window_size,
+            noise_level=rollout.noise_level,
+        )
+    except ValueError as error:
+        yield f"config.rollout.window_range {rollout.window_range}: {error}"
+
+
+def _data_problems(data: DataConfig) -> Iterator[str]:
+    try:
+        make_buckets(data.buckets, "config.data.buckets")
+    except ValueError as error:
+        yield str(error)
+    if not data.path:
+        yield "config.data.path is empty; please give a folder of pictures"
+    if not data.layers or min(data.layers) < 1:
+        yield f"config.data.layers is {data.layers}; please give numbers of layers from 1 up"
+    if not 0 <= data.eval_fraction < 1:
+        yield f"config.data.eval_fraction is {data.eval_fraction}; please choose it in [0, 1)"
+
+
+def _mesh_problems(config: GrpoConfig, devices: int) -> Iterator[str]:
+    try:
+        data, fsdp, *_ = config.mesh.shape(devices)
+    except ValueError as error:
+        yield f"config.mesh: {error}"
+        return
+    shards = data * fsdp
+    samples = config.rollout.batch_groups * config.rollout.group_size
+    for name, value in (
+        ("rollout.batch_groups", config.rollout.batch_groups),
+        ("learner.micro_batch", config.learner.micro_batch),
+        ("evaluation.batch", config.evaluation.batch),
+    ):
+        if value % shards:
+            yield (
+                f"config.{name} is {value}; please use a multiple of data × fsdp = {shards}, the "
+                f"number of parts that a batch is split into on {devices} devices"
+            )
+    if config.learner.micro_batch > 0 and samples % config.learner.micro_batch:
+        yield (
+            f"config.learner.micro_batch is {config.learner.micro_batch}; please use a divisor of "
+            f"batch_groups × group_size = {samples}"
+        )

@@ -1,0 +1,316 @@
+"""The update of the adapter, from the stored steps of a rollout.
+
+Forward and backward are compiled apart; the vjp travels between them as a pytree. Velocities of the
+old and of the current adapter therefore come from one executable, and where the two adapters are
+equal, so are the velocities, to the last bit, in any dtype and on any mesh.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from sl_jax.checkpoints.pipeline import Pipeline
+from sl_jax.flow.dynamics import StepCoefficients, step_coefficients
+from sl_jax.grpo.config import LearnerConfig, RolloutConfig
+from sl_jax.grpo.objective import (
+    Mismatch,
+    ObjectiveConfig,
+    ObjectiveMetrics,
+    policy_objective,
+    rollout_mismatch,
+)
+from sl_jax.grpo.rollout import Candidates
+from sl_jax.inference.sampling import Condition, modulation_table, velocity_function
+from sl_jax.models.lora import Adapter
+from sl_jax.models.rope import LatentGrid
+from sl_jax.parallel.mesh import Layout, batch_shards
+from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+
+class Scored(NamedTuple):
+    """A rollout batch with what its samples are worth.
+
+    Attributes:
+        candidates: the rollout.
+        sigmas: its σ grid.
+        advantage: per sample.
+        weight: per sample, normalised over the whole update.
+        grid: static shape.
+    """
+
+    candidates: Candidates
+    sigmas: Float[Array, " steps_1"]
+    advantage: Float[np.ndarray, " b"]
+    weight: Float[np.ndarray, " b"]
+    grid: LatentGrid
+
+
+class Step(NamedTuple):
+    """One window step of a micro-batch."""
+
+    x: Float[Array, "m n c"]
+    x_next: Float[Array, "m n c"]
+    mean: Float[Array, "m n c"]
+    index: Int[Array, ""]
+    condition: Condition
+    advantage: Float[Array, " m"]
+    weight: Float[Array, " m"]
+
+
+class StepReport(NamedTuple):
+    """What one (micro-batch, window step) did.
+
+    Attributes:
+        index: position of the step in the σ grid.
+        objective, mismatch: per sample.
+        weight: per sample, as used in the loss.
+        gradient_norm: of this micro-batch alone.
+    """
+
+    index: Array
+    objective: ObjectiveMetrics
+    mismatch: Mismatch
+    weight: Array
+    gradient_norm: Array
+
+
+@struct.dataclass
+class LearnerState:
+    """What training changes: one pytree, checkpointed whole.
+
+    Attributes:
+        adapter: current policy.
+        ema: average of the adapter's weights, which is evaluated and exported.
+        initial: the adapter that training started from.
+        optimizer: of optax.
+        updates: applied updates.
+        skipped: updates that were not finite and left everything as it was.
+    """
+
+    adapter: Adapter
+    ema: Adapter
+    initial: Adapter
+    optimizer: optax.OptState
+    updates: Array
+    skipped: Array
+
+
+class Learner:
+    """Updates the adapter by the clipped objective of `grpo.objective`."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        rollout: RolloutConfig,
+        objective: ObjectiveConfig,
+        optimizer: OptimizerConfig,
+        config: LearnerConfig,
+        layout: Layout,
+    ):
+        self._pipeline = pipeline
+        self._rollout = rollout
+        self._objective = objective
+        self._config = config
+        self._layout = layout
+        self._optimizer = make_optimizer(optimizer)
+        self._forward = jax.jit(self._velocity, static_argnames="grid")
+        self._backward = jax.jit(self._gradient, donate_argnums=0)
+        self._select = jax.jit(self._micro_batch, static_argnames="size")
+        self._apply = jax.jit(self._update, donate_argnums=0)
+
+    def start(self, adapter: Adapter) -> LearnerState:
+        """The state before training; it holds copies, so that updates may donate it."""
+        copy = partial(jax.tree.map, jnp.copy)
+        optimizer = self._optimizer.init(adapter.lora)
+        counters = (jnp.zeros((), jnp.int32) for _ in range(2))
+        return LearnerState(copy(adapter), copy(adapter), copy(adapter), optimizer, *counters)
+
+    def update(
+        self, state: LearnerState, batches: Sequence[Scored], old: Adapter, first: bool
+    ) -> tuple[LearnerState, list[StepReport]]:
+        """One optimizer step over all samples and window steps of `batches`.
+
+        Args:
+            state: donated.
+            batches: rollout batches whose weights sum to 1 together.
+            old: the adapter that rolled them out.
+            first: whether `state.adapter` still equals `old`; its velocities are then reused.
+        """
+        gradient = jax.tree.map(jnp.zeros_like, state.adapter.lora)
+        reports = []
+        for batch in batches:
+            for step in self._steps(batch):
+                gradient, report = self._accumulate(state, batch, step, old, first, gradient)
+                reports.append(report)
+        return self._apply(state, gradient), reports
+
+    def velocity(
+        self, adapter: Adapter, step: Step, sigmas: Float[Array, " steps_1"], grid: LatentGrid
+    ) -> tuple[Float[Array, "m n c"], Any]:
+        """Velocity of one micro-batch, and its vjp with respect to the adapter's weights."""
+        return self._forward(
+            adapter.lora,
+            adapter.lora_scale,
+            self._pipeline.params,
+            step.x,
+            step.index,
+            step.condition,
+            sigmas,
+            grid=grid,
+        )
+
+    def _accumulate(
+        self,
+        state: LearnerState,
+        batch: Scored,
+        step: Step,
+        old: Adapter,
+        first: bool,
+        gradient: Any,
+    ) -> tuple[Any, StepReport]:
+        reference = None
+        if self._objective.kl_weight:
+            reference, _ = self.velocity(self._reference(state), step, batch.sigmas, batch.grid)
+        previous = None if first else self.velocity(old, step, batch.sigmas, batch.grid)[0]
+        velocity, vjp = self.velocity(state.adapter, step, batch.sigmas, batch.grid)
+        return self._backward(
+            gradient,
+            vjp,
+            velocity,
+            velocity if previous is None else previous,
+            reference,
+            step,
+            batch.sigmas,
+        )
+
+    def _reference(self, state: LearnerState) -> Adapter:
+        if self._config.reference == "init":
+            return state.initial
+        # b = 0 adds exactly nothing, in the same executable.
+        return state.adapter.replace(lora=jax.tree.map(jnp.zeros_like, state.adapter.lora))
+
+    def _steps(self, batch: Scored) -> list[Step]:
+        """Every micro-batch of every window step."""
+        size = self._config.micro_batch
+        samples = len(batch.advantage)
+        window = batch.candidates.window
+        steps = len(window.index)
+        advantage, weight = (
+            jnp.asarray(values, jnp.float32) for values in (batch.advantage, batch.weight / steps)
+        )
+        per_sample = (batch.candidates.condition, advantage, weight)
+        return [
+            self._select(window, per_sample, jnp.int32(number), jnp.int32(part), size=size)
+            for number in range(steps)
+            for part in range(samples // size)
+        ]
+
+    def _micro_batch(
+        self, window: Any, per_sample: Any, number: Array, part: Array, *, size: int
+    ) -> Step:
+        """Samples `part` of window step `number`, taken evenly from every shard of the batch."""
+        shards = batch_shards(self._layout.mesh)
+
+        def chosen(x: Array) -> Array:
+            parts = x.reshape(shards, -1, size // shards, *x.shape[1:])
+            return self._layout(
+                parts[:, part].reshape(size, *x.shape[1:]), ("batch", *(None,) * (x.ndim - 1))
+            )
+
+        condition, advantage, weight = jax.tree.map(chosen, per_sample)
+        x, x_next, mean = (
+            chosen(field[number]) for field in (window.x, window.x_next, window.mean)
+        )
+        return Step(x, x_next, mean, window.index[number], condition, advantage, weight)
+
+    def _velocity(
+        self,
+        lora: Any,
+        lora_scale: Any,
+        params: Any,
+        x: Array,
+        index: Array,
+        condition: Condition,
+        sigmas: Array,
+        *,
+        grid: LatentGrid,
+    ) -> tuple[Array, Any]:
+        model = self._pipeline.model
+
+        def forward(trained: Any) -> Array:
+            variables = Adapter(trained, lora_scale).variables()
+            now = jax.lax.dynamic_slice_in_dim(sigmas, index, 2)
+            table = modulation_table(model, params, variables, now)
+            velocity = velocity_function(model, params, variables, condition, table, grid)
+            return velocity(x, jnp.int32(0))
+
+        return jax.vjp(forward, lora)
+
+    def _gradient(
+        self,
+        gradient: Any,
+        vjp: Any,
+        velocity: Array,
+        velocity_old: Array,
+        velocity_reference: Array | None,
+        step: Step,
+        sigmas: Array,
+    ) -> tuple[Any, StepReport]:
+        coefficients = self._coefficients(sigmas, step.index)
+
+        def loss(v: Array) -> tuple[Array, ObjectiveMetrics]:
+            return policy_objective(
+                v,
+                velocity_old=velocity_old,
+                x=step.x,
+                x_next=step.x_next,
+                coefficients=coefficients,
+                advantage=step.advantage,
+                weight=step.weight,
+                config=self._objective,
+                velocity_reference=velocity_reference,
+            )
+
+        cotangent, metrics = jax.grad(loss, has_aux=True)(velocity)
+        (here,) = vjp(cotangent)
+        mismatch = rollout_mismatch(
+            self._objective.ratio,
+            step.mean,
+            velocity_old=velocity_old,
+            x=step.x,
+            x_next=step.x_next,
+            coefficients=coefficients,
+        )
+        report = StepReport(step.index, metrics, mismatch, step.weight, optax.tree.norm(here))
+        return jax.tree.map(jnp.add, gradient, here), report
+
+    def _coefficients(self, sigmas: Array, index: Array) -> StepCoefficients:
+        rollout = self._rollout
+        return step_coefficients(
+            rollout.dynamics, sigmas[index], sigmas[index + 1], sigmas[1], rollout.noise_level
+        )
+
+    def _update(self, state: LearnerState, gradient: Any) -> LearnerState:
+        finite = jnp.isfinite(optax.tree.norm(gradient))
+        lora = state.adapter.lora
+        updates, optimizer = self._optimizer.update(gradient, state.optimizer, lora)
+        trained = optax.apply_updates(lora, updates)
+        ema = optax.incremental_update(trained, state.ema.lora, 1 - self._config.ema)
+
+        def kept(changed: Any, before: Any) -> Any:
+            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), changed, before)
+
+        return state.replace(
+            adapter=state.adapter.replace(lora=kept(trained, lora)),
+            ema=state.ema.replace(lora=kept(ema, state.ema.lora)),
+            optimizer=kept(optimizer, state.optimizer),
+            updates=state.updates + finite.astype(jnp.int32),
+            skipped=state.skipped + (~finite).astype(jnp.int32),
+        )

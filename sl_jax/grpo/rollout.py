@@ -1,0 +1,143 @@
+"""Sampling candidates: from pictures to final latents, with the trained steps kept."""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from sl_jax.checkpoints.pipeline import Pipeline
+from sl_jax.flow import sampler
+from sl_jax.grpo.config import RolloutConfig
+from sl_jax.inference.sampling import (
+    Condition,
+    decode_layers,
+    modulation_table,
+    picture_latents,
+    velocity_function,
+)
+from sl_jax.models.lora import Adapter
+from sl_jax.models.rope import LatentGrid
+from sl_jax.parallel.mesh import Layout
+
+
+class Pictures(NamedTuple):
+    """The groups of one rollout batch.
+
+    Attributes:
+        pixels: source pictures.
+        text, text_lengths: prompts, see `Condition`.
+        keys: one random key per group, independent of batch and devices.
+    """
+
+    pixels: UInt8[Array, "n h w 3"]
+    text: Float[Array, "n s e"]
+    text_lengths: Int[Array, " n"] | None
+    keys: PRNGKeyArray
+
+
+class Candidates(NamedTuple):
+    """A finished rollout of n groups with G candidates each, B = n·G samples in group order.
+
+    Attributes:
+        latents: x₀ of all frames.
+        window: the stochastic steps.
+        condition: of every sample.
+    """
+
+    latents: Float[Array, "b n c"]
+    window: sampler.WindowSteps
+    condition: Condition
+
+
+class Rollout:
+    """The compiled rollout: one program per bucket and number of layers, for any window position.
+
+    Sampled noise depends on each group's key and the candidate's number alone.
+    """
+
+    def __init__(self, pipeline: Pipeline, config: RolloutConfig, layout: Layout):
+        self._pipeline = pipeline
+        self._config = config
+        self._layout = layout
+        self._sample = jax.jit(self._program, static_argnames="grid")
+        self._decode = jax.jit(partial(decode_layers, pipeline.vae), static_argnames="grid")
+
+    def sigmas(self, grid: LatentGrid) -> Float[Array, " steps_1"]:
+        """The σ grid of a bucket."""
+        config = self._config
+        return jnp.asarray(
+            self._pipeline.scheduler.sigmas(config.steps, grid.frame_tokens, config.shift)
+        )
+
+    def __call__(
+        self, adapter: Adapter, pictures: Pictures, window_start: int, grid: LatentGrid
+    ) -> Candidates:
+        """Samples `group_size` candidates of every picture."""
+        return self._sample(
+            self._pipeline.params,
+            self._pipeline.vae_params,
+            adapter,
+            pictures,
+            self.sigmas(grid),
+            jnp.int32(window_start),
+            grid=grid,
+        )
+
+    def decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> UInt8[Array, "b l h w 4"]:
+        """Layers of every sample, back to front."""
+        return self._decode(self._pipeline.vae_params, latents, grid=grid)
+
+    def _program(
+        self,
+        params: Any,
+        vae_params: Any,
+        adapter: Adapter,
+        pictures: Pictures,
+        sigmas: Float[Array, " steps_1"],
+        window_start: Int[Array, ""],
+        *,
+        grid: LatentGrid,
+    ) -> Candidates:
+        config, model, vae = self._config, self._pipeline.model, self._pipeline.vae
+        variables = adapter.variables()
+        table = modulation_table(model, params, variables, sigmas)
+        groups = Condition(
+            picture_latents(vae, vae_params, pictures.pixels),
+            pictures.text,
+            pictures.text_lengths,
+        )
+        samples = groups.repeat(config.group_size)
+        keys = jax.vmap(lambda key: _candidate_keys(key, config.group_size))(pictures.keys).ravel()
+        shared = config.group_noise == "shared"
+        noise = sampler.initial_noise(
+            pictures.keys if shared else keys, grid.generated_tokens, samples.picture.shape[-1]
+        )
+        velocity = partial(velocity_function, model, params, variables, table=table, grid=grid)
+        x = sampler.rollout_prefix(
+            velocity(groups if shared else samples),
+            self._spread(noise),
+            sigmas,
+            window_start=window_start,
+            ode_method=config.ode_method,
+        )
+        trajectory = sampler.rollout_window(
+            velocity(samples),
+            self._spread(jnp.repeat(x, config.group_size, axis=0) if shared else x),
+            sigmas,
+            dynamics=config.dynamics,
+            noise_level=config.noise_level,
+            window_start=window_start,
+            window_size=config.window_size,
+            keys=keys,
+            ode_method=config.ode_method,
+        )
+        return Candidates(trajectory.final, trajectory.window, samples)
+
+    def _spread(self, x: Array) -> Array:
+        return self._layout(x, ("batch", None, None))
+
+
+def _candidate_keys(key: PRNGKeyArray, count: int) -> PRNGKeyArray:
+    return jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(count))

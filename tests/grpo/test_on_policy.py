@@ -1,0 +1,81 @@
+"""Before the first update the learner's old and new velocities are equal to the last bit."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline
+from sl_jax.grpo.config import LearnerConfig, RolloutConfig
+from sl_jax.grpo.learner import Learner, Scored
+from sl_jax.grpo.objective import ObjectiveConfig
+from sl_jax.grpo.rollout import Pictures, Rollout
+from sl_jax.models.lora import LoRAConfig, init_adapter
+from sl_jax.models.rope import LatentGrid
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.training.optimizer import OptimizerConfig
+
+GRID = LatentGrid(2, 2, 1)
+ROLLOUT = RolloutConfig(
+    groups=8, batch_groups=8, group_size=4, steps=4, window_range=(0, 3), noise_level=0.7
+)
+
+
+def _setting(folder, mesh, dtype, micro_batch, updates=1):
+    devices = jax.devices()[: np.prod([s for s in mesh.values()])]
+    layout = Layout(make_mesh(MeshConfig(**mesh), devices))
+    pipeline = load_pipeline(folder, ComputeConfig(dtype=dtype), layout)
+    learner = Learner(
+        pipeline,
+        ROLLOUT,
+        ObjectiveConfig(),
+        OptimizerConfig(1e-3),
+        LearnerConfig(updates=updates, micro_batch=micro_batch),
+        layout,
+    )
+    return pipeline, Rollout(pipeline, ROLLOUT, layout), learner
+
+
+def _pictures(groups=8):
+    rng = np.random.default_rng(0)
+    keys = jax.vmap(jax.random.key)(jnp.arange(groups))
+    pixels = rng.integers(0, 256, (groups, 32, 16, 3), np.uint8)
+    text = rng.normal(size=(groups, 5, 64)).astype(np.float32)
+    return Pictures(jnp.asarray(pixels), jnp.asarray(text), jnp.full(groups, 4), keys)
+
+
+def _adapter(pipeline):
+    """An adapter whose update is not zero."""
+    adapter = init_adapter(jax.random.key(3), pipeline.params, LoRAConfig(4, 8.0))
+    lora = jax.tree.map(
+        lambda x: x + 0.02 * jax.random.normal(jax.random.key(4), x.shape), adapter.lora
+    )
+    return adapter.replace(lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "dtype", "micro_batch"),
+    [
+        ({"data": 1, "fsdp": 1}, "bfloat16", 2),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8),
+    ],
+)
+def test_delta_is_zero_bitwise_before_the_first_update(random_checkpoint, mesh, dtype, micro_batch):
+    pipeline, rollout, learner = _setting(random_checkpoint, mesh, dtype, micro_batch)
+    adapter = _adapter(pipeline)
+    candidates = rollout(adapter, _pictures(), 1, GRID)
+    samples = len(candidates.latents)
+    advantage = np.resize([1.0, -1.0], samples)
+    scored = Scored(
+        candidates, rollout.sigmas(GRID), advantage, np.full(samples, 1 / samples), GRID
+    )
+    old = jax.tree.map(jnp.copy, adapter)
+    # Not told that it is the first update, the learner computes both velocities.
+    state, reports = learner.update(learner.start(adapter), [scored], old, first=False)
+    for report in reports:
+        assert not np.any(report.objective.log_ratio)
+        assert not np.any(report.objective.kl_old)
+    # After an update they differ, and it shows.
+    _, reports = learner.update(state, [scored], old, first=False)
+    assert all(np.all(report.objective.log_ratio != 0) for report in reports)
+    assert all(np.all(report.mismatch.distance < 0.1) for report in reports)
