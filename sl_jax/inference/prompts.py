@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,6 +27,7 @@ from safetensors.numpy import load, save
 from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, load_params, read_config
 from sl_jax.checkpoints.naming import TEXT_ENCODER
 from sl_jax.models.text_encoder import TextEncoder, TextEncoderConfig
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
 PROMPT_TEMPLATE = (
     "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
@@ -195,20 +195,9 @@ def _loaded(folder: epath.Path, dtype: np.dtype) -> Iterator[Callable[[np.ndarra
 
 def _abstract(model: TextEncoder) -> dict[str, Any]:
     """Shapes of the parameters, their input features spread over the devices of this process."""
-    width = model.config.hidden_size
-    devices = jax.local_devices()
-    devices = devices[: math.gcd(width, len(devices))]
-    mesh = jax.sharding.Mesh(np.array(devices), ("fsdp",))
+    layout = Layout(make_mesh(MeshConfig(), jax.local_devices()))
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    abstract = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
-    shardings = nn.logical_to_mesh_sharding(
-        nn.get_partition_spec(abstract), mesh, [("embed", "fsdp")]
-    )
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        nn.meta.unbox(abstract),
-        shardings,
-    )
+    return layout.abstract(jax.eval_shape(model.init, jax.random.key(0), tokens)["params"])
 
 
 def fingerprint(checkpoint: epath.PathLike) -> str:
