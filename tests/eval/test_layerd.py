@@ -160,6 +160,19 @@ def test_a_split_object_is_merged_back():
     assert layerd_scores(reference, predicted)[-1].cost == 0.0
 
 
+def test_the_reference_is_merged_when_both_sides_gain_the_same():
+    # The reference is the prediction with red and green exchanged, so both sides gain alike.
+    predicted = np.stack([row((255, 255, 0, 255)), row(RED), row(BLACK)])
+    reference = np.stack([row((255, 255, 0, 255)), row(GREEN), row(BLACK)])
+    before, after = layerd_scores(predicted, reference)
+    # Red against green differs in two of three channels: rgb_l1 = 2/3, once in three pairs.
+    assert before.rgb_l1 == pytest.approx(2 / 3 / 3, abs=1e-7)
+    # Three predictions face two references: yellow, and black over green, which is black. Red is
+    # one channel away from yellow.
+    assert after.path == ((0, 0), (1, 0), (2, 1))
+    assert after.rgb_l1 == pytest.approx(1 / 3 / 3, abs=1e-7)
+
+
 def test_two_layers_are_never_merged():
     predicted = np.stack([row(RED, RED), row(CLEAR, GREEN)])
     reference = np.stack([row(RED, GREEN)])
