@@ -6,6 +6,7 @@ shape. Distances give antialiased edges, soft shadows and rims alike without a b
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -124,5 +125,125 @@ def arch(draws: Draws) -> Shape:
     def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         walls = np.maximum(np.abs(x) - width, y - 0.78)
         return np.where(y < middle, length(x, y - middle) - width, walls)
+
+    return distance
+
+
+def cross(draws: Draws) -> Shape:
+    """A plus sign."""
+    width = draws.uniform(0.27, 0.4)
+    return lambda x, y: np.minimum(box(x, y, 0.9, width), box(x, y, width, 0.9))
+
+
+def crescent(draws: Draws) -> Shape:
+    """A disc with a bite taken by another disc."""
+    away, radius = draws.uniform(0.45, 0.65), draws.uniform(0.65, 0.8)
+    return lambda x, y: np.maximum(length(x, y) - 1.0, radius - length(x - away, y))
+
+
+def blob(draws: Draws) -> Shape:
+    """Three or four discs melted together (polynomial smooth minimum)."""
+    count = draws.choice((3, 4))
+    discs = []
+    for index in range(count):
+        cosine, sine = circle((index + draws.uniform(0.0, 0.5)) / count)
+        away = draws.uniform(0.3, 0.45)
+        discs.append((cosine * away, sine * away, draws.uniform(0.32, 0.48)))
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        melted = _disc_at(x, y, discs[0])
+        for other in discs[1:]:
+            melted = _melt(melted, _disc_at(x, y, other), 0.3)
+        return melted
+
+    return distance
+
+
+def _disc_at(x: np.ndarray, y: np.ndarray, disc_: tuple[float, float, float]) -> np.ndarray:
+    return length(x - disc_[0], y - disc_[1]) - disc_[2]
+
+
+def _melt(first: np.ndarray, second: np.ndarray, reach: float) -> np.ndarray:
+    """The minimum of two distances, rounded off where they differ by less than `reach`."""
+    overlap = np.maximum(reach - np.abs(first - second), 0.0)
+    return np.minimum(first, second) - overlap * overlap / (4.0 * reach)
+
+
+def heart(draws: Draws) -> Shape:
+    """A square on its corner with a disc on each upper side."""
+    side, root = 0.5, 0.7071067811865476
+    lift = draws.uniform(0.0, 0.06)
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        square = box((x + y) * root, (y - x) * root, side, side)
+        lobes = length(np.abs(x) - side * root, y + side * root - lift) - side
+        return np.minimum(square, lobes)
+
+    return distance
+
+
+def flower(draws: Draws) -> Shape:
+    """Four to six round petals about a middle."""
+    count, radius = draws.choice((4, 5, 6)), draws.uniform(0.36, 0.42)
+    away = 0.98 - radius
+    petals = [(c * away, s * away, radius) for c, s in (circle(i / count) for i in range(count))]
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        nearest = length(x, y) - 0.5
+        for petal in petals:
+            nearest = np.minimum(nearest, _disc_at(x, y, petal))
+        return nearest
+
+    return distance
+
+
+def arrow(draws: Draws) -> Shape:
+    """A thick arrow."""
+    shaft, neck = draws.uniform(0.2, 0.32), draws.uniform(-0.1, 0.2)
+    upper = [(0.95, 0.0), (neck, 0.75), (neck, shaft), (-0.88, shaft)]
+    corners = upper + [(cx, -cy) for cx, cy in reversed(upper[1:])]
+    return _rounded_polygon(corners, draws.uniform(0.02, 0.08))
+
+
+def bolt(draws: Draws) -> Shape:
+    """A lightning bolt."""
+    waist = draws.uniform(0.1, 0.22)
+    half = [
+        (0.35, -0.9),
+        (0.05, -waist),
+        (0.6, -waist),
+        (-0.35, 0.9),
+        (-0.05, waist),
+        (-0.6, waist),
+    ]
+    return _rounded_polygon(half, draws.uniform(0.03, 0.1))
+
+
+# Strokes of letter-like signs in a box of half side 1: runs of joined points.
+_SIGNS: tuple[tuple[tuple[Point, ...], ...], ...] = (
+    (((-1, -1), (1, -1)), ((0, -1), (0, 1))),
+    (((-1, -1), (-1, 1), (1, 1)),),
+    (((-1, -1), (-1, 1)), ((1, -1), (1, 1)), ((-1, 0), (1, 0))),
+    (((-1, -1), (1, -1), (-1, 1), (1, 1)),),
+    (((-1, -1), (0, 1), (1, -1)),),
+    (((-1, 1), (-1, -1), (1, 1), (1, -1)),),
+    (((1, -1), (-1, -1), (-1, 1), (1, 1)), ((-1, 0), (0.6, 0))),
+    (((-1, -1), (-1, 1), (1, 1), (1, -1)),),
+)
+
+
+def sign(draws: Draws) -> Shape:
+    """A letter-like sign of thick round strokes."""
+    runs, radius = draws.choice(_SIGNS), draws.uniform(0.19, 0.26)
+    width = draws.uniform(0.42, 0.56)
+    height = 1.0 - radius - 0.22
+
+    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        nearest = np.full(x.shape, 9.0)
+        for run in runs:
+            points = [(cx * width, cy * height) for cx, cy in run]
+            for start, end in pairwise(points):
+                nearest = np.minimum(nearest, segment(x, y, start, end))
+        return nearest - radius
 
     return distance

@@ -117,3 +117,68 @@ def core(draws: Draws) -> Texture:
     )
     cx, cy = cosine * away, sine * away
     return lambda p: edge(length(p.x - cx, p.y - cy) - radius, p.pixels)
+
+
+def stripes(draws: Draws) -> Texture:
+    """Sharp parallel bars."""
+    (cosine, sine), period = draws.direction(), draws.uniform(0.6, 1.0)
+    phase, share = draws.unit(), draws.uniform(0.35, 0.6)
+    return lambda p: _bars((p.x * cosine + p.y * sine) / period + phase, share, p.pixels * period)
+
+
+def checks(draws: Draws) -> Texture:
+    """A checkerboard at any angle."""
+    (cosine, sine), period = draws.direction(), draws.uniform(0.9, 1.4)
+    phase_u, phase_v = draws.unit(), draws.unit()
+
+    def weights(p: Patch) -> np.ndarray:
+        u = (p.x * cosine + p.y * sine) / period + phase_u
+        v = (p.y * cosine - p.x * sine) / period + phase_v
+        across, along = _bars(u, 0.5, p.pixels * period), _bars(v, 0.5, p.pixels * period)
+        return across + along - 2.0 * across * along
+
+    return weights
+
+
+def dots(draws: Draws) -> Texture:
+    """Discs on a square grid at any angle."""
+    (cosine, sine), period = draws.direction(), draws.uniform(0.7, 1.0)
+    phase_u, phase_v, radius = draws.unit(), draws.unit(), draws.uniform(0.24, 0.38)
+
+    def weights(p: Patch) -> np.ndarray:
+        u = (p.x * cosine + p.y * sine) / period + phase_u
+        v = (p.y * cosine - p.x * sine) / period + phase_v
+        u, v = u - np.floor(u) - 0.5, v - np.floor(v) - 0.5
+        return edge(length(u, v) - radius, p.pixels * period)
+
+    return weights
+
+
+def chevrons(draws: Draws) -> Texture:
+    """Zigzag bars."""
+    (cosine, sine), period = draws.direction(), draws.uniform(0.7, 1.1)
+    phase, slope = draws.unit(), draws.uniform(0.5, 0.9)
+
+    def weights(p: Patch) -> np.ndarray:
+        u = (p.y * cosine - p.x * sine) / (2.0 * period)
+        zigzag = np.abs(u - np.floor(u) - 0.5) * 2.0 * slope
+        v = (p.x * cosine + p.y * sine) / period + zigzag + phase
+        return _bars(v, 0.5, p.pixels * period)
+
+    return weights
+
+
+def grain(draws: Draws) -> Texture:
+    """Rough noise of high contrast."""
+    lattice, frequency = draws.lattice(16, 16), draws.uniform(2.2, 3.6)
+
+    def weights(p: Patch) -> np.ndarray:
+        noise = value_noise(lattice, p.x * frequency, p.y * frequency)
+        return np.clip((noise - 0.3) / 0.4, 0.0, 1.0)
+
+    return weights
+
+
+def _bars(u: np.ndarray, share: float, pixels: float) -> np.ndarray:
+    """Antialiased bars of period 1 in `u`, each `share` wide; `pixels` per period."""
+    return edge(np.abs(u - np.floor(u) - 0.5) - share / 2.0, pixels)

@@ -8,17 +8,20 @@ pixels on every machine, and the same composition at every size of equal proport
 **Canonical order.** Layer 0 is the opaque backdrop. Objects follow by area, the largest furthest
 back; the area of an object counts the pixels of its layer with alpha ≥ 128 (shadows stay below),
 and equal areas go by the topmost, then leftmost such pixel. This is also the order of painting.
-Near ties are avoided: each object has at least 1.25 times the area of the next one at the
-composition's own resolution (short side 64), and it also *shows* 1.15 times what the
-next one shows, so the flat picture determines the order of its layers.
+Near ties are avoided: compositions are decided on the coverage of the outlines at short side 64,
+where each object must have 1.25 times the area of the next one and also *show* 1.15 times what the
+next one shows. The counts of finished layers differ from that by the antialiased and shadowed
+outline, by a few percent. So the flat picture determines the order of its layers.
 
-**Families** (`FAMILIES`) are rows of a table: A has gradients, soft textures and soft shadows.
+**Families** (`FAMILIES`) are rows of a table. A has gradients, soft textures, plain shapes and soft
+shadows, in light colours. B is shifted: stripes, checks, dots and noise, other shapes, bright on
+dark colours, more occlusion, and hard shadows or none.
 
 Shadows belong to the layer of the object that casts them. Every object differs in colour from
 what lies behind its outline and stays visible by the family's `visible` share or more.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -91,6 +94,9 @@ class Family:
       backdrop, objects: colours.
       shadow: shadows.
       overlap: chance that an object is placed to overlap one behind it.
+      least_overlap: share of its area that then lies over objects behind, at least.
+      patience: failed attempts after which objects no longer need to overlap.
+      reach: how far it then lies from the other's centre, in radii of that.
       visible: smallest share of an object's area that stays unoccluded.
       overhang: how far an object may leave the canvas, in its own radii.
     """
@@ -106,6 +112,9 @@ class Family:
     objects: Palette
     shadow: Shadow
     overlap: float
+    least_overlap: float
+    patience: int
+    reach: Range
     visible: float
     overhang: float
 
@@ -141,8 +150,52 @@ FAMILIES = {
         objects=Palette((0.4, 1.0), (0.35, 1.0), (0.04, 0.2), (0.15, 0.45)),
         shadow=Shadow(0.9, (0.22, 0.4), (0.05, 0.1), (0.012, 0.035)),
         overlap=0.7,
+        least_overlap=0.15,
+        patience=24,
+        reach=(0.5, 1.15),
         visible=0.6,
         overhang=0.0,
+    ),
+    "B": Family(
+        stream=0xB,
+        shapes=(
+            _shapes.cross,
+            _shapes.crescent,
+            _shapes.blob,
+            _shapes.blob,
+            _shapes.heart,
+            _shapes.flower,
+            _shapes.arrow,
+            _shapes.bolt,
+            _shapes.sign,
+            _shapes.sign,
+        ),
+        fills=(
+            _textures.stripes,
+            _textures.checks,
+            _textures.dots,
+            _textures.chevrons,
+            _textures.grain,
+        ),
+        backdrops=(
+            _textures.stripes,
+            _textures.checks,
+            _textures.dots,
+            _textures.chevrons,
+            _textures.grain,
+        ),
+        veils=(_textures.linear, _textures.radial, _textures.grain),
+        veil=(0.2, 0.6),
+        shading=0.1,
+        backdrop=Palette((0.3, 0.85), (0.15, 0.5), (0.0, 0.12), (0.1, 0.2)),
+        objects=Palette((0.05, 0.65), (0.55, 1.0), (0.05, 0.3), (0.15, 0.35)),
+        shadow=Shadow(0.4, (0.3, 0.45), (0.004, 0.012), (0.02, 0.045)),
+        overlap=0.9,
+        least_overlap=0.2,
+        patience=5,
+        reach=(0.25, 1.0),
+        visible=0.5,
+        overhang=0.12,
     ),
 }
 
@@ -227,6 +280,8 @@ def make_design(
     draws = Draws((style.stream, layers, seed))
     layout = _layout_shape(shape)
     for attempt in range(_ATTEMPTS):
+        if attempt == style.patience:
+            style = replace(style, overlap=0.0)
         sketch = _compose(style, draws, layout, layers - 1, shrink=1.0 / (1.0 + 0.06 * attempt))
         if sketch is not None:
             pixels = sketch.layers if layout == shape else _render(sketch, shape)
@@ -343,8 +398,8 @@ def _compose(
         bodies.append(body)
         masks.append(mask)
         objects.append(_Object(body, paint, _draw_cast(style.shadow, draws, light)))
-        _paint_object(objects[-1], layers[index + 1])
-        painted = _over(layers[index + 1], painted)
+        where = _paint_object(objects[-1], layers[index + 1])
+        painted[where] = _over(layers[index + 1][where], painted[where])
     return _Sketch(backdrop, tuple(objects), layers)
 
 
@@ -407,7 +462,7 @@ def _draw_centre(
     if target is None:
         return draws.uniform(margin, width - margin), draws.uniform(margin, height - margin)
     cosine, sine = draws.direction()
-    away = target.radius * draws.uniform(0.5, 1.15) + radius * draws.uniform(0.0, 0.35)
+    away = target.radius * draws.uniform(*style.reach) + radius * draws.uniform(0.0, 0.35)
     x, y = target.x + cosine * away, target.y + sine * away
     return min(max(x, margin), width - margin), min(max(y, margin), height - margin)
 
@@ -429,7 +484,7 @@ def _fits(style: Family, mask: np.ndarray, masks: list[np.ndarray], overlapping:
     if not overlapping:
         return True
     behind = np.logical_or.reduce(masks)
-    return int(np.count_nonzero(mask & behind)) >= 0.15 * area
+    return int(np.count_nonzero(mask & behind)) >= style.least_overlap * area
 
 
 def _window(body: _Body, shape: tuple[int, int], margin: float) -> _Window:
@@ -492,22 +547,22 @@ def _choose_paint(
     texture = draws.choice(style.fills)(draws)
     cosine, sine = draws.direction()
     shading = draws.uniform(0.3, 1.0) * style.shading
-    weights = texture(window.patch)
     band = (window.cover >= 0.5) & (window.patch.depth * window.patch.pixels > -4.0)
-    wanted = 0.85 * int(np.count_nonzero(band))
+    weights, x, y = texture(window.patch)[band], window.patch.x[band], window.patch.y[band]
+    behind = behind[band]
     for _ in range(10):
         first, second = _pair(style.objects, draws, draws.unit())
         paint = _Paint(texture, first, second, cosine * shading, sine * shading)
-        difference = np.abs(_paint_pixels(paint, weights, window.patch) - behind)
-        distance = difference[..., 0] * 0.3 + difference[..., 1] * 0.5 + difference[..., 2] * 0.2
-        if int(np.count_nonzero((distance >= _CONTRAST) & band)) >= wanted:
+        difference = np.abs(_paint_pixels(paint, weights, x, y) - behind)
+        distance = difference[:, 0] * 0.3 + difference[:, 1] * 0.5 + difference[:, 2] * 0.2
+        if int(np.count_nonzero(distance >= _CONTRAST)) >= 0.85 * len(weights):
             return paint
     return None
 
 
-def _paint_pixels(paint: _Paint, weights: np.ndarray, patch: Patch) -> np.ndarray:
-    """float64 [h, w, 3] in 0..1."""
-    shade = 1.0 + patch.x * paint.shade_x + patch.y * paint.shade_y
+def _paint_pixels(paint: _Paint, weights: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """float64 [..., 3] in 0..1, for texture weights at the body's own coordinates."""
+    shade = 1.0 + x * paint.shade_x + y * paint.shade_y
     return np.minimum(_mix(weights, paint.first, paint.second) * shade[..., None], 1.0)
 
 
@@ -519,13 +574,14 @@ def _draw_cast(shadow: Shadow, draws: Draws, light: tuple[float, float]) -> _Cas
     return _Cast(alpha, blur, light[0] * offset, light[1] * offset)
 
 
-def _paint_object(item: _Object, layer: np.ndarray) -> None:
-    """Draws an object and its shadow into an empty layer, uint8 [h, w, 4]."""
+def _paint_object(item: _Object, layer: np.ndarray) -> tuple[slice, slice]:
+    """Draws an object and its shadow into an empty layer, uint8 [h, w, 4]; says where."""
     shape = (layer.shape[0], layer.shape[1])
     body, cast = item.body, item.cast
     margin = cast.blur + abs(cast.x) + abs(cast.y) if cast else 0.0
     window = _window(body, shape, margin)
-    colour = _paint_pixels(item.paint, item.paint.texture(window.patch), window.patch)
+    patch = window.patch
+    colour = _paint_pixels(item.paint, item.paint.texture(patch), patch.x, patch.y)
     alpha = window.cover
     if cast:
         crop = (window.rows.start, window.rows.stop, window.columns.start, window.columns.stop)
@@ -536,6 +592,7 @@ def _paint_object(item: _Object, layer: np.ndarray) -> None:
     target = layer[window.rows, window.columns]
     target[..., 3] = _bytes(alpha)
     target[..., :3] = _bytes(colour) * (target[..., 3:] > 0)
+    return window.rows, window.columns
 
 
 def _render(sketch: _Sketch, shape: tuple[int, int]) -> np.ndarray:
