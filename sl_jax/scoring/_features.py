@@ -36,7 +36,7 @@ class Penalties(NamedTuple):
       recomposition: ⟨|S − R|⟩ over the channels.
       missing: ⟨max(0, |S − R| − 0.06)⟩ times the number of blank objects.
       noise: roughness (difference from the 3 × 3 mean) of layers beyond that of the source and of
-        matte edges nearby.
+        matte edges nearby, summed over layers; n + 20·n² of it, which makes light of a little.
       partial: ⟨4·α·(1 − α)⟩ summed over objects; spared are dark pixels of low alpha (shadows),
         pixels that other objects fill up, crisp edges, and grain, which is noise.
       misaligned: share of |∇α|² of objects that lies where the source has no edge.
@@ -223,7 +223,8 @@ def _noise(scene: _Scene) -> float:
     edges = np.sqrt(slopes.dot(slopes).max(0)) - 0.25 if len(scene.mattes) else 0.0
     explained = np.maximum(_rough(scene.source).max(0), edges)
     excess = np.maximum(_rough(scene.colors).max(1), _rough(scene.alphas)) - _widest(explained)
-    return float(np.clip(excess, 0, 0.3).mean((1, 2)).sum())
+    noise = float(np.clip(excess, 0, 0.3).mean((1, 2)).sum())
+    return noise * (1 + 20 * noise)
 
 
 def _alpha_penalties(scene: _Scene) -> tuple[float, float, float]:
@@ -298,13 +299,25 @@ def _content_penalties(scene: _Scene) -> tuple[float, float]:
     scattered = stray / (float(scene.mattes.sum()) + 0.01 * scene.source_energy.size)
     if float(scene.blank.sum()) < 1e-3:  # then nothing is missing from any layer
         return scattered, 0.0
-    slopes, mattes = _slopes(scene.colors[1:]), scene.mattes[:, None]
-    inner = _Slopes(  # α²·∇(P/α): edges of the colour, not of the matte
-        mattes * slopes.x - scene.colors[1:] * scene.matte_slopes.x[:, None],
-        mattes * slopes.y - scene.colors[1:] * scene.matte_slopes.y[:, None],
+    return scattered, min(1.0, max(0.0, 4 * (_inner_share(scene) - 0.06)) + 2 * scattered)
+
+
+def _inner_share(scene: _Scene) -> float:
+    """Share of |∇S|² inside objects, Σ α²·|∇(P/α)|², at about 8 × 8 pixels.
+
+    So coarse, textures are averaged out, and differences between things are left.
+    """
+    parts = np.concatenate([scene.colors[1:], scene.mattes[:, None], scene.front[1:, None]], axis=1)
+    coarse = _coarse(parts)
+    colors, mattes, front = coarse[:, :3], coarse[:, 3:4], coarse[:, 4]
+    color_slopes, matte_slopes = _slopes(colors), _slopes(mattes)
+    inner = _Slopes(
+        mattes * color_slopes.x - colors * matte_slopes.x,
+        mattes * color_slopes.y - colors * matte_slopes.y,
     )
-    share = float((inner.dot(inner).sum(1) * scene.front[1:]).sum()) / scene.total
-    return scattered, min(1.0, max(0.0, 2.5 * (share - 0.2)) + 2 * scattered)
+    source = _slopes(_coarse(scene.source))
+    total = float(source.dot(source).sum()) + 1e-4 * front[0].size
+    return float((inner.dot(inner).sum(1) * front).sum()) / total
 
 
 def _against(scene: _Scene, i: int, j: int) -> Plane:
@@ -375,6 +388,13 @@ def _interleaved(planes: Planes, axis: int) -> Planes:
 
 def _quartered(planes: Planes) -> Planes:
     return _halved(_halved(planes))
+
+
+def _coarse(planes: Planes) -> Planes:
+    """Halved until the short side is at most 12."""
+    while min(planes.shape[-2:]) > 12:
+        planes = _halved(planes)
+    return planes
 
 
 def _inpainted(planes: Planes) -> Planes:

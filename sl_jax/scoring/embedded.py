@@ -26,22 +26,23 @@ _STRENGTHS: dict[str, dict[str, float]] = {
     "semantic_separation": {
         "smear": 2.5,
         "scattered": 1.5,
-        "truncated": 1.2,
+        "truncated": 0.4,
         "unlifted": 0.3,
         "lumped": 0.6,
         "idle": 0.8,
     },
-    "alpha_quality": {"partial": 5.0, "misaligned": 1.2, "unmatted": 0.6, "idle": 0.5},
-    "background_inpainting": {"hole": 6.0, "ghost": 0.5, "fill": 2.1, "unlifted": 0.5, "idle": 0.5},
+    "alpha_quality": {"partial": 6.0, "misaligned": 1.2, "unmatted": 0.6, "idle": 0.5},
+    "background_inpainting": {"hole": 6.0, "ghost": 0.3, "fill": 2.0, "unlifted": 0.5, "idle": 0.5},
     "content_distribution": {
-        "sheet": 4.5,
+        "sheet": 5.5,
         "duplicate": 3.4,
         "cut": 4.0,
+        "truncated": 1.2,
         "lumped": 3.2,
         "unlifted": 0.6,
         "idle": 0.3,
     },
-    "validity": {"recomposition": 16.0, "missing": 40.0, "noise": 16.0},
+    "validity": {"recomposition": 16.0, "missing": 40.0, "noise": 7.0},
 }
 
 
