@@ -1,0 +1,54 @@
+"""Pictures to train and evaluate on: folders, buckets, the training stream, procedural designs."""
+
+from sl_jax.data._walk import Skipped
+from sl_jax.data.buckets import Bucket, make_buckets, nearest_bucket, standard_buckets
+from sl_jax.data.designs import write_designs
+from sl_jax.data.folder import (
+    FolderError,
+    PictureIndex,
+    PictureRecord,
+    scan_folder,
+    training_and_held_out,
+)
+from sl_jax.data.layered import LayeredFolder, LayeredRecord, LayeredSample
+from sl_jax.data.loader import EvalSet, Example, StepPictures, StepPlan, TrainStream
+from sl_jax.data.pictures import (
+    PictureError,
+    PictureLimits,
+    area_size,
+    longest_side_size,
+    open_picture,
+    open_rgba,
+    picture_size,
+    resize_to,
+)
+
+__all__ = [
+    "Bucket",
+    "EvalSet",
+    "Example",
+    "FolderError",
+    "LayeredFolder",
+    "LayeredRecord",
+    "LayeredSample",
+    "PictureError",
+    "PictureIndex",
+    "PictureLimits",
+    "PictureRecord",
+    "Skipped",
+    "StepPictures",
+    "StepPlan",
+    "TrainStream",
+    "area_size",
+    "longest_side_size",
+    "make_buckets",
+    "nearest_bucket",
+    "open_picture",
+    "open_rgba",
+    "picture_size",
+    "resize_to",
+    "scan_folder",
+    "standard_buckets",
+    "training_and_held_out",
+    "write_designs",
+]

@@ -148,8 +148,8 @@ class PictureIndex:
             + (f" ({shapes})" if shapes else "")
             + f", {captions} with a caption, {len(self.skipped)} skipped"
         ]
-        lines += _named("skipped", self.skipped, names_per_reason)
-        lines += _named("caption not used", self.notes, names_per_reason)
+        lines += named_by_reason("skipped", self.skipped, names_per_reason)
+        lines += named_by_reason("caption not used", self.notes, names_per_reason)
         return "\n".join(lines)
 
     def _only(self, chosen: Sequence[bool]) -> PictureIndex:
@@ -329,7 +329,9 @@ def _records(
     return list(first.values()), skipped
 
 
-def _named(title: str, entries: Sequence[Skipped], limit: int) -> Iterator[str]:
+def named_by_reason(
+    title: str, entries: Sequence[Skipped], limit: int = _NAMED_PER_REASON
+) -> Iterator[str]:
     """One line per reason, with the names that share it."""
     names: dict[str, list[str]] = collections.defaultdict(list)
     for entry in entries:
@@ -345,4 +347,4 @@ def _nothing_found(index: PictureIndex, files: int) -> str:
         f"any picture that Pillow reads (.png, .jpg, .webp, .tif, …) and found {files} files, "
         f"{len(index.skipped)} of which were skipped"
     )
-    return "\n".join([head, *_named("skipped", index.skipped, _NAMED_PER_REASON)])
+    return "\n".join([head, *named_by_reason("skipped", index.skipped, _NAMED_PER_REASON)])

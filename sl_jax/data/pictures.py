@@ -8,22 +8,23 @@ are not applied.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
 import os
 import stat
 import struct
-import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import BinaryIO
+from typing import TypeVar
 
 import numpy as np
 from etils import epath
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageCms, UnidentifiedImageError
+
+Result = TypeVar("Result")
 
 # Pillow refuses twice its MAX_IMAGE_PIXELS by itself; no limit of ours may promise more.
 _PILLOW_CEILING = 2 * 89_478_485
@@ -62,9 +63,10 @@ _DECODER_ERRORS = (
 # A progressive JPEG is decoded once per scan; encoders write about ten.
 _MAX_JPEG_SCANS = 200
 
-# Pictures above this many pixels are decoded one at a time, which bounds the memory of all threads.
+# Pictures above this many pixels are decoded one after another by one thread of their own. That
+# bounds the memory of all threads; a lock would not: allocators keep freed memory per thread.
 _LARGE_PIXELS = 16_000_000
-_large = threading.BoundedSemaphore(1)
+_large_reader = ThreadPoolExecutor(1, thread_name_prefix="large-pictures")
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -148,8 +150,11 @@ def open_picture(
     Raises:
       PictureError: the file cannot be read, is not a picture, or is outside the limits.
     """
-    with _reading(path, limits) as image:
-        return np.array(_turned(image, _over_white(_eight_bit(image))), np.uint8)
+
+    def rgb(image: Image.Image) -> np.ndarray:
+        return _pixels(image, _over_white(_eight_bit(image)))
+
+    return _read(path, limits, lambda image: _decode(image, rgb))
 
 
 def open_rgba(
@@ -159,8 +164,11 @@ def open_rgba(
 
     Arguments, conversions and errors are those of `open_picture`.
     """
-    with _reading(path, limits) as image:
-        return np.array(_turned(image, _eight_bit(image).convert("RGBA")), np.uint8)
+
+    def rgba(image: Image.Image) -> np.ndarray:
+        return _pixels(image, _eight_bit(image).convert("RGBA"))
+
+    return _read(path, limits, lambda image: _decode(image, rgba))
 
 
 def picture_size(
@@ -176,18 +184,26 @@ def picture_size(
       path: the file.
       limits: what to refuse.
       decode: also decode the pixels, which finds truncated and corrupt files. It costs about 10 ms
-        a megapixel; without it only the header is read.
+        a megapixel, less for JPEG; without it only the header is read.
       trust_name: False tries only formats whose signature cannot be met by chance: for files whose
         name does not say that they are pictures.
 
     Raises:
       PictureError: as `open_picture`.
     """
-    with _reading(path, limits, decode=decode, trust_name=trust_name) as image:
+
+    def upright_size(image: Image.Image) -> tuple[int, int]:
         width, height = image.size
-        # PNG's own method would decode the whole picture to look for a late EXIF chunk.
-        sideways = _orientation(image, whole=decode) >= 5
-        return (width, height) if sideways else (height, width)
+        if decode:
+            # JPEGs unpack to an eighth of their size: as thorough, faster, and small.
+            image.draft(None, (width // 8, height // 8))
+            orientation = _decode(image, functools.partial(_orientation, whole=True))
+        else:
+            # PNG's own method would decode the whole picture to look for a late EXIF chunk.
+            orientation = _orientation(image, whole=False)
+        return (width, height) if orientation >= 5 else (height, width)
+
+    return _read(path, limits, upright_size, trust_name=trust_name)
 
 
 def shown(path: str | os.PathLike[str]) -> str:
@@ -257,15 +273,14 @@ def _formats(trust_name: bool) -> tuple[str, ...]:
     )
 
 
-@contextlib.contextmanager
-def _reading(
+def _read(
     path: str | os.PathLike[str],
     limits: PictureLimits,
+    use: Callable[[Image.Image], Result],
     *,
-    decode: bool = True,
     trust_name: bool = True,
-) -> Iterator[Image.Image]:
-    """The opened image within its limits; every error of the block becomes a PictureError."""
+) -> Result:
+    """Hands the opened image to `use` if it is within its limits; all errors are PictureErrors."""
     try:
         file_path = epath.Path(path)
         _check_file(file_path, limits)
@@ -274,13 +289,7 @@ def _reading(
             Image.open(file, formats=_formats(trust_name)) as image,
         ):
             _check_size(path, image, limits)
-            if not decode:
-                yield image
-                return
-            with _large if math.prod(image.size) > _LARGE_PIXELS else contextlib.nullcontext():
-                _check_scans(path, file, image)
-                image.load()
-                yield image
+            return use(image)
     except PictureError:
         raise
     except UnidentifiedImageError as error:
@@ -288,6 +297,21 @@ def _reading(
         raise PictureError(path, reason, unidentified=True) from error
     except _DECODER_ERRORS as error:
         raise PictureError(path, _reason(error)) from error
+
+
+def _decode(image: Image.Image, use: Callable[[Image.Image], Result]) -> Result:
+    """Decodes the pixels, hands the image to `use`, and frees them."""
+
+    def run() -> Result:
+        try:
+            image.load()
+            return use(image)
+        finally:
+            image.close()  # now, not when the caller lets go of the image
+
+    _check_scans(image)
+    large = math.prod(image.size) > _LARGE_PIXELS
+    return _large_reader.submit(run).result() if large else run()
 
 
 def _check_file(path: epath.Path, limits: PictureLimits) -> None:
@@ -326,10 +350,11 @@ def _check_size(path: str | os.PathLike[str], image: Image.Image, limits: Pictur
         )
 
 
-def _check_scans(path: str | os.PathLike[str], file: BinaryIO, image: Image.Image) -> None:
+def _check_scans(image: Image.Image) -> None:
     """Refuses JPEGs whose thousands of scans would each be a pass over the whole picture."""
     if image.format not in ("JPEG", "MPO"):
         return
+    file = image.fp
     position = file.tell()
     file.seek(0)
     scans, last = 0, b""
@@ -339,7 +364,7 @@ def _check_scans(path: str | os.PathLike[str], file: BinaryIO, image: Image.Imag
         last = chunk[-1:]
     file.seek(position)
     if scans > _MAX_JPEG_SCANS:
-        raise PictureError(path, f"{scans} JPEG scans; at most {_MAX_JPEG_SCANS} are decoded")
+        raise ValueError(f"{scans} scans in a JPEG, at most {_MAX_JPEG_SCANS} are read")
 
 
 def _reason(error: BaseException) -> str:
@@ -367,9 +392,11 @@ def _orientation(image: Image.Image, *, whole: bool) -> int:
     return value
 
 
-def _turned(source: Image.Image, pixels: Image.Image) -> Image.Image:
+def _pixels(source: Image.Image, flat: Image.Image) -> UInt8[np.ndarray, "height width channels"]:
+    """The pixels of an 8-bit image, turned as its source says."""
     orientation = _orientation(source, whole=True)
-    return pixels.transpose(_TURNS[orientation]) if orientation in _TURNS else pixels
+    upright = flat.transpose(_TURNS[orientation]) if orientation in _TURNS else flat
+    return np.array(upright, np.uint8)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:

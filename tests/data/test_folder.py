@@ -2,10 +2,13 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import zlib
 from pathlib import Path
@@ -373,3 +376,21 @@ def test_a_file_that_vanishes_while_scanning_is_skipped(tmp_path, monkeypatch):
     index = scan_folder(tmp_path, BUCKETS)
     assert names(index) == ["0000.png", "0002.png"]
     assert reasons(index) == {"0001.png": "No such file or directory"}
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_by_one_large_picture(tmp_path):
+    """Tiny files that unpack to 190 MB each, read by 16 threads."""
+    data = io.BytesIO()
+    Image.new("RGB", (7900, 7900)).save(data, "PNG")
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(data.getvalue() + bytes([number]))
+    program = (
+        "import resource, sys; from sl_jax.data import scan_folder, standard_buckets; "
+        "index = scan_folder(sys.argv[1], standard_buckets(64), threads=16); assert len(index) == "
+        "12; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 900

@@ -192,7 +192,11 @@ def test_unreadable_files_are_replaced_deterministically_and_reported(index, cap
     for before, after in zip(clean, first, strict=True):
         assert before[:3] == after[:3]
         for old, new in zip(before[3], after[3], strict=True):
-            assert new == old if old[1] not in ids else new[1] not in ids
+            if old[1] in ids:  # replaced, by none that the step has already
+                assert new[0::2] == old[0::2]
+                assert new[1] not in ids | {example[1] for example in before[3]}
+            else:
+                assert new == old
     assert dict(source.failures) == {
         bad[0].path: "No such file or directory",
         bad[1].path: "empty file (0 bytes)",
@@ -224,22 +228,47 @@ def test_nothing_left_is_an_error_not_a_hang(index):
         next(stream(index))
 
 
-def test_quarantine_replaces_even_what_was_read_ahead(index):
-    source = stream(index, prefetch_steps=4)
+class Counted:
+    """Stands in for `open_picture` and notes the threads that call it."""
+
+    def __init__(self, monkeypatch):
+        self.threads = []
+        monkeypatch.setattr(loader, "open_picture", self)
+
+    def __call__(self, path, limits):
+        picture = open_picture(path, limits)
+        self.threads.append(threading.current_thread())
+        return picture
+
+    def wait_for(self, count):
+        deadline = time.monotonic() + 20
+        while len(self.threads) < count and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(self.threads) == count
+
+
+def test_quarantine_replaces_even_what_was_read_ahead(index, monkeypatch):
+    counted = Counted(monkeypatch)
+    source = stream(index, prefetch_steps=2)
     example = next(source).examples[0]
-    coming = [source.plan(step) for step in range(1, 30)]
+    counted.wait_for(12)
+    victim = source.plan(1).records[2].picture_id
+    source.quarantine({victim: "seen on another host"})
     other = source.replace(example, "refused by the judge")
     assert (other.step, other.slot, other.bucket) == (example.step, example.slot, example.bucket)
     assert other.picture_id != example.picture_id and other.layers == example.layers
     state = source.state()
-    assert state["quarantined"] == {example.picture_id: "refused by the judge"}
+    gone = {victim: "seen on another host", example.picture_id: "refused by the judge"}
+    assert state["quarantined"] == gone == source.quarantined
+    coming = [source.plan(step) for step in range(1, 30)]
     following = take(source, 29)
-    assert any(example.picture_id in [r.picture_id for r in plan.records] for plan in coming)
-    assert all(example.picture_id not in [e[1] for e in step[3]] for step in following)
+    assert any(r.picture_id == example.picture_id for plan in coming for r in plan.records)
+    assert not any(e[1] in gone for step in following for e in step[3])
     resumed = stream(index, threads=0)
     resumed.restore(state)
     assert take(resumed, 29) == following
-    assert resumed.quarantined == source.quarantined
+    assert resumed.quarantined == gone
 
 
 def test_other_pictures_than_the_checkpoints_are_said_and_gone_on_with(index, tmp_path, caplog):
@@ -295,21 +324,11 @@ def test_wrong_settings_name_field_and_value(index, options, message):
 
 
 def test_reading_ahead_is_bounded_and_in_the_background(index, monkeypatch):
-    calls = []
-
-    def counted(path, limits):
-        calls.append(threading.current_thread())
-        return open_picture(path, limits)
-
-    monkeypatch.setattr(loader, "open_picture", counted)
+    counted = Counted(monkeypatch)
     source = stream(index, prefetch_steps=2)
     next(source)
-    deadline = time.monotonic() + 10
-    while len(calls) < 12 and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.05)
-    assert len(calls) == 12  # one step given, two read ahead
-    assert threading.main_thread() not in calls
+    counted.wait_for(12)  # one step given, two read ahead
+    assert threading.main_thread() not in counted.threads
     source.close()
 
 

@@ -23,6 +23,7 @@ from sl_jax.data.pictures import (
 )
 
 HEIGHT, WIDTH = 24, 32
+Image.init()  # some plugins make pictures when they are imported, which tests here forbid
 
 
 def gradient(height=HEIGHT, width=WIDTH):
@@ -326,7 +327,7 @@ def test_declared_bomb_is_refused_before_decoding(tmp_path, monkeypatch):
 
 
 def test_compressed_metadata_bomb(tmp_path):
-    bomb = zlib.compress(b"a" * 200_000_000)
+    bomb = zlib.compress(b"a" * 20_000_000)
     info = PngImagePlugin.PngInfo()
     info.add(b"zTXt", b"Comment\0\0" + bomb)
     path = save(tmp_path / "a.png", Image.fromarray(gradient()), pnginfo=info)
@@ -339,7 +340,9 @@ def test_progressive_jpeg_with_endless_scans(tmp_path):
     data = path.read_bytes()
     start = data.rindex(b"\xff\xda")
     path.write_bytes(data[:start] + data[start:-2] * 1000 + data[-2:])
-    assert "1000" in reason_of(path) or "JPEG scans" in reason_of(path)
+    assert "scans in a JPEG" in reason_of(path)
+    with pytest.raises(PictureError, match="scans in a JPEG"):
+        picture_size(path, decode=True)
 
 
 @pytest.mark.parametrize(
