@@ -1,5 +1,6 @@
 """A decomposition model loaded from a checkpoint folder: transformer, autoencoder, scheduler."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -7,11 +8,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from etils import epath
+from flax import traverse_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sl_jax.checkpoints.huggingface import load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT, VAE
 from sl_jax.flow.schedule import SchedulerConfig
 from sl_jax.models.attention import default_implementation
+from sl_jax.models.lora import Adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
@@ -100,3 +104,24 @@ def load_vae(folder: epath.PathLike, dtype: Any, sharding: Any = None) -> tuple[
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
     )
     return vae, load_params(folder, VAE, placed, unused=("time_conv",))
+
+
+def shard_adapter(adapter: Adapter, params: Any) -> Adapter:
+    """Lays an adapter out like its kernels: a by their inputs, b by their outputs."""
+    kernels = traverse_util.flatten_dict(params)
+
+    def placed(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+        kernel = kernels[(*path[:-1], "kernel")]
+        *layers, inputs, outputs = (
+            *kernel.sharding.spec,
+            *(None,) * (kernel.ndim - len(kernel.sharding.spec)),
+        )
+        ends = {"a": (inputs, None), "b": (None, outputs), "scale": ()}[path[-1]]
+        spec = PartitionSpec(*layers, *ends)
+        return jax.device_put(leaf, NamedSharding(kernel.sharding.mesh, spec))
+
+    return jax.tree.map(
+        lambda tree: traverse_util.path_aware_map(placed, tree),
+        adapter,
+        is_leaf=lambda x: isinstance(x, Mapping),
+    )

@@ -14,6 +14,7 @@ from sl_jax.flow.schedule import sigma_grid
 from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig
 from sl_jax.parallel.mesh import MeshConfig
+from sl_jax.scoring.rewards import DEFAULT as DEFAULT_REWARDS
 from sl_jax.training.optimizer import OptimizerConfig
 
 
@@ -113,20 +114,23 @@ class JudgeSettings:
     """Who judges, and how.
 
     Attributes:
-        endpoint: "embedded" computes scores from the rendered pictures, in process.
+        endpoint: "embedded" computes scores from the rendered pictures, in process;
+            "embedded-vlm" adds the compression and noise of a vision-language model.
         two_stage, stage2_weight, grids: see `scoring.judge.JudgeConfig`.
         weights: one per criterion.
         concurrency: groups in flight.
         min_valid: least share of valid candidates for an update.
+        max_wait: seconds to wait for it before the run stops with a checkpoint.
     """
 
-    endpoint: str = "embedded"
+    endpoint: Literal["embedded", "embedded-vlm"] = "embedded"
     two_stage: bool = True
     stage2_weight: float = 0.7
     grids: int = 1
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
     concurrency: int = 8
     min_valid: float = 0.5
+    max_wait: float = 3600.0
 
 
 @dataclass(frozen=True)
@@ -176,8 +180,7 @@ class GrpoConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(3e-4))
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    rewards: tuple[tuple[str, float], ...] = (("judge", 1.0),)
-    recomposition_bound: float = 0.1
+    rewards: tuple[tuple[str, float], ...] = DEFAULT_REWARDS
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)

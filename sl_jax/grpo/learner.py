@@ -30,7 +30,7 @@ from sl_jax.grpo.rollout import Candidates
 from sl_jax.inference.sampling import Condition, modulation_table, velocity_function
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import LatentGrid
-from sl_jax.parallel.mesh import Layout, batch_shards
+from sl_jax.parallel.mesh import Layout, batch_shards, replicated
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -128,8 +128,15 @@ class Learner:
     def start(self, adapter: Adapter) -> LearnerState:
         """The state before training; it holds copies, so that updates may donate it."""
         copy = partial(jax.tree.map, jnp.copy)
-        optimizer = self._optimizer.init(adapter.lora)
-        counters = (jnp.zeros((), jnp.int32) for _ in range(2))
+        mesh = self._layout.mesh
+        optimizer = optax.tree.map_params(
+            self._optimizer,
+            lambda leaf, like: jax.device_put(leaf, like.sharding),
+            self._optimizer.init(adapter.lora),
+            adapter.lora,
+            transform_non_params=lambda leaf: jax.device_put(leaf, replicated(mesh)),
+        )
+        counters = (jax.device_put(jnp.int32(0), replicated(mesh)) for _ in range(2))
         return LearnerState(copy(adapter), copy(adapter), copy(adapter), optimizer, *counters)
 
     def update(

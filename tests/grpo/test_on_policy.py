@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline
+from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, shard_adapter
 from sl_jax.grpo.config import LearnerConfig, RolloutConfig
 from sl_jax.grpo.learner import Learner, Scored
 from sl_jax.grpo.objective import ObjectiveConfig
@@ -50,7 +50,7 @@ def _adapter(pipeline):
     lora = jax.tree.map(
         lambda x: x + 0.02 * jax.random.normal(jax.random.key(4), x.shape), adapter.lora
     )
-    return adapter.replace(lora=lora)
+    return shard_adapter(adapter.replace(lora=lora), pipeline.params)
 
 
 @pytest.mark.parametrize(

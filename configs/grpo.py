@@ -1,0 +1,150 @@
+"""Flow-GRPO fine-tuning of Qwen-Image-Layered from a vision-language judge.
+
+`--config=configs/grpo.py` is the production run, `--config=configs/grpo.py:tiny` the same program
+on the packaged tiny base with the embedded judge, on a CPU. Every field can be overridden as
+`--config.field=value`. Behind each default stands where it comes from: paper (Flow-GRPO,
+arXiv 2505.05470; Stable-Layers, 2605.30257), peer (a published setting of flow_grpo, Flow-Factory
+or verl-omni), ours (measured here), or unmeasured.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "production") -> ConfigDict:
+    """The configuration of `python -m sl_jax.train`; variants: production, tiny."""
+    variants = {"production": _production, "tiny": _tiny}
+    if variant not in variants:
+        raise ValueError(f"variant {variant!r} is unknown; please use {', '.join(variants)}")
+    return variants[variant]()
+
+
+def _production() -> ConfigDict:
+    config = ConfigDict()
+    config.seed = 0
+    config.workdir = "runs/grpo"
+    config.model = "Qwen/Qwen-Image-Layered"  # folder, hub id or gs://
+    config.init_adapter = ""
+    config.epochs = 300  # 600 updates; unmeasured
+
+    data = config.data = ConfigDict()
+    data.path = ""  # a folder of pictures
+    data.eval_data = ""  # a folder of held-out pictures, or
+    data.eval_fraction = 0.05  # the share of `path` held out by content hash
+    data.buckets = ((640, 640), (480, 640), (640, 480), (432, 640), (640, 432))
+    data.layers = (3, 4)  # paper: 4 at inference
+    data.prompt = "a clean, well composed image"  # the Stable-Layers release's default
+    data.captions = True
+    data.max_text_tokens = 512  # the checkpoint's pipeline
+
+    rollout = config.rollout = ConfigDict()
+    rollout.groups = 32  # pictures per epoch; peer: flow_grpo uses 48
+    rollout.batch_groups = 8
+    rollout.group_size = 8  # unmeasured; peers use 8 to 24
+    rollout.steps = 10  # paper: Flow-GRPO trains with 10
+    rollout.shift = None  # the checkpoint's own rule
+    rollout.dynamics = "flow_sde"  # paper
+    rollout.noise_level = 1.2  # peer: verl-omni's Qwen-Image recipes; flow_grpo's default is 0.7
+    rollout.window_size = 2  # peer: Flow-GRPO-Fast
+    rollout.window_range = (0, 5)  # peer: Flow-GRPO-Fast
+    rollout.group_noise = "shared"  # unmeasured
+    rollout.ode_method = "euler"
+
+    advantage = config.advantage = ConfigDict()
+    advantage.scale = "group"  # paper
+    advantage.std_floor = 0.01  # unmeasured; the judge's own noise
+
+    objective = config.objective = ConfigDict()
+    objective.ratio = "velocity"  # ours
+    objective.clip_low = 1e-2  # from GRPO-Guard's public 2e-6 on the velocity scale
+    objective.clip_high = 1e-2
+    objective.kl_weight = 0.0  # unmeasured; public β do not carry over
+    objective.inverse_dt_weight = False
+
+    lora = config.lora = ConfigDict()
+    lora.rank = 64  # peer: flow_grpo
+    lora.alpha = 128.0  # peer: flow_grpo
+    lora.targets = (
+        "to_q",
+        "to_k",
+        "to_v",
+        "to_out.0",
+        "add_q_proj",
+        "add_k_proj",
+        "add_v_proj",
+        "to_add_out",
+        "img_mlp.net.0.proj",
+        "img_mlp.net.2",
+        "txt_mlp.net.0.proj",
+        "txt_mlp.net.2",
+    )  # peer: verl-omni's Qwen-Image recipes
+
+    optimizer = config.optimizer = ConfigDict()
+    optimizer.learning_rate = 3e-4  # peer: flow_grpo
+    optimizer.weight_decay = 1e-4  # peer: flow_grpo
+    optimizer.clip_norm = 1.0  # peer: flow_grpo
+
+    learner = config.learner = ConfigDict()
+    learner.updates = 2  # paper
+    learner.micro_batch = 8
+    learner.ema = 0.9  # peer: flow_grpo
+    learner.reference = "base"
+
+    judge = config.judge = ConfigDict()
+    judge.endpoint = "embedded"
+    judge.two_stage = True  # paper
+    judge.stage2_weight = 0.7  # unmeasured
+    judge.grids = 1
+    judge.weights = (1.0, 1.0, 1.0, 1.0, 1.0)
+    judge.concurrency = 8
+    judge.min_valid = 0.5
+    judge.max_wait = 3600.0
+    config.rewards = (("judge", 1.0), ("recomposition_veto", 1.0), ("all_blank_veto", 1.0))
+
+    evaluation = config.evaluation = ConfigDict()
+    evaluation.every = 20
+    evaluation.pictures = 64
+    evaluation.shown = 16
+    evaluation.steps = 50  # the Stable-Layers release
+    evaluation.method = "heun"  # the Stable-Layers release
+    evaluation.batch = 8
+    evaluation.seed = 42  # the Stable-Layers release
+
+    checkpoint = config.checkpoint = ConfigDict()
+    checkpoint.every = 5
+    checkpoint.keep = 3
+
+    mesh = config.mesh = ConfigDict()
+    mesh.data = 1
+    mesh.fsdp = -1
+    mesh.tensor = 1
+    mesh.sequence = 1
+
+    compute = config.compute = ConfigDict()
+    compute.dtype = "bfloat16"
+    compute.attention = "auto"
+    compute.remat = "block"
+    return config
+
+
+def _tiny() -> ConfigDict:
+    """Sizes for two CPU cores and ten minutes; the program is the same."""
+    config = _production()
+    config.workdir = "runs/tiny"
+    config.model = "tiny"
+    config.epochs = 40
+    config.data.buckets = ((64, 64),)
+    config.data.layers = (3,)
+    config.data.eval_fraction = 0.2
+    config.rollout.groups = 8
+    config.rollout.batch_groups = 4
+    config.lora.rank = 16
+    config.lora.alpha = 32.0
+    config.learner.micro_batch = 32
+    config.evaluation.every = 10
+    config.evaluation.pictures = 32
+    config.evaluation.shown = 12
+    config.evaluation.steps = 20
+    config.evaluation.batch = 32
+    config.compute.dtype = "float32"
+    config.compute.remat = "none"
+    return config

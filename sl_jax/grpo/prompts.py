@@ -1,0 +1,42 @@
+"""The prompts of a run as one table of hidden states."""
+
+from collections.abc import Iterable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int
+
+from sl_jax.data import Example
+from sl_jax.grpo.config import DataConfig
+from sl_jax.inference.prompts import encode_prompts
+
+
+class PromptTable:
+    """Hidden states of every prompt that a run can meet, encoded once before training."""
+
+    def __init__(
+        self,
+        model: epath.PathLike,
+        config: DataConfig,
+        captions: Iterable[str],
+        cache: epath.PathLike,
+        dtype: str,
+    ):
+        used = {c for c in captions if c} if config.captions else set()
+        prompts = [config.prompt, *sorted(used - {config.prompt})]
+        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        encoded = encode_prompts(
+            model, prompts, max_tokens=config.max_text_tokens, cache_dir=cache, dtype=dtype
+        )
+        self._hidden = encoded.hidden
+        self._lengths = encoded.lengths
+        self._padded = bool(np.any(encoded.lengths != encoded.hidden.shape[1]))
+
+    def __call__(
+        self, examples: Sequence[Example]
+    ) -> tuple[Float[Array, "b s e"], Int[Array, " b"] | None]:
+        """Hidden states and lengths; lengths are None where no prompt of the run is padded."""
+        rows = [self._rows.get(example.caption, 0) for example in examples]
+        lengths = jnp.asarray(self._lengths[rows]) if self._padded else None
+        return jnp.asarray(self._hidden[rows]), lengths

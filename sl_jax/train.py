@@ -1,0 +1,125 @@
+"""The main job: Flow-GRPO fine-tuning. `python -m sl_jax.train --config=configs/grpo.py`.
+
+Stopped and started again with the same configuration, a run goes on where it was.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+
+import jax
+from absl import app, flags, logging
+from etils import epath
+from ml_collections import config_flags
+
+from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.peft import save_peft
+from sl_jax.checkpoints.pipeline import Pipeline, load_pipeline, shard_adapter
+from sl_jax.checkpoints.source import TINY, resolve_model
+from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, training_and_held_out
+from sl_jax.eval.report import write_html
+from sl_jax.grpo import workdir as work
+from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
+from sl_jax.grpo.evaluation import Evaluator
+from sl_jax.grpo.judging import JudgeUnavailableError, Judging, make_judge
+from sl_jax.grpo.learner import Learner
+from sl_jax.grpo.loop import Parts, train
+from sl_jax.grpo.prompts import PromptTable
+from sl_jax.grpo.report import run_report
+from sl_jax.grpo.rollout import Rollout
+from sl_jax.inference.decomposer import Decomposer
+from sl_jax.models.lora import Adapter, init_adapter
+from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.scoring import JudgeWorker, Rewards
+from sl_jax.training.metrics import MetricsWriter
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+_EXPECTED = (ConfigError, CheckpointError, FolderError, JudgeUnavailableError)
+
+
+def main(argv: list[str]) -> None:
+    """Trains to the end of the run; leaves adapter and report in the work directory."""
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
+    try:
+        run(from_mapping(_CONFIG.value.to_dict(), len(jax.devices())))
+    except _EXPECTED as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print("\nStopped. The same command goes on after the last complete epoch.", flush=True)
+        sys.exit(130)
+
+
+def run(config: GrpoConfig) -> None:
+    """One run, from wherever its work directory stands."""
+    folder = work.claim(config)
+    report, adapter = folder / "report.html", folder / "adapter"
+    with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
+        if (checkpoints.latest or 0) >= config.epochs and report.exists():
+            print(f"This run is finished: {config.epochs} epochs. Report: {report}")
+            return
+        with _parts(config, folder, checkpoints) as (parts, state, epoch):
+            outcome = train(parts, state, epoch)
+        save_peft(adapter, outcome.state.ema, config.model)
+        write_html(run_report(config, folder, outcome.before, outcome.after), report)
+    print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
+
+
+@contextmanager
+def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) -> Iterator:
+    """Everything that training needs, with the state to start from and its epoch."""
+    data, rollout = config.data, config.rollout
+    if config.model == TINY:
+        logging.warning("The tiny base knows procedural designs only: expect little of others.")
+    index, held_out = training_and_held_out(
+        data.path,
+        make_buckets(data.buckets, "config.data.buckets"),
+        eval_data=data.eval_data or None,
+        eval_fraction=data.eval_fraction,
+    )
+    model = resolve_model(config.model)
+    captions = [record.caption for part in (index, held_out) for record in part]
+    prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
+    layout = Layout(make_mesh(config.mesh))
+    pipeline = load_pipeline(model, config.compute, layout)
+    learner = Learner(pipeline, rollout, config.objective, config.optimizer, config.learner, layout)
+    examples = EvalSet(held_out, layers=data.layers, count=config.evaluation.pictures)
+    stream = TrainStream(index, groups=rollout.batch_groups, layers=data.layers, seed=config.seed)
+    state, epoch = learner.start(_first_adapter(config, pipeline)), 0
+    if checkpoints.latest is not None:
+        epoch, state, record = checkpoints.restore(state)
+        stream.restore(record["stream"])
+        logging.info("Going on after epoch %d.", epoch)
+    judge, grader = (
+        make_judge(config.judge, config.seed, two_stage=two_stage)
+        for two_stage in (config.judge.two_stage, False)
+    )
+    with (
+        JudgeWorker(judge, config.judge.concurrency) as worker,
+        JudgeWorker(grader, config.judge.concurrency) as evaluation_worker,
+        closing(MetricsWriter(folder, epoch + 1 if epoch else 0)) as writer,
+        closing(stream),
+    ):
+        evaluator = Evaluator(
+            Decomposer(pipeline),
+            examples,
+            prompts,
+            evaluation_worker,
+            config.evaluation,
+            rollout.shift,
+        )
+        judging = Judging(worker, Rewards(config.rewards), config.judge)
+        rolling = Rollout(pipeline, rollout, layout)
+        parts = (config, stream, prompts, rolling, judging, learner, evaluator)
+        yield Parts(*parts, checkpoints, writer), state, epoch
+
+
+def _first_adapter(config: GrpoConfig, pipeline: Pipeline) -> Adapter:
+    fresh = init_adapter(jax.random.key(config.seed), pipeline.params, config.lora)
+    return shard_adapter(fresh, pipeline.params)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("config")
+    app.run(main)
