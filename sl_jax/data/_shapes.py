@@ -7,6 +7,7 @@ shape. Distances give antialiased edges, soft shadows and rims alike without a b
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import sqrt
 
 import numpy as np
 
@@ -79,7 +80,7 @@ def ellipse(draws: Draws) -> Shape:
 def rounded_rectangle(draws: Draws) -> Shape:
     """A rectangle with rounded corners, 0.5 to 1 as high as wide."""
     ratio, rounding = draws.uniform(0.5, 1.0), draws.uniform(0.1, 0.45)
-    width = 0.98 / (1.0 + ratio * ratio) ** 0.5
+    width = 0.98 / sqrt(1.0 + ratio * ratio)
     height = width * ratio
     radius = rounding * height
     return lambda x, y: box(x, y, width - radius, height - radius) - radius

@@ -22,6 +22,7 @@ what lies behind its outline and stays visible by the family's `visible` share o
 """
 
 from dataclasses import dataclass, replace
+from math import sqrt
 from typing import NamedTuple
 
 import numpy as np
@@ -445,7 +446,7 @@ def _radius_for(outline: Shape, area: float) -> float:
     """The radius at which `outline` has the wanted area."""
     steps = (np.arange(24) + 0.5) / 12.0 - 1.0
     filled = int(np.count_nonzero(outline(*np.meshgrid(steps, steps)) < 0.0)) / 144.0
-    return (area / filled) ** 0.5
+    return sqrt(area / filled)
 
 
 def _draw_centre(
