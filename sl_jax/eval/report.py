@@ -14,6 +14,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -191,8 +192,8 @@ def render_html(report: Report, max_bytes: int = MAX_BYTES) -> str:
         size = len(page.encode())
         if size <= max_bytes:
             return page
-        # Encoding is slow: pass over sides at which even a flat falling off would not suffice.
-        while len(sides) > 1 and size * sides[0] / side > max_bytes:
+        # Encoding is slow: pass over sides that stay too large even if bytes fall like pixels.
+        while len(sides) > 1 and size * (sides[0] / side) ** 2 > max_bytes:
             sides.pop(0)
     raise ValueError(
         f"the report has {size:,} bytes with pictures of {side} px and may have {max_bytes:,}; "
@@ -316,13 +317,15 @@ def _template() -> jinja2.Template:
 
 
 def _page(report: Report, max_side: int) -> str:
+    with ThreadPoolExecutor() as pool:  # Pillow encodes outside the interpreter lock
+        views = list(pool.map(lambda p: _picture_view(p, max_side), report.pictures))
     return _template().render(
         report=report,
         paragraphs=[text.strip() for text in re.split(r"\n\s*\n", report.summary) if text.strip()],
         facts=[(fact, _text(fact.value)) for fact in report.facts],
         tables=[_table_view(table) for table in report.tables],
         charts=[(curve, line_chart(curve)) for curve in report.curves],
-        pictures=[_picture_view(picture, max_side) for picture in report.pictures],
+        pictures=views,
         sortable=any(picture.improvement is not None for picture in report.pictures),
     )
 
