@@ -25,6 +25,14 @@ def test_cells_come_back(count, columns, size, labelled):
         np.testing.assert_array_equal(geometry.cut(sheet, index), cell)
 
 
+def test_cells_lie_row_by_row():
+    cells = [np.full((2, 3, 3), 10 * i, np.uint8) for i in range(5)]
+    sheet = imaging.contact_sheet(cells, 3, gap=1)
+    assert sheet.shape == (7, 13, 3)
+    assert [sheet[1, 1, 0], sheet[1, 5, 0], sheet[1, 9, 0]] == [0, 10, 20]
+    assert [sheet[4, 1, 0], sheet[4, 5, 0]] == [30, 40]
+
+
 def test_labels_are_drawn_and_differ():
     cells = [np.zeros((20, 40, 3), np.uint8)] * 2
     plain = imaging.contact_sheet(cells, 2, ["", ""])
