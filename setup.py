@@ -1,58 +1,76 @@
-"""Packaging of sl_jax; `configs/` is packaged as `sl_jax.configs`."""
+"""Packaging of sl_jax; `configs/` is packaged as `sl_jax.configs`.
+
+The core has no accelerator framework: it is what scoring and imaging need, so that
+`sl_jax[judge]` serves a judge on a host without JAX. Everything else comes with the platform:
+`sl_jax[cpu]`, `sl_jax[cuda]` or `sl_jax[tpu]`.
+"""
+
+from pathlib import Path
 
 from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py",
+    "etils[epath]",
+    "jaxtyping",
+    "ml-collections>=1.0",
+    "numpy>=2",
+    "pillow>=11",
+    "pydantic>=2",
+    "scipy>=1.13",
+    "tqdm",
+]
+JUDGE = [
+    "openai>=2",
+    "prometheus-client",
+    "starlette",
+    "uvicorn",
+]
+TRAINING = [
+    *JUDGE,
+    "flax>=0.12",
+    "grain>=0.2.15",
+    "huggingface_hub>=1",
+    "jax>=0.10,<0.13",
+    "jinja2",
+    "markupsafe",
+    "matplotlib",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11",
+    "psd-tools",
+    "safetensors",
+    "tensorboardX",
+    "tensorflow-datasets>=4.9.8",
+    "transformers>=5",
+]
+TEST = [
+    *TRAINING,
+    "hypothesis",
+    "pytest>=8",
+    "pytest-xdist",
+    "ruff==0.17.6",
+    "setuptools>=77",
+]
 
 setup(
     name="sl_jax",
     version="0.1.0",
-    description="Stable-Layers on JAX: Flow-GRPO fine-tuning of Qwen-Image-Layered from a VLM judge",
-    long_description=open("README.md", encoding="utf-8").read(),
+    description="Stable-Layers on JAX: fine-tunes Qwen-Image-Layered by Flow-GRPO from a VLM judge",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["sl_jax", "sl_jax.*"]), "sl_jax.configs"],
     package_dir={"sl_jax.configs": "configs"},
     package_data={"sl_jax": ["assets/**/*", "scoring/**/*.md", "eval/**/*.html"]},
-    install_requires=[
-        "absl-py",
-        "etils[epath]",
-        "flax>=0.12",
-        "grain>=0.2.15",
-        "huggingface_hub",
-        "jax>=0.10,<0.13",
-        "jaxtyping",
-        "jinja2",
-        "matplotlib",
-        "ml-collections>=1.0",
-        "numpy",
-        "openai",
-        "optax>=0.2.5",
-        "orbax-checkpoint>=0.11",
-        "pillow>=11",
-        "prometheus-client",
-        "psd-tools",
-        "pydantic>=2",
-        "safetensors",
-        "scipy",
-        "starlette",
-        "tensorboardX",
-        "tensorflow-datasets>=4.9.8",
-        "tqdm",
-        "transformers>=5",
-        "uvicorn",
-    ],
+    install_requires=CORE,
     extras_require={
-        "cuda": ["jax[cuda12]>=0.10,<0.13"],
-        "tpu": ["jax[tpu]>=0.10,<0.13"],
+        "cpu": TRAINING,
+        "cuda": [*TRAINING, "jax[cuda12]>=0.10,<0.13"],
+        "tpu": [*TRAINING, "jax[tpu]>=0.10,<0.13"],
+        "judge": JUDGE,
         "wandb": ["wandb"],
-        "test": [
-            "diffusers==0.42.*",
-            "hypothesis",
-            "peft>=0.19",
-            "pytest>=8",
-            "pytest-xdist",
-            "ruff",
-            "torch",
-        ],
+        "test-without-torch": TEST,
+        "test": [*TEST, "diffusers==0.42.*", "peft>=0.19", "torch"],
     },
 )
