@@ -62,7 +62,7 @@ setup(
     python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["sl_jax", "sl_jax.*"]), "sl_jax.configs"],
     package_dir={"sl_jax.configs": "configs"},
-    package_data={"sl_jax": ["assets/**/*", "scoring/**/*.md", "eval/**/*.html"]},
+    package_data={"sl_jax": ["assets/**/*", "scoring/prompts/*", "eval/templates/*"]},
     install_requires=CORE,
     extras_require={
         "cpu": TRAINING,
