@@ -35,8 +35,8 @@ def get_config() -> ConfigDict:
     )
     vae.designs = 3_000  # per number of layers
     vae.batch = 16
-    vae.steps = 3_000
-    vae.learning_rate = 2e-3
+    vae.steps = 2_000
+    vae.learning_rate = 3e-3
     vae.warmup_steps = 100
     vae.weight_decay = 1e-4
     vae.clip_norm = 1.0
@@ -53,9 +53,9 @@ def get_config() -> ConfigDict:
             "joint_attention_dim": 64,
         }
     )
-    flow.designs = 24_000  # per number of layers
+    flow.designs = 14_000  # per number of layers
     flow.held_out_designs = 256
-    flow.batch = 64
+    flow.batch = 32
     flow.steps = 4_000
     flow.learning_rate = 1e-3
     flow.warmup_steps = 200

@@ -5,6 +5,7 @@ again, it goes on where it was; finished stages are not repeated. The result is 
 in the diffusers layout.
 """
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, logging
+from absl import app
 from ml_collections import ConfigDict, config_flags
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
@@ -24,6 +25,7 @@ from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
 from sl_jax.training import export, pools
+from sl_jax.training.console import set_up_logging
 from sl_jax.training.metrics import MetricsWriter
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.supervised import (
@@ -36,6 +38,8 @@ from sl_jax.training.supervised import (
     reconstruction_loss,
 )
 
+_log = logging.getLogger("sl_jax")
+
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _TRAIN_SEEDS = 1_000_000  # held-out designs count from 0, so the two never meet
 _VAE_HELD_OUT = 32
@@ -44,6 +48,7 @@ _STATISTICS_FRAMES = 8192
 
 def main(argv: list[str]) -> None:
     """Runs the configured stages in order; the last one writes the checkpoint folder."""
+    set_up_logging()
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     config, stages = _CONFIG.value, {"vae": train_vae, "flow": train_flow}
@@ -57,7 +62,7 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     """Stage `vae`: leaves the autoencoder in `workdir/vae/export`."""
     folder, settings, size = workdir / "vae", config.vae, config.data.size
     if (folder / "export").exists():
-        logging.info("%s is finished.", folder)
+        _log.info("%s is finished.", folder)
         return
     vae = Vae(
         VaeConfig.from_dict(settings.architecture.to_dict() | export.unit_statistics(settings))
@@ -110,7 +115,7 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
     export.save_vae(target / "vae", vae.config, vae_params, config.export_dtype)
     export.save_transformer(target / "transformer", model.config, state.ema, config.export_dtype)
     export.save_pipeline_files(target, settings.mu)
-    logging.info("The checkpoint is in %s.", target)
+    _log.info("The checkpoint is in %s.", target)
 
 
 def _frames(config: ConfigDict, first: int, count: int) -> np.ndarray:

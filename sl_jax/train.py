@@ -3,12 +3,13 @@
 Stopped and started again with the same configuration, a run goes on where it was.
 """
 
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 from etils import epath
 from ml_collections import config_flags
 
@@ -32,7 +33,10 @@ from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter, init_adapter
 from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.scoring import JudgeWorker, Rewards
+from sl_jax.training.console import set_up_logging
 from sl_jax.training.metrics import MetricsWriter
+
+_log = logging.getLogger("sl_jax")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _EXPECTED = (ConfigError, CheckpointError, FolderError, JudgeUnavailableError)
@@ -40,6 +44,7 @@ _EXPECTED = (ConfigError, CheckpointError, FolderError, JudgeUnavailableError)
 
 def main(argv: list[str]) -> None:
     """Trains to the end of the run; leaves adapter and report in the work directory."""
+    set_up_logging()
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     try:
@@ -71,7 +76,7 @@ def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) 
     """Everything that training needs, with the state to start from and its epoch."""
     data, rollout = config.data, config.rollout
     if config.model == TINY:
-        logging.warning("The tiny base knows procedural designs only: expect little of others.")
+        _log.warning("The tiny base knows procedural designs only: expect little of others.")
     index, held_out = training_and_held_out(
         data.path,
         make_buckets(data.buckets, "config.data.buckets"),
@@ -90,7 +95,7 @@ def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) 
     if checkpoints.latest is not None:
         epoch, state, record = checkpoints.restore(state)
         stream.restore(record["stream"])
-        logging.info("Going on after epoch %d.", epoch)
+        _log.info("Going on after epoch %d.", epoch)
     judge, grader = (
         make_judge(config.judge, config.seed, two_stage=two_stage)
         for two_stage in (config.judge.two_stage, False)

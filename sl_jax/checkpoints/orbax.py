@@ -1,13 +1,15 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, the last n kept."""
 
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from absl import logging
 from etils import epath
+
+_log = logging.getLogger(__name__)
 
 
 class RunCheckpoints:
@@ -58,7 +60,7 @@ class RunCheckpoints:
                     ),
                 )
             except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
-                logging.error(
+                _log.error(
                     "Checkpoint %s of %s is damaged and is passed over: %s",
                     number,
                     self.directory,

@@ -1,5 +1,6 @@
 """Groups on their way to the judge and back, while training goes on."""
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -7,7 +8,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from absl import logging
 
 from sl_jax.data import Example
 from sl_jax.grpo.config import JudgeSettings
@@ -22,6 +22,8 @@ from sl_jax.scoring import (
     Rewards,
     TwoStageJudge,
 )
+
+_log = logging.getLogger(__name__)
 
 _FIRST_WAIT = 1.0  # seconds
 _LONGEST_WAIT = 60.0
@@ -129,7 +131,7 @@ def refusals(scores: Sequence[GroupScores], examples: Sequence[Example]) -> dict
         if entry.refusal is not None
     }
     if found:
-        logging.warning("The judge refused %d pictures: %s", len(found), found)
+        _log.warning("The judge refused %d pictures: %s", len(found), found)
     return found
 
 

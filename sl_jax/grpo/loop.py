@@ -1,5 +1,6 @@
 """The epoch loop: roll out, decode, judge, update; evaluate and checkpoint on schedule."""
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from tqdm import tqdm
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
@@ -26,6 +26,8 @@ from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.scoring import GroupScores, summarize
 from sl_jax.training.metrics import MetricsWriter
+
+_log = logging.getLogger(__name__)
 
 _GAP_WARNING = 0.1  # of the evaluation score
 
@@ -239,7 +241,7 @@ def _warn_of_sampler_gap(parts: Parts, state: LearnerState, before: Sequence[Eva
     evaluated = float(np.mean([r.reward for r in before if r.example.picture_id in chosen]))
     rolled = parts.evaluator.rollout_score(parts.rollout, state.adapter)
     parts.writer.scalars(0, {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled})
-    log = logging.warning if evaluated - rolled > _GAP_WARNING * evaluated else logging.info
+    log = _log.warning if evaluated - rolled > _GAP_WARNING * evaluated else _log.info
     log(
         "Stage-1 score of the rollout's sampler %.3f, of the evaluation's %.3f. A large gap means "
         "that candidates look unlike what is evaluated: more rollout steps or less noise help.",

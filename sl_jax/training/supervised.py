@@ -1,5 +1,6 @@
 """Supervised stages: the autoencoder (`vae`) and the flow (`flow`) on pictures with true layers."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 from flax import struct
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm import tqdm
@@ -21,6 +21,8 @@ from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 from sl_jax.training.metrics import MetricsWriter
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
+
+_log = logging.getLogger(__name__)
 
 Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
 
@@ -174,7 +176,7 @@ class Stage:
         if self._checkpoints.latest is None:
             return state
         step, state, _ = self._checkpoints.restore(state)
-        logging.info("Going on at update %d of %d.", step, self._config.steps)
+        _log.info("Going on at update %d of %d.", step, self._config.steps)
         return state
 
     def run(
