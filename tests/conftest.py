@@ -25,9 +25,7 @@ def random_checkpoint(tmp_path_factory):
     from sl_jax.training.supervised import fresh_params
 
     folder = tmp_path_factory.mktemp("checkpoint")
-    vae = Vae(
-        VaeConfig(4, 16, (1, 2, 2, 2), 1, (False, True, True), (0.1,) * 16, (0.9,) * 16, 4)
-    )
+    vae = Vae(VaeConfig(4, 16, (1, 2, 2, 2), 1, (False, True, True), (0.1,) * 16, (0.9,) * 16, 4))
     pixels = np.zeros((1, 16, 16, 4), np.float32)
     export.save_vae(
         folder / "vae", vae.config, fresh_params(vae, jax.random.key(0), pixels), np.float32

@@ -1,6 +1,7 @@
 """What a run prints: its own messages, above its progress bars; of libraries, warnings only."""
 
 import logging
+import os
 import sys
 
 from absl import logging as absl_logging
@@ -22,6 +23,8 @@ class _Format(logging.Formatter):
 
 def set_up_logging() -> None:
     """Shows messages of sl_jax from level INFO, of everything else from WARNING."""
+    # transformers advises to install PyTorch, which nothing here needs.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = _AboveBars()
     handler.setFormatter(_Format())
