@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     vae.designs = 3_000  # per number of layers
     vae.batch = 16
     vae.steps = 2_000
-    vae.learning_rate = 3e-3
+    vae.learning_rate = 1e-3
     vae.warmup_steps = 100
     vae.weight_decay = 1e-4
     vae.clip_norm = 1.0
