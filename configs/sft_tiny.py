@@ -53,10 +53,10 @@ def get_config() -> ConfigDict:
             "joint_attention_dim": 64,
         }
     )
-    flow.designs = 14_000  # per number of layers
+    flow.designs = 10_000  # per number of layers
     flow.held_out_designs = 256
     flow.batch = 32
-    flow.steps = 4_000
+    flow.steps = 3_000
     flow.learning_rate = 1e-3
     flow.warmup_steps = 200
     flow.weight_decay = 1e-2
