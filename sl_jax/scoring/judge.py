@@ -7,9 +7,9 @@ import concurrent.futures
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from types import TracebackType
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 from jaxtyping import Float
@@ -19,6 +19,7 @@ from sl_jax.scoring import rubric
 from sl_jax.scoring.types import (
     CRITERIA,
     Answer,
+    Call,
     Endpoint,
     Failure,
     Group,
@@ -45,6 +46,7 @@ class JudgeConfig:
       render: how pictures are laid out.
       prompts: folder with candidate.md and grid.md; None for the packaged ones.
       seed: determines, with a group's id, the shuffles of the grid.
+      sample: which of several independent judgements of the same groups this is (test–retest).
     """
 
     weights: tuple[float, ...] = (1.0,) * len(CRITERIA)
@@ -55,6 +57,7 @@ class JudgeConfig:
     render: rendering.RenderConfig = dataclasses.field(default_factory=rendering.RenderConfig)
     prompts: str | None = None
     seed: int = 0
+    sample: int = 0
 
     def __post_init__(self) -> None:
         if len(self.weights) != len(CRITERIA) or min(self.weights) < 0 or not sum(self.weights):
@@ -76,11 +79,15 @@ class _Tally:
         self.asks = 0
         self.tokens = 0
         self.endpoints: set[str] = set()
+        self.calls: list[Call] = []
 
-    def count(self, answer: str) -> None:
+    def count(self, stage: int, index: int, answer: str) -> None:
         if isinstance(answer, Answer):
             self.tokens += answer.tokens
             self.endpoints.add(answer.endpoint)
+            self.calls.append(
+                Call(stage, index, answer.endpoint, answer.seconds, answer.tokens, answer.cached)
+            )
 
 
 class _Comparison(NamedTuple):
@@ -140,6 +147,7 @@ class TwoStageJudge:
             asks=tally.asks,
             tokens=tally.tokens,
             seconds=time.monotonic() - tally.started,
+            calls=tuple(sorted(tally.calls)),
         )
 
     async def compare(self, group: Group) -> float | Failure:
@@ -154,7 +162,7 @@ class TwoStageJudge:
         wins, tally = [], _Tally()
         for order in ((0, 1), (1, 0)):
             arrangement = rendering.Shuffle(np.array(order), ("A", "B"))
-            scores = await self._ask_grid(group, arrangement, None, tally)
+            scores = await self._ask_grid(group, arrangement, None, 0, tally)
             if isinstance(scores, Failure):
                 return scores
             first, second = (scores[order.index(candidate)] for candidate in (0, 1))
@@ -164,10 +172,12 @@ class TwoStageJudge:
     async def _judge_candidate(
         self, group: Group, index: int, tally: _Tally
     ) -> rubric.CandidateVerdict | Failure:
-        request = rendering.candidate_request(
-            group.source, group.candidates[index], self.prompts, self.config.render, group.caption
+        request = await asyncio.to_thread(  # the loop has answers to attend to
+            rendering.candidate_request,
+            *(group.source, group.candidates[index], self.prompts, self.config.render),
+            group.caption,
         )
-        return await self._ask(request, rubric.parse_candidate, tally)
+        return await self._ask(request, rubric.parse_candidate, index, tally)
 
     async def _compare(
         self, group: Group, shown: np.ndarray, stage1: np.ndarray, tally: _Tally
@@ -181,7 +191,10 @@ class TwoStageJudge:
             for grid in range(self.config.grids)
         ]
         answers = await asyncio.gather(
-            *(self._ask_grid(group, arrangement, stage1, tally) for arrangement in arrangements)
+            *(
+                self._ask_grid(group, arrangement, stage1, grid, tally)
+                for grid, arrangement in enumerate(arrangements)
+            )
         )
         for grid, (arrangement, answer) in enumerate(zip(arrangements, answers, strict=True)):
             permutations[grid, arrangement.places] = np.arange(len(shown))
@@ -197,25 +210,33 @@ class TwoStageJudge:
         group: Group,
         arrangement: rendering.Shuffle,
         stage1: np.ndarray | None,
+        grid: int,
         tally: _Tally,
     ) -> Float[np.ndarray, " shown"] | Failure:
-        request = rendering.grid_request(
-            group, arrangement, stage1, self.prompts, self.config.render
+        request = await asyncio.to_thread(
+            rendering.grid_request,
+            *(group, arrangement, stage1, self.prompts, self.config.render),
         )
         return await self._ask(
-            request, lambda text: rubric.parse_grid(text, arrangement.labels), tally
+            request, lambda text: rubric.parse_grid(text, arrangement.labels), grid, tally
         )
 
     async def _ask(
-        self, request: JudgeRequest, parse: Callable[[str], T], tally: _Tally
+        self, request: JudgeRequest, parse: Callable[[str], T], index: int, tally: _Tally
     ) -> T | Failure:
-        """Asks until an answer parses, at most `asks` times."""
+        """Asks until an answer parses, at most `asks` times.
+
+        `index` is the candidate's, or the grid's: equal grids are still asked one by one.
+        """
+        sample = self.config.sample * self.config.grids + (index if request.stage == 2 else 0)
         reason = ""
         for repeat in range(self.config.asks):
             tally.asks += 1
             try:
-                answer = await self.endpoint.answer(dataclasses.replace(request, repeat=repeat))
-                tally.count(answer)
+                answer = await self.endpoint.answer(
+                    dataclasses.replace(request, repeat=repeat, sample=sample)
+                )
+                tally.count(request.stage, index, answer)
                 return parse(answer)
             except PermanentJudgeError as error:
                 return Failure(permanent=True, reason=str(error))
@@ -228,20 +249,31 @@ class JudgeWorker:
     """Judges groups on a thread of its own, so that training goes on meanwhile.
 
     Args:
-      judge: the judge.
+      judge: the judge; its endpoint is closed with the worker if it has a method `aclose`.
       concurrency: groups in flight at most; others wait their turn in the order of submission.
+      beside: a worker whose thread this one shares, which is needed when their judges share an
+        endpoint with connections; it must be closed after this one.
 
     Use it as a context manager, or call `close`.
     """
 
-    def __init__(self, judge: TwoStageJudge, concurrency: int = 8):
+    def __init__(
+        self, judge: TwoStageJudge, concurrency: int = 8, beside: JudgeWorker | None = None
+    ):
         self._judge = judge
-        self._loop = asyncio.new_event_loop()
+        self._host = beside
+        self._loop = beside._loop if beside else asyncio.new_event_loop()
         self._slots = asyncio.Semaphore(concurrency)
         self._closed = False
         self._gate = threading.Lock()  # nothing is queued on a loop that was told to stop
-        self._thread = threading.Thread(target=self._run, name="judge", daemon=True)
-        self._thread.start()
+        self._open: set[concurrent.futures.Future[Any]] = set()
+        self._thread = (
+            beside._thread
+            if beside
+            else threading.Thread(target=self._run, name="judge", daemon=True)
+        )
+        if beside is None:
+            self._thread.start()
 
     def submit(self, group: Group) -> concurrent.futures.Future[GroupScores]:
         """Queues a group; the future's `cancel` stops its judgement at the next answer.
@@ -249,10 +281,22 @@ class JudgeWorker:
         Raises:
           RuntimeError: the worker is closed.
         """
+        return self.call(self._take_turn(group))
+
+    def call(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
+        """Runs a coroutine where the endpoint's connections live, such as a preflight.
+
+        Raises:
+          RuntimeError: the worker is closed.
+        """
         with self._gate:
-            if self._closed:
+            if self._closed or (self._host and self._host._closed):
+                work.close()
                 raise RuntimeError("this JudgeWorker is closed: please make another one")
-            return asyncio.run_coroutine_threadsafe(self._take_turn(group), self._loop)
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+            self._open.add(future)
+        future.add_done_callback(self._open.discard)
+        return future
 
     def judge_all(self, groups: Iterable[Group]) -> Iterator[GroupScores]:
         """Yields the scores of the groups as they finish; stopping early cancels the rest."""
@@ -270,8 +314,11 @@ class JudgeWorker:
             if self._closed:
                 return
             self._closed = True
+        for future in tuple(self._open):
+            future.cancel()
+        if self._host is None:
             self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+            self._thread.join()
 
     async def _take_turn(self, group: Group) -> GroupScores:
         async with self._slots:
@@ -286,6 +333,10 @@ class JudgeWorker:
             for task in tasks:
                 task.cancel()
             self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            closing = getattr(self._judge.endpoint, "aclose", None)
+            if closing is not None:
+                self._loop.run_until_complete(closing())
+            self._loop.run_until_complete(self._loop.shutdown_default_executor())
             self._loop.close()
 
     def __enter__(self) -> Self:

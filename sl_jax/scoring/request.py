@@ -93,7 +93,6 @@ def candidate_request(
     prompts: Prompts,
     config: RenderConfig,
     caption: str = "",
-    repeat: int = 0,
 ) -> JudgeRequest:
     """Stage 1: source, recomposition, each layer on white, on a checkerboard, and its alpha."""
     views = _views(source, layers, config.picture_size)
@@ -103,14 +102,14 @@ def candidate_request(
         shown = [
             part for name, view in zip(names, views, strict=True) for part in (f"{name}:", view)
         ]
-        return JudgeRequest(1, (prompt, *shown), candidate_schema(), repeat)
+        return JudgeRequest(1, (prompt, *shown), candidate_schema())
     blank = np.full_like(views[0], 240)
     cells = [*views[:2], blank, *views[2:]]
     drawn = ["source", "recomposed", "", *map(_drawn, names[2:])]
     sheet = imaging.contact_sheet(cells, 3, drawn, label_height=_LABEL, gap=_GAP)
     listed = [*names[:2], "(empty)", *names[2:]]
     legend = _sheet_legend("contact sheet", blank.shape, 3, listed)
-    return JudgeRequest(1, (prompt, legend, sheet), candidate_schema(), repeat)
+    return JudgeRequest(1, (prompt, legend, sheet), candidate_schema())
 
 
 def grid_request(
@@ -119,7 +118,6 @@ def grid_request(
     stage1: Float[np.ndarray, " g"] | None,
     prompts: Prompts,
     config: RenderConfig,
-    repeat: int = 0,
 ) -> JudgeRequest:
     """Stage 2: the arranged candidates in one labelled grid, with stage-1 scores (0…1) or not."""
     cells = [
@@ -139,10 +137,14 @@ def grid_request(
         label: None if stage1 is None else 10 * float(stage1[index])
         for label, index in zip(arrangement.labels, arrangement.places, strict=True)
     }
-    labels = sorted(arrangement.labels, key=lambda label: (len(label), label))
+    labels = _alphabetical(arrangement.labels)
     context = [(label, scores[label]) for label in labels]
     prompt = prompts.fill_grid(count, group.caption, context)
-    return JudgeRequest(2, (prompt, legend, grid), grid_schema(labels), repeat)
+    return JudgeRequest(2, (prompt, legend, grid), grid_schema(labels))
+
+
+def _alphabetical(labels: Sequence[str]) -> list[str]:
+    return sorted(labels, key=lambda label: (len(label), label))
 
 
 def _grid_columns(count: int, cell: tuple[int, ...]) -> int:
@@ -235,6 +237,7 @@ _SHEET = re.compile(
     r"The picture is a (?:contact sheet|grid)\. Cells: (\d+) wide, (\d+) high, in (\d+) columns, "
     r"label strips of (\d+), gaps of (\d+)\. Row by row: ([^.]*)\."
 )
+_GRID = re.compile(r"The picture is a grid\. Cells: ")
 _CELL = re.compile(
     r"In each cell, (\d+) by 2 pictures of (\d+) wide and (\d+) high, (\d+) apart: .*"
     r"on a checkerboard of (\d+) pixel squares"
@@ -243,6 +246,21 @@ _CELL = re.compile(
 
 class UnreadableRequestError(ValueError):
     """A request whose legend or pictures are not those of this module."""
+
+
+def request_of(parts: Sequence[str | Rgb], sample: int = 0) -> JudgeRequest:
+    """The request that shows these parts, as a server receives them: its legend says which.
+
+    Raises:
+      UnreadableRequestError: a grid without exactly one legend and one picture.
+    """
+    shown = tuple(parts)
+    request = JudgeRequest(1, shown, candidate_schema(), sample=sample)
+    if not any(isinstance(p, str) and _GRID.search(p) for p in shown):
+        return request
+    legend, _ = _legend_and_picture(request)
+    _, labels = _geometry(legend)
+    return JudgeRequest(2, shown, grid_schema(_alphabetical(labels)), sample=sample)
 
 
 def read_candidate(request: JudgeRequest) -> Seen:

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
@@ -40,8 +40,19 @@ class BrokenAnswerError(TransientJudgeError):
     """An answer that does not parse, is incomplete, or has a score out of range."""
 
 
+class EndpointError(TransientJudgeError):
+    """The endpoint itself is set up wrongly (key, model, address): others may still answer."""
+
+
 class PermanentJudgeError(JudgeError):
     """No other try will succeed with this picture: refusal, content filter, 4xx about it."""
+
+
+class BudgetError(JudgeError):
+    """The run has spent what it was allowed to: it stops, with a checkpoint.
+
+    Neither transient nor permanent, so it ends the judgement instead of marking candidates.
+    """
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,17 +101,20 @@ class JudgeRequest:
       stage: 1, one candidate alone; 2, the grid of a group.
       parts: texts and uint8 [h, w, 3] pictures in reading order.
       schema: the JSON schema that the answer must satisfy.
-      repeat: counts repetitions of a request; not shown, but part of a cache's key, so that
-        asking again is not answered by the same broken answer.
+      repeat: counts how often the request was asked again after broken answers; not shown, but
+        part of the sampling seed, so that the same broken answer is not drawn again.
+      sample: which of several independent answers to the same question is wanted (repeated
+        grids, test–retest); not shown, part of the sampling seed and of a cache's key.
     """
 
     stage: Literal[1, 2]
     parts: tuple[str | UInt8[np.ndarray, "h w 3"], ...]
     schema: Mapping[str, Any]
     repeat: int = 0
+    sample: int = 0
 
     def digest(self) -> str:
-        """SHA-256 (hex) of all that is shown: texts, pictures and schema, not `repeat`."""
+        """SHA-256 (hex) of all that is shown: texts, pictures, schema; no `repeat`, `sample`."""
         digest = hashlib.sha256(json.dumps(self.schema, sort_keys=True).encode())
         for part in self.parts:
             if isinstance(part, str):
@@ -116,14 +130,26 @@ class Answer(str):
     Attributes:
       endpoint: name of the endpoint that gave it.
       tokens: tokens that it cost, prompt and completion.
+      seconds: from sending the request to the end of the answer; 0 if it was computed here.
+      cached: whether it was remembered, and cost nothing now.
     """
 
     endpoint: str
     tokens: int
+    seconds: float
+    cached: bool
 
-    def __new__(cls, text: str, endpoint: str = "", tokens: int = 0) -> Answer:
+    def __new__(
+        cls,
+        text: str,
+        endpoint: str = "",
+        tokens: int = 0,
+        seconds: float = 0.0,
+        cached: bool = False,
+    ) -> Answer:
         answer = super().__new__(cls, text)
         answer.endpoint, answer.tokens = endpoint, tokens
+        answer.seconds, answer.cached = seconds, cached
         return answer
 
 
@@ -153,6 +179,24 @@ class Failure:
     reason: str
 
 
+class Call(NamedTuple):
+    """One request of a judgement that was answered.
+
+    Attributes:
+      stage: 1 or 2.
+      index: the candidate (stage 1) or the grid (stage 2).
+      endpoint: who answered.
+      seconds, tokens, cached: see `Answer`.
+    """
+
+    stage: int
+    index: int
+    endpoint: str
+    seconds: float
+    tokens: int
+    cached: bool
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class GroupScores:
     """The judgement of a group of G candidates; no number in it is invented.
@@ -177,6 +221,7 @@ class GroupScores:
       asks: requests sent, asking again included.
       tokens: tokens of all answers, 0 where endpoints do not count.
       seconds: wall-clock time of the judgement.
+      calls: the answers that it is made of, by stage and index.
     """
 
     group_id: str
@@ -196,6 +241,7 @@ class GroupScores:
     asks: int = 0
     tokens: int = 0
     seconds: float = 0.0
+    calls: tuple[Call, ...] = ()
 
     @property
     def refusal(self) -> str | None:
