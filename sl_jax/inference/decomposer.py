@@ -1,23 +1,56 @@
-"""Pictures in, layers out: one compiled program per bucket, number of layers and sampler."""
+"""Pictures in, layers out: one compiled program per picture size, number of layers and sampler.
 
+`Decomposer` works on arrays, with prompts that are already hidden states. What
+`Decomposer.from_pretrained` returns, a `PictureDecomposer`, works on Pillow images.
+"""
+
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from PIL import Image
 
-from sl_jax.checkpoints.pipeline import Pipeline
-from sl_jax.flow.sampler import OdeMethod, initial_noise, sample
+from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.data.pictures import area_size, longest_side_size, resize_to
+from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
+from sl_jax.imaging import flatten
+from sl_jax.inference.prompts import DEFAULT_PROMPT, PromptEmbeddings, encode_prompts
 from sl_jax.inference.sampling import (
     Condition,
     decode_layers,
     modulation_table,
-    picture_latents,
     velocity_function,
 )
+from sl_jax.models.codec import encode_frames, opaque
 from sl_jax.models.lora import Adapter
+from sl_jax.models.packing import pack
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shards, make_mesh
+
+SizeRule = Literal["longest", "area"]
+
+
+class Guidance(NamedTuple):
+    """Classifier-free guidance with a negative prompt ("true CFG" in diffusers' pipelines).
+
+    v = v₋ + scale · (v₊ − v₋), and with `normalize` each token's v is scaled to the norm of its v₊
+    over the 64 packed channels. It doubles the cost of every step.
+
+    Attributes:
+        scale: 1 changes nothing; the base model's README uses 4.
+        text, text_lengths: negative prompts, as in `Condition`.
+        normalize: keep the norm, as the base model's README does.
+    """
+
+    scale: Float[Array, ""] | float
+    text: Float[Array, "b s e"]
+    text_lengths: Int[Array, " b"] | None
+    normalize: Array | bool = True
 
 
 class Decomposer:
@@ -27,9 +60,37 @@ class Decomposer:
         self._pipeline = pipeline
         self._program = jax.jit(self._sampled, static_argnames=("grid", "method"))
 
+    @staticmethod
+    def from_pretrained(
+        model: str,
+        *,
+        prompt: str = DEFAULT_PROMPT,
+        negative_prompt: str = " ",
+        dtype: str = "bfloat16",
+        mesh: MeshConfig | None = None,
+    ) -> "PictureDecomposer":
+        """Loads a model for Pillow images; see `PictureDecomposer`.
+
+        Args:
+            model: a folder in the diffusers layout, a hub id, or "tiny".
+            prompt: for all pictures.
+            negative_prompt: used where guidance is not 1.
+            dtype: "bfloat16" or "float32".
+            mesh: how the devices share the work; by default the parameters are sharded over all.
+
+        Raises:
+            CheckpointError: the model is missing or damaged.
+        """
+        folder = resolve_model(model)
+        # First: the text encoder is gone from memory before the model is loaded.
+        prompts = encode_prompts(folder, [prompt, negative_prompt], dtype=dtype)
+        layout = Layout(make_mesh(mesh or MeshConfig()))
+        pipeline = load_pipeline(folder, ComputeConfig(dtype, remat="none"), layout)
+        return PictureDecomposer(Decomposer(pipeline), prompts, None, layout)
+
     def __call__(
         self,
-        pictures: UInt8[Array, "b h w 3"],
+        pictures: UInt8[Array, "b h w c"],
         text: Float[Array, "b s e"],
         text_lengths: Int[Array, " b"] | None,
         keys: PRNGKeyArray,
@@ -39,17 +100,19 @@ class Decomposer:
         method: OdeMethod = "heun",
         shift: float | None = None,
         adapter: Adapter | None = None,
+        guidance: Guidance | None = None,
     ) -> UInt8[Array, "b l h w 4"]:
         """Straight RGBA layers of every picture, back to front.
 
         Args:
-            pictures: sides must be multiples of 16.
+            pictures: RGB (taken as opaque) or straight RGBA; sides must be multiples of 16.
             text, text_lengths: prompts, see `Condition`.
             keys: one per picture; a picture's layers depend on its own key alone.
             layers: L.
             steps, method: of the sampler; Heun evaluates twice per step but for the last.
             shift: μ of the σ grid; None takes the checkpoint's own rule.
             adapter: None samples the base.
+            guidance: None follows the prompt alone.
         """
         _, height, width, _ = pictures.shape
         grid = LatentGrid(layers, height // PACKED_PIXELS, width // PACKED_PIXELS)
@@ -64,6 +127,7 @@ class Decomposer:
             text_lengths,
             noise,
             jnp.asarray(sigmas),
+            guidance,
             grid=grid,
             method=method,
         )
@@ -78,13 +142,194 @@ class Decomposer:
         text_lengths: Array | None,
         noise: Array,
         sigmas: Array,
+        guidance: Guidance | None,
         *,
         grid: LatentGrid,
         method: OdeMethod,
     ) -> Array:
         model, vae = self._pipeline.model, self._pipeline.vae
-        condition = Condition(picture_latents(vae, vae_params, pictures), text, text_lengths)
+        frames = pictures if pictures.shape[-1] == 4 else opaque(pictures)
+        latents = encode_frames(vae, vae_params, frames).astype(jnp.float32)
+        condition = Condition(pack(latents[:, None]), text, text_lengths)
         table = modulation_table(model, params, variables, sigmas)
         velocity = partial(velocity_function, model, params, variables, table=table, grid=grid)
-        latents = sample(velocity(condition), noise, sigmas, method)
-        return decode_layers(vae, vae_params, latents, grid)
+        chosen = velocity(condition) if guidance is None else _guided(velocity, condition, guidance)
+        return decode_layers(vae, vae_params, sample(chosen, noise, sigmas, method), grid)
+
+
+def _guided(velocity: Any, condition: Condition, guidance: Guidance) -> VelocityFn:
+    """The guided velocity; prompts take turns, so that the program holds the model once."""
+    prompts = _joined(condition, guidance)
+
+    def guided(x: Float[Array, "b n c"], index: Int[Array, ""]) -> Float[Array, "b n c"]:
+        wanted, unwanted = jax.lax.map(
+            lambda prompt: velocity(Condition(condition.picture, *prompt))(x, index), prompts
+        )
+        mixed = unwanted + guidance.scale * (wanted - unwanted)
+        norms = [jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (wanted, mixed)]
+        factor = norms[0] / jnp.maximum(norms[1], jnp.finfo(jnp.float32).tiny)
+        return mixed * jnp.where(guidance.normalize, factor, 1.0)
+
+    return guided
+
+
+def _joined(
+    condition: Condition, guidance: Guidance
+) -> tuple[Float[Array, "2 b s e"], Int[Array, "2 b"]]:
+    """Both prompts padded to one length, with their lengths."""
+    texts = condition.text, guidance.text
+    lengths = [
+        jnp.full(len(text), text.shape[1], jnp.int32) if known is None else known
+        for text, known in zip(texts, (condition.text_lengths, guidance.text_lengths), strict=True)
+    ]
+    longest = max(text.shape[1] for text in texts)
+    padded = [jnp.pad(text, ((0, 0), (0, longest - text.shape[1]), (0, 0))) for text in texts]
+    return jnp.stack(padded), jnp.stack(lengths)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How pictures become layers; the defaults are those of the Stable-Layers release.
+
+    Attributes:
+        layers: number of layers, at least 1.
+        steps: of the sampler; with fewer than 50, the release warns, results are garbled.
+        sampler: "heun" or "euler".
+        size: pixels of the longest side, or the side of the square whose area pictures get.
+        resize: "longest" (the release: longest side `size`, sides multiples of 16, transparency
+            flattened over white) or "area" (diffusers' pipeline: area `size`², sides multiples of
+            32, transparency kept).
+        guidance: scale of classifier-free guidance; 1 is off.
+        normalize: whether guidance keeps the norm of the velocity; see `Guidance`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    layers: int = 4
+    steps: int = 50
+    sampler: OdeMethod = "heun"
+    size: int = 640
+    resize: SizeRule = "longest"
+    guidance: float = 1.0
+    normalize: bool = True
+
+    def __post_init__(self) -> None:
+        for name, least in (("layers", 1), ("steps", 1), ("size", PACKED_PIXELS)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}; please use {least} or more")
+        for name, known in (("sampler", ("heun", "euler")), ("resize", ("longest", "area"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} = {getattr(self, name)!r}; please use one of {', '.join(known)}"
+                )
+        if not np.isfinite(self.guidance):
+            raise ValueError(f"guidance = {self.guidance}; please use a finite number, 1 for none")
+
+    def frame_size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) at which a picture of that size is decomposed."""
+        if self.resize == "longest":
+            return longest_side_size(height, width, self.size)
+        return area_size(height, width, self.size**2)
+
+    def frame(self, picture: UInt8[np.ndarray, "h w 4"]) -> UInt8[np.ndarray, "h2 w2 4"]:
+        """A straight RGBA picture as the model is shown it."""
+        size = self.frame_size(*picture.shape[:2])
+        if self.resize == "area":
+            return resize_to(picture, size)
+        resized = resize_to(flatten(picture), size)
+        return np.concatenate([resized, np.full_like(resized[..., :1], 255)], axis=-1)
+
+
+RELEASE = Sampling()
+
+
+class PictureDecomposer:
+    """A loaded model with its prompt and adapter: one Pillow image in, a list of layers out."""
+
+    def __init__(
+        self,
+        decomposer: Decomposer,
+        prompts: PromptEmbeddings,
+        adapter: Adapter | None,
+        layout: Layout,
+    ):
+        """Takes parts that are loaded; `prompts` are the prompt and the negative one."""
+        self._decomposer = decomposer
+        self._prompts = prompts
+        self._adapter = adapter
+        self._layout = layout
+
+    @property
+    def batch_multiple(self) -> int:
+        """Batches are multiples of this, so that every device has its share."""
+        return batch_shards(self._layout.mesh)
+
+    def __call__(
+        self,
+        image: Image.Image,
+        layers: int = 4,
+        *,
+        seed: int = 42,
+        steps: int = 50,
+        sampler: OdeMethod = "heun",
+        size: int = 640,
+        resize: SizeRule = "longest",
+        guidance: float = 1.0,
+    ) -> list[Image.Image]:
+        """Layers of one picture as RGBA images, back to front; the first is the background.
+
+        They have the size at which the picture was decomposed, see `Sampling`. The same arguments
+        give the same layers, and those of the command's first picture.
+
+        Raises:
+            ValueError: an argument is out of range.
+        """
+        sampling = Sampling(layers, steps, sampler, size, resize, guidance)
+        frame = sampling.frame(np.asarray(image.convert("RGBA")))
+        stack = self.decompose(frame[None], jax.random.key(seed)[None], sampling)[0]
+        return [Image.fromarray(layer) for layer in stack]
+
+    def decompose(
+        self,
+        frames: UInt8[np.ndarray, "b h w 4"],
+        keys: PRNGKeyArray,
+        sampling: Sampling,
+        batch: int | None = None,
+    ) -> UInt8[np.ndarray, "b l h w 4"]:
+        """Layers of pictures of one size, back to front.
+
+        Args:
+            frames: from `Sampling.frame`.
+            keys: one per picture.
+            sampling: its size rule is not applied again.
+            batch: the batch is filled up to so many, and to a multiple of `batch_multiple`; one
+                number for all calls means one program for all.
+        """
+        count = len(frames)
+        rows = -(-max(count, batch or 1) // self.batch_multiple) * self.batch_multiple
+        chosen = np.minimum(np.arange(rows), count - 1)
+        text = partial(_prompt, self._prompts, rows=rows)
+        guidance = None
+        if sampling.guidance != 1.0:
+            guidance = Guidance(sampling.guidance, text(1), None, sampling.normalize)
+        pictures, positive, keys = jax.device_put(
+            (frames[chosen], text(0), keys[chosen]), batch_sharding(self._layout.mesh)
+        )
+        stacks = self._decomposer(
+            pictures,
+            positive,
+            None,
+            keys,
+            layers=sampling.layers,
+            steps=sampling.steps,
+            method=sampling.sampler,
+            adapter=self._adapter,
+            guidance=guidance,
+        )
+        return np.asarray(stacks)[:count]
+
+
+def _prompt(prompts: PromptEmbeddings, index: int, *, rows: int) -> np.ndarray:
+    """Hidden states of one prompt, without padding, for every row of a batch."""
+    return np.repeat(prompts.hidden[index : index + 1, : prompts.lengths[index]], rows, axis=0)

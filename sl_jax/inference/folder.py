@@ -1,0 +1,304 @@
+"""Many pictures: found, grouped by size, decomposed in batches, written; what went wrong is kept.
+
+A picture's noise depends on the seed and its place among the inputs alone, as in the Stable-Layers
+release, and every size has one program, whatever else is in the folder.
+"""
+
+import collections
+import dataclasses
+import functools
+import glob
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from sl_jax.data.folder import FolderError
+from sl_jax.data.pictures import (
+    PictureError,
+    PictureLimits,
+    open_rgba,
+    picture_size,
+    picture_suffixes,
+    shown,
+)
+from sl_jax.inference.decomposer import PictureDecomposer, Sampling
+from sl_jax.inference.outputs import layer_names, read_record, write_outputs
+
+_MAGIC = frozenset("*?[")
+
+
+class Entry(NamedTuple):
+    """One input picture.
+
+    Attributes:
+        index: its place among all inputs, counted from 0; added to the seed.
+        path: the file.
+        name: of its folder in the output.
+    """
+
+    index: int
+    path: epath.Path
+    name: str
+
+
+class Problem(NamedTuple):
+    """An input that has no new layers, and why."""
+
+    path: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.reason}"
+
+
+class Outcome(NamedTuple):
+    """What became of the inputs: folders written, folders that were complete before, problems."""
+
+    written: list[epath.Path]
+    kept: list[epath.Path]
+    problems: list[Problem]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is made of every picture.
+
+    Attributes:
+        output: each picture gets a folder in it.
+        sampling: how layers are sampled.
+        seed: of the first picture; the next has seed + 1.
+        made_by: what else decides the result (model, adapter, prompt); kept in `layers.json`.
+        transparent: see `write_outputs`.
+        overwrite: decompose again what is complete.
+        recurse: layer that is decomposed once more, into a folder of its own; None for none.
+        batch: pictures at a time; rounded up to the number of shards of the batch.
+
+    Raises:
+        ValueError: `recurse` names no layer, or `batch` is below 1.
+    """
+
+    output: epath.Path
+    sampling: Sampling
+    seed: int = 42
+    made_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    transparent: bool = False
+    overwrite: bool = False
+    recurse: int | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if self.recurse is not None and not 0 <= self.recurse < self.sampling.layers:
+            raise ValueError(
+                f"recurse = {self.recurse}; please name a layer, 0 to {self.sampling.layers - 1}"
+            )
+        if self.batch < 1:
+            raise ValueError(f"batch = {self.batch}; please use 1 or more")
+
+    @property
+    def limits(self) -> PictureLimits:
+        """Any size is decomposed, up to the aspect at which a side falls below one token."""
+        return PictureLimits(min_side=1, max_aspect=max(self.sampling.size / 16, 4.0))
+
+    def settings(self, entry: Entry) -> dict[str, Any]:
+        """What decides the layers of a picture, as kept in `layers.json`."""
+        return {
+            **self.made_by,
+            **dataclasses.asdict(self.sampling),
+            "seed": self.seed + entry.index,
+            "transparent": self.transparent,
+        }
+
+
+def find_pictures(where: str) -> list[Entry]:
+    """The inputs, ordered by path.
+
+    Args:
+        where: a picture; a folder, of which the pictures directly in it are taken; or a pattern
+            with *, ? or [ ], in which ** stands for any local folders. Local or remote (gs://…).
+            Of folders and patterns, files whose names end like a picture's count.
+
+    Raises:
+        FolderError: there is nothing to decompose.
+    """
+    path = epath.Path(where).expanduser()
+    if path.is_dir():
+        found = [child for child in path.iterdir() if _claims(child)]
+    elif path.exists():
+        found = [path]
+    else:
+        found = [child for child in _matching(path) if _claims(child)]
+    if not found:
+        raise FolderError(
+            f"no picture at {shown(where)}; please give a picture, a folder with pictures "
+            "(.png, .jpg, .webp, …), or a pattern such as 'pictures/**/*.png' in quotes"
+        )
+    found = sorted(found, key=lambda child: os.fsencode(os.fspath(child)))
+    return [Entry(i, p, n) for i, (p, n) in enumerate(zip(found, _names(found), strict=True))]
+
+
+def _claims(path: epath.Path) -> bool:
+    hidden = path.name.startswith(".")
+    return not hidden and path.suffix.lower() in picture_suffixes() and not path.is_dir()
+
+
+def _matching(pattern: epath.Path) -> list[epath.Path]:
+    text = os.fspath(pattern)
+    if "://" not in text:
+        return [epath.Path(match) for match in glob.glob(text, recursive=True)]
+    plain = list(itertools.takewhile(lambda part: _MAGIC.isdisjoint(part), pattern.parts))
+    rest = pattern.parts[len(plain) :]
+    if "**" in rest:
+        raise FolderError(f"{text}: ** is for local folders; please write out the levels as */*")
+    return list(epath.Path(*plain).glob("/".join(rest))) if rest else []
+
+
+def _names(paths: Sequence[epath.Path]) -> list[str]:
+    """Names without ending; those that would collide get ending, or number, as well."""
+    names = [path.stem for path in paths]
+    for better in ([p.name for p in paths], [f"{i}_{p.name}" for i, p in enumerate(paths)]):
+        counts = collections.Counter(name.casefold() for name in names)
+        names = [
+            new if counts[name.casefold()] > 1 else name
+            for name, new in zip(names, better, strict=True)
+        ]
+    return names
+
+
+def decompose_pictures(
+    entries: Sequence[Entry], job: Job, load: Callable[[], PictureDecomposer]
+) -> Outcome:
+    """Decomposes what is not complete yet; a picture that cannot be used stops no other.
+
+    Args:
+        load: called once, and only if there is anything to do.
+    """
+    outcome = Outcome([], [], [])
+    todo = [entry for entry in entries if not _settled(entry, job, outcome)]
+    groups = _by_size(todo, job, outcome)
+    if not groups:
+        return outcome
+    decomposer = load()
+    total = sum(map(len, groups.values()))
+    with tqdm(total=total, unit="picture", desc="decompose") as bar:
+        for (height, width), group in groups.items():
+            bar.set_postfix_str(f"{width}x{height}")
+            for batch in _batches(group, job, outcome):
+                _decompose(batch, job, decomposer, outcome)
+                bar.update(len(batch))
+    return outcome
+
+
+def _settled(entry: Entry, job: Job, outcome: Outcome) -> bool:
+    """Whether a picture's folder is complete, or holds what must not be lost unasked."""
+    folder = job.output / entry.name
+    record = None if job.overwrite else read_record(folder)
+    if record is None:
+        return False
+    wanted = job.settings(entry)
+    made = record.get("settings", {})
+    other = [f"{key} {made.get(key)!r}" for key in wanted if made.get(key) != wanted[key]]
+    try:
+        if record.get("sha256") != _digest(entry.path):
+            other.append("another picture")
+    except OSError as error:
+        outcome.problems.append(Problem(os.fspath(entry.path), error.strerror or str(error)))
+        return True
+    if other:
+        reason = f"{folder} was made with {', '.join(other)}; please pass --overwrite, or another "
+        outcome.problems.append(Problem(os.fspath(entry.path), f"{reason}--output"))
+        return True
+    if job.recurse is not None and record.get("recursed") != job.recurse:
+        return False
+    outcome.kept.append(folder)
+    return True
+
+
+def _digest(path: epath.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _by_size(
+    entries: Sequence[Entry], job: Job, outcome: Outcome
+) -> dict[tuple[int, int], list[Entry]]:
+    groups: dict[tuple[int, int], list[Entry]] = collections.defaultdict(list)
+    for entry in entries:
+        try:
+            size = picture_size(entry.path, job.limits)
+        except PictureError as error:
+            outcome.problems.append(Problem(os.fspath(entry.path), error.reason))
+        else:
+            groups[job.sampling.frame_size(*size)].append(entry)
+    return dict(sorted(groups.items()))
+
+
+class _Opened(NamedTuple):
+    entry: Entry
+    sha256: str
+    size: tuple[int, int]
+    frame: UInt8[np.ndarray, "h w 4"]
+
+
+def _batches(group: Sequence[Entry], job: Job, outcome: Outcome) -> Iterator[list[_Opened]]:
+    """Pictures of one size, opened, so many at a time; none is held longer than its batch."""
+    opened = (picture for entry in group if (picture := _open(entry, job, outcome)))
+    while batch := list(itertools.islice(opened, job.batch)):
+        yield batch
+
+
+def _open(entry: Entry, job: Job, outcome: Outcome) -> _Opened | None:
+    try:
+        picture = open_rgba(entry.path, job.limits)
+        return _Opened(entry, _digest(entry.path), picture.shape[:2], job.sampling.frame(picture))
+    except PictureError as error:
+        outcome.problems.append(Problem(os.fspath(entry.path), error.reason))
+    except OSError as error:
+        outcome.problems.append(Problem(os.fspath(entry.path), error.strerror or str(error)))
+    return None
+
+
+def _decompose(
+    batch: Sequence[_Opened], job: Job, decomposer: PictureDecomposer, outcome: Outcome
+) -> None:
+    keys = jax.vmap(jax.random.key)(
+        jnp.asarray([job.seed + picture.entry.index for picture in batch])
+    )
+    sample = functools.partial(decomposer.decompose, sampling=job.sampling, batch=job.batch)
+    stacks = sample(np.stack([picture.frame for picture in batch]), keys)
+    if job.recurse is not None:
+        # The layer keeps its alpha: what it leaves transparent is no part of the picture.
+        chosen = stacks[:, job.recurse]
+        inner = sample(chosen, jax.vmap(lambda key: jax.random.fold_in(key, job.recurse))(keys))
+        for picture, frame, layers in zip(batch, chosen, inner, strict=True):
+            _write(picture, frame, layers, job, (layer_names(len(layers))[job.recurse],))
+    for picture, layers in zip(batch, stacks, strict=True):
+        _write(picture, picture.frame, layers, job)
+        outcome.written.append(job.output / picture.entry.name)
+
+
+def _write(
+    picture: _Opened,
+    frame: UInt8[np.ndarray, "h w 4"],
+    layers: UInt8[np.ndarray, "l h w 4"],
+    job: Job,
+    inside: tuple[str, ...] = (),
+) -> None:
+    record = {
+        "picture": picture.entry.path.name,
+        "sha256": picture.sha256,
+        "picture_width": picture.size[1],
+        "picture_height": picture.size[0],
+        "settings": job.settings(picture.entry),
+    }
+    record |= {"layer": inside[-1]} if inside else {"recursed": job.recurse}
+    folder = job.output.joinpath(picture.entry.name, *inside)
+    write_outputs(folder, frame, layers, record, transparent=job.transparent)
