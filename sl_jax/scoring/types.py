@@ -29,11 +29,13 @@ class TransientJudgeError(JudgeError):
 
     Attributes:
       retry_after: seconds that the server asked to wait, or None.
+      tokens: what was spent all the same.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None):
+    def __init__(self, message: str, retry_after: float | None = None, tokens: int = 0):
         super().__init__(message)
         self.retry_after = retry_after
+        self.tokens = tokens
 
 
 class BrokenAnswerError(TransientJudgeError):

@@ -1,0 +1,350 @@
+"""Many servers as one endpoint: what is lost, doubled or mixed up when they misbehave."""
+
+import asyncio
+import collections
+import time
+
+import numpy as np
+import pytest
+from hostile import FAULTS, HostileServer, at_random, expected, http_date, known_group
+
+from sl_jax.scoring import (
+    BudgetError,
+    JudgeConfig,
+    JudgeWorker,
+    PermanentJudgeError,
+    TransientJudgeError,
+    TwoStageJudge,
+)
+from sl_jax.scoring import request as rendering
+from sl_jax.scoring.budget import Budget
+from sl_jax.scoring.encoding import RequestConfig
+from sl_jax.scoring.endpoint_state import CoolDown, EndpointState
+from sl_jax.scoring.openai_client import EndpointConfig
+from sl_jax.scoring.pool import JudgePool, PoolConfig
+from sl_jax.scoring.rubric import load_prompts
+
+PROMPTS = load_prompts()
+
+
+def make_pool(servers, budget=None, limits=(), **config):
+    limits = limits or ({},) * len(servers)
+    endpoints = tuple(
+        server.endpoint(name=f"s{i}", **limit)
+        for i, (server, limit) in enumerate(zip(servers, limits, strict=True))
+    )
+    request = RequestConfig(timeout=config.pop("timeout", 20.0), structured="schema")
+    config = {"cool_down": CoolDown(0.05, 0.4)} | config
+    return JudgePool(PoolConfig(endpoints, request, **config), budget)
+
+
+def one(index=0, candidate=1):
+    group = known_group(index)
+    return rendering.candidate_request(
+        group.source, group.candidates[candidate], PROMPTS, rendering.RenderConfig()
+    )
+
+
+def run(pool, work):
+    """Runs `work(pool)` and closes the pool."""
+
+    async def closed():
+        try:
+            return await work(pool)
+        finally:
+            await pool.aclose()
+
+    return asyncio.run(closed())
+
+
+async def ask(pool, count, start=0):
+    return await asyncio.gather(*(pool.answer(one(start + i)) for i in range(count)))
+
+
+@pytest.fixture
+def servers():
+    made = []
+
+    def make(*args, **kwargs):
+        made.append(HostileServer(*args, **kwargs))
+        return made[-1]
+
+    yield make
+    for server in made:
+        server.close()
+
+
+def judged(pool, groups, concurrency=16, **config):
+    config = JudgeConfig(render=rendering.RenderConfig(tile_size=None), **config)
+    with JudgeWorker(TwoStageJudge(pool, config), concurrency) as worker:
+        return {scores.group_id: scores for scores in worker.judge_all(groups)}
+
+
+def check(groups, scores):
+    """Every candidate valid with its own score, or invalid with a reason; returns the share."""
+    assert set(scores) == {group.group_id for group in groups}
+    for group in groups:
+        found = scores[group.group_id]
+        for index, wanted in enumerate(expected(group)):
+            if found.valid[index]:
+                assert found.stage1[index] == pytest.approx(wanted, abs=1e-9)
+                assert found.failures[index] is None
+            else:
+                assert np.isnan(found.reward[index]) and found.failures[index].reason
+        if found.two_stage:
+            np.testing.assert_allclose(
+                found.stage2[found.valid], expected(group)[found.valid], atol=1e-9
+            )
+    return float(np.mean([found.valid.mean() for found in scores.values()]))
+
+
+def test_the_least_loaded_endpoint_gets_the_next_request(servers):
+    slow, fast = servers(latency=0.6), servers(latency=0.02)
+    limits = {"concurrency": 2}, {"concurrency": 4}
+    pool = make_pool([slow, fast], limits=limits)
+    run(pool, lambda p: ask(p, 30))
+    assert slow.most_active == 2 and 2 <= fast.most_active <= 4
+    assert len(fast.times) > 20 and len(slow.times) + len(fast.times) == 30
+
+
+def test_a_failed_request_goes_elsewhere_and_the_endpoint_rests(servers):
+    bad, good = servers(lambda _: "500"), servers()
+    pool = make_pool([bad, good], cool_down=CoolDown(30, 60))
+    answers = run(pool, lambda p: ask(p, 12))
+    assert {a.endpoint for a in answers} == {"s1"} and len(good.times) == 12
+    assert 1 <= len(bad.times) <= 8  # what was under way when the first failure came
+    metrics = pool.metrics()
+    assert metrics["up"] == 1 and metrics["s0/errors"] == len(bad.times)
+    assert metrics["s1/answers"] == 12 and metrics["s1/p95"] >= metrics["s1/p50"] > 0
+    assert pool.metrics()["requests"] == 12 + len(bad.times)
+
+
+def test_an_endpoint_comes_back_through_a_probe(servers):
+    ill = [True]
+    server, other = servers(lambda _: "die" if ill[0] else None), servers(latency=0.05)
+
+    async def work(pool):
+        await ask(pool, 8)
+        before = len(server.times)
+        await asyncio.sleep(1.5)  # probes, further and further apart
+        probes = len(server.times) - before
+        ill[0] = False
+        await asyncio.sleep(1.5)
+        return probes, await ask(pool, 8, start=50)
+
+    probes, answers = run(make_pool([server, other]), work)
+    assert 2 <= probes <= 8
+    assert {a.endpoint for a in answers} == {"s0", "s1"}
+
+
+def test_backoff_grows_and_is_forgiven_slowly():
+    state = EndpointState(EndpointConfig("http://h/v1", "m"), CoolDown(1, 10, broken=2))
+    waits, now = [], 0.0
+    for _ in range(6):
+        state.failed(TransientJudgeError("x"), now)
+        state.failed(TransientJudgeError("in flight too"), now)
+        waits.append(state.wake_at - now)
+        now = state.wake_at
+        assert state.ready_at(now) == np.inf and state.rested(now)
+        state.health = "probing"
+    assert waits == [1, 2, 4, 8, 10, 10]
+    state.succeeded(0.1)
+    assert state.ready_at(now) == now
+    state.failed(TransientJudgeError("429", retry_after=50), now)
+    assert state.wake_at == now + 50
+    state.succeeded(0.1)  # an answer that was under way does not undo Retry-After
+    assert state.health == "cooling"
+
+
+@pytest.mark.parametrize("form", [lambda: "1", lambda: http_date(2)])
+def test_retry_after_is_obeyed(servers, form):
+    server = servers(lambda number: None if number else "429", retry_after=form)
+    pool = make_pool([server], limits=({"concurrency": 1},))
+    run(pool, lambda p: ask(p, 3))
+    assert server.times[1] - server.times[0] > 0.9
+    assert len(server.times) == 5  # the refused one, its probe, and three answers
+
+
+def test_limits_per_minute_hold():
+    limited = EndpointConfig(
+        "http://h/v1", "m", requests_per_minute=3, tokens_per_minute=2500, concurrency=99
+    )
+    state = EndpointState(limited, CoolDown())
+    for now in (0.0, 1.0):
+        assert state.ready_at(now) == now
+        state.end(state.start(now), 1000)
+    assert state.ready_at(2.0) == 60.0  # a third of about 1000 tokens would be too many
+    state.end(state.start(60.5), 10)
+    assert state.ready_at(61.5) == 61.5
+    state.end(state.start(61.5), 10)
+    state.end(state.start(61.6), 10)
+    assert state.ready_at(62.0) == 120.5
+
+
+def test_a_pool_sends_no_more_than_a_minute_allows(servers):
+    server = servers()
+    pool = make_pool([server], limits=({"requests_per_minute": 5},))
+
+    async def work(pool):
+        tasks = [asyncio.ensure_future(pool.answer(one(i))) for i in range(9)]
+        done, waiting = await asyncio.wait(tasks, timeout=1.5)
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return len(done)
+
+    assert run(pool, work) == 5 and len(server.times) == 5
+
+
+def test_broken_answers_are_asked_elsewhere_with_another_seed(servers):
+    bad, good = servers(lambda _: "garbage"), servers()
+    pool = make_pool([bad, good], limits=({"concurrency": 1}, {"concurrency": 1}))
+    answers = run(pool, lambda p: ask(p, 6))
+    assert {a.endpoint for a in answers} == {"s1"}
+    assert len({body["seed"] for body in good.bodies}) == 2
+
+
+def test_an_endpoint_without_alternative_is_asked_again(servers):
+    server = servers(lambda number: "half" if number in (0, 1) else None)
+    assert len(run(make_pool([server], tries=3), lambda p: ask(p, 1))) == 1
+    with pytest.raises(TransientJudgeError, match="try 2 of 2"):
+        run(make_pool([servers(lambda _: "half")], tries=2), lambda p: ask(p, 1))
+
+
+def test_patience_ends_when_nothing_is_up(servers):
+    server = servers(lambda _: "500")
+    started = time.monotonic()
+    with pytest.raises(TransientJudgeError, match=r"no judge was up for 0.5 s.*HTTP 500"):
+        run(make_pool([server], tries=50, patience=0.5), lambda p: ask(p, 4))
+    assert 0.5 < time.monotonic() - started < 10
+
+
+def test_refusals_are_not_retried(servers):
+    async def refuse(writer, content):
+        return await good.send(writer, 400, '{"error": {"code": "content_filter"}}')
+
+    good = servers(lambda _: refuse)
+    with pytest.raises(PermanentJudgeError, match="HTTP 400"):
+        run(make_pool([good, good], limits=({}, {})), lambda p: ask(p, 1))
+    assert len(good.times) == 1
+
+
+def test_budgets_stop_the_run(servers):
+    server = servers(tokens=100)
+    for budget, most in ((Budget(max_requests=5), 5), (Budget(max_tokens=250), 3)):
+        before = len(server.times)
+        pool = make_pool([server], budget, limits=({"concurrency": 1},))
+        with pytest.raises(BudgetError, match="budget is spent"):
+            run(pool, lambda p: ask(p, 9))
+        assert len(server.times) - before == most
+        assert budget.requests == most and budget.tokens <= 100 * most
+    pool = make_pool([server], Budget(max_requests=3))
+    with pytest.raises(BudgetError):
+        judged(pool, [known_group(0, 4)])
+
+
+def test_hedging_cuts_the_tail(servers):
+    stuck, good = servers(lambda number: "hang"), servers()
+    pool = make_pool([stuck, good], hedge_after=0.2, timeout=30)
+
+    async def work(pool):
+        started = time.monotonic()
+        for index in range(6):
+            await pool.answer(one(index))
+        return time.monotonic() - started
+
+    assert run(pool, work) < 10
+    assert pool.metrics()["hedges"] >= 3
+    assert pool.metrics()["s0/up"] == 0  # overtaken three times
+
+
+def test_cancellation_leaves_nothing_behind(servers):
+    server = servers(latency=30)
+
+    async def work(pool):
+        tasks = [asyncio.ensure_future(pool.answer(one(i))) for i in range(20)]
+        await asyncio.sleep(0.7)
+        for task in tasks:
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(d, asyncio.CancelledError) for d in done)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    pool = make_pool([server], hedge_after=0.1)
+    assert run(pool, work) == set()
+    assert pool.metrics()["s0/in_flight"] == 0 and pool.metrics()["waiting"] == 0
+    assert server.most_active == 8
+
+
+def test_a_worker_closes_its_pool_in_the_middle_of_everything(servers):
+    pool = make_pool([servers(latency=30), servers(lambda _: "hang")])
+    worker = JudgeWorker(TwoStageJudge(pool), 4)
+    futures = [worker.submit(known_group(i)) for i in range(8)]
+    time.sleep(0.5)
+    started = time.monotonic()
+    worker.close()
+    assert time.monotonic() - started < 5 and all(f.cancelled() for f in futures)
+
+
+def test_two_workers_share_one_pool(servers):
+    server = servers()
+    pool = make_pool([server])
+    with JudgeWorker(TwoStageJudge(pool)) as first:
+        stage1_only = TwoStageJudge(pool, JudgeConfig(two_stage=False))
+        with JudgeWorker(stage1_only, 2, beside=first) as second:
+            results = [worker.submit(known_group(3)).result(20) for worker in (first, second)]
+        assert first.submit(known_group(4)).result(20).valid.all()
+        with pytest.raises(RuntimeError, match="closed"):
+            second.submit(known_group(3))
+    assert [r.two_stage for r in results] == [True, False]
+    np.testing.assert_array_equal(results[0].stage1, results[1].stage1)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_no_fault_loses_doubles_or_mixes_up_a_candidate(servers, fault):
+    bad = servers(at_random(1, 0.5, (fault,)))
+    groups = [known_group(i, 3) for i in range(5)]
+    pool = make_pool([bad, servers()], timeout=1.5)
+    assert check(groups, judged(pool, groups)) == 1.0
+
+
+def test_where_everything_fails_everything_is_invalid_and_nothing_is_invented(servers):
+    bad = servers(at_random(2, 1.0, ("500", "garbage", "half", "wrong")))
+    groups = [known_group(i, 2) for i in range(3)]
+    scores = judged(make_pool([bad], tries=2, patience=0.3), groups, asks=1)
+    assert check(groups, scores) == 0.0
+
+
+@pytest.mark.slow
+def test_500_hostile_requests_over_eight_endpoints(servers):
+    """Six healthy endpoints, two that misbehave: everything right, at the pace of the healthy."""
+    latency, concurrency = 0.6, 4
+    healthy = [servers(latency=latency) for _ in range(6)]
+    bad = [servers(at_random(seed, 0.7), latency) for seed in range(2)]
+    groups = [known_group(i, 4) for i in range(100)]
+    pool = make_pool(
+        healthy + bad,
+        limits=({"concurrency": concurrency},) * 8,
+        timeout=6.0,
+        cool_down=CoolDown(1, 10),
+        hedge_after=3.0,
+    )
+    started = time.monotonic()
+    scores = judged(pool, groups, concurrency=24)
+    seconds = time.monotonic() - started
+    assert check(groups, scores) == 1.0
+    answered = sum((server.answered for server in healthy + bad), collections.Counter())
+    assert len(answered) == 500 and sum(len(s.times) for s in bad) > 20
+    wanted = 500 / (len(healthy) * concurrency / latency)
+    assert seconds < wanted / 0.5, f"{seconds:.1f} s where {wanted:.1f} s are ideal"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"endpoints": ()}, {"tries": 0}, {"hedge_after": 0.0}, {"patience": -1}]
+)
+def test_wrong_settings_are_refused(wrong):
+    right = {"endpoints": (EndpointConfig("http://h/v1", "m"),)}
+    with pytest.raises(ValueError, match="please"):
+        PoolConfig(**right | wrong)
+    with pytest.raises(ValueError, match="name of its own"):
+        PoolConfig(right["endpoints"] * 2)
