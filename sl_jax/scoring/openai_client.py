@@ -7,6 +7,7 @@ import dataclasses
 import email.utils
 import hashlib
 import json
+import logging
 import math
 import re
 import time
@@ -36,6 +37,7 @@ _UNKNOWN_FIELD = frozenset({400, 422, 501})
 _FILTERED = re.compile(r"content[_ -]?(filter|policy)|moderation|safety", re.IGNORECASE)
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _LONGEST_RETRY_AFTER = 3600.0
+_TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,6 +105,8 @@ class OpenAIJudge:
         )
         self._proven: set[int] = set()  # stages that were answered at least once
         self._key = read_key(endpoint.key_env)
+        if self._key:
+            _quieten_transports()
         self._client = openai.AsyncOpenAI(
             base_url=endpoint.url,
             api_key=self._key or "none",  # never what OPENAI_API_KEY may hold
@@ -157,10 +161,10 @@ class OpenAIJudge:
         """
         try:
             async with asyncio.timeout(self.config.timeout):
-                raw = await self._client.models.with_raw_response.list()
+                reply = await self._client.get("/models", cast_to=str)
         except (openai.OpenAIError, TimeoutError) as error:
             raise self._unanswered(error) from None
-        listed = _json(raw.content)
+        listed = _json(reply)
         rows = listed.get("data") if isinstance(listed, dict) else None
         names = [row.get("id") for row in rows or () if isinstance(row, dict)]
         return tuple(redacted(name, self._key) for name in names if isinstance(name, str))
@@ -176,8 +180,9 @@ class OpenAIJudge:
         )
         for structure in ladder:
             try:
-                raw = await self._client.chat.completions.with_raw_response.create(
-                    **self._body(request, content, structure)
+                # The typed method would walk through every picture to check its type.
+                reply = await self._client.post(
+                    "/chat/completions", cast_to=str, body=self._body(request, content, structure)
                 )
             except openai.APIStatusError as error:
                 unknown = error.status_code in _UNKNOWN_FIELD and not _filtered(error)
@@ -186,7 +191,7 @@ class OpenAIJudge:
                 raise self._refused(error, request.stage) from None
             except openai.OpenAIError as error:
                 raise self._unanswered(error) from None
-            found = self._read(raw.content)
+            found = self._read(reply)
             self.structure = structure
             return found
         raise AssertionError("the ladder ends in an answer or an error")
@@ -207,11 +212,9 @@ class OpenAIJudge:
             "response_format": _response_format(request, structure),
         }
         body |= {name: value for name, value in optional.items() if value is not None}
-        if config.extra:
-            body["extra_body"] = dict(config.extra)
-        return body
+        return body | dict(config.extra)
 
-    def _read(self, content: bytes) -> tuple[str, int]:
+    def _read(self, content: str) -> tuple[str, int]:
         """The text and the tokens of a chat completion."""
         reply = _json(content)
         tokens = _tokens(reply)
@@ -270,6 +273,13 @@ class OpenAIJudge:
         return redacted(" ".join(text.split()), self._key)[:300]
 
 
+def _quieten_transports() -> None:
+    """At DEBUG, transports log headers as they come, and a server may repeat a key in them."""
+    for name in _TRANSPORTS:
+        log = logging.getLogger(name)
+        log.setLevel(max(log.level, logging.INFO))
+
+
 def fingerprint(model: str, config: RequestConfig) -> str:
     """SHA-256 (hex) of a model's name and of how it is asked."""
     told = json.dumps([model, config.determinants()], sort_keys=True)
@@ -303,7 +313,7 @@ def _response_format(request: JudgeRequest, structure: Structure) -> dict[str, A
     return {"type": "json_schema", "json_schema": schema}
 
 
-def _json(content: bytes) -> Any:
+def _json(content: str) -> Any:
     try:
         return json.loads(content)
     except (ValueError, RecursionError):

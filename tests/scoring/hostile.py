@@ -19,7 +19,6 @@ from sl_jax import imaging
 from sl_jax.scoring import CRITERIA, Group
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.decoding import BadRequestError, Limits, request_from
-from sl_jax.scoring.openai_client import EndpointConfig
 
 FAULTS = ("die", "hang", "drip", "500", "429", "garbage", "half", "wrong")
 MODEL = "scripted"
@@ -92,7 +91,9 @@ class HostileServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def endpoint(self, **config) -> EndpointConfig:
+    def endpoint(self, **config):
+        from sl_jax.scoring.openai_client import EndpointConfig  # slow to import, servers need none
+
         return EndpointConfig(self.url, config.pop("model", MODEL), **config)
 
     def close(self) -> None:

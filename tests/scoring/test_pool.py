@@ -318,25 +318,21 @@ def test_where_everything_fails_everything_is_invalid_and_nothing_is_invented(se
 @pytest.mark.slow
 def test_500_hostile_requests_over_eight_endpoints(servers):
     """Six healthy endpoints, two that misbehave: everything right, at the pace of the healthy."""
-    latency, concurrency = 0.6, 4
-    healthy = [servers(latency=latency) for _ in range(6)]
-    bad = [servers(at_random(seed, 0.7), latency) for seed in range(2)]
+    healthy = [servers(latency=0.6) for _ in range(6)]
+    bad = [servers(at_random(seed, 0.7), 0.6) for seed in range(2)]
     groups = [known_group(i, 4) for i in range(100)]
-    pool = make_pool(
-        healthy + bad,
-        limits=({"concurrency": concurrency},) * 8,
-        timeout=6.0,
-        cool_down=CoolDown(1, 10),
-        hedge_after=3.0,
-    )
-    started = time.monotonic()
-    scores = judged(pool, groups, concurrency=24)
-    seconds = time.monotonic() - started
-    assert check(groups, scores) == 1.0
+    seconds = []
+    for group_of, hosts in ((groups[50:], healthy), (groups, healthy + bad)):
+        limits = ({"concurrency": 4},) * len(hosts)
+        pool = make_pool(hosts, limits=limits, timeout=8.0, cool_down=CoolDown(1, 10))
+        started = time.monotonic()
+        scores = judged(pool, group_of, concurrency=24)
+        seconds.append((time.monotonic() - started) / len(group_of))
+        assert check(group_of, scores) == 1.0
     answered = sum((server.answered for server in healthy + bad), collections.Counter())
-    assert len(answered) == 500 and sum(len(s.times) for s in bad) > 20
-    wanted = 500 / (len(healthy) * concurrency / latency)
-    assert seconds < wanted / 0.5, f"{seconds:.1f} s where {wanted:.1f} s are ideal"
+    assert len(answered) == 500 and sum(len(server.times) for server in bad) > 20
+    # Loose, since 500 requests are few beside one time-out; the soak run holds it at 0.85.
+    assert seconds[1] < seconds[0] / 0.5, seconds
 
 
 @pytest.mark.parametrize(

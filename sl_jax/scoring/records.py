@@ -1,0 +1,219 @@
+"""What the judge said, epoch by epoch: lines that a person can read and a program can load."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import uuid
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from sl_jax.scoring import request as rendering
+from sl_jax.scoring.rubric import Prompts
+from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
+
+_SHOWN = Prompts("$keys", "$keys")  # the pictures alone are wanted
+
+
+class Record(NamedTuple):
+    """A judged group as it was read back.
+
+    Attributes:
+      epoch: it belongs to.
+      picture_id: names the picture.
+      caption: of the picture.
+      scores: as they were, to the last bit.
+    """
+
+    epoch: int
+    picture_id: str
+    caption: str
+    scores: GroupScores
+
+
+class RecordError(ValueError):
+    """A file of records that cannot be read; the message names file, line and reason."""
+
+
+@dataclasses.dataclass(frozen=True)
+class JudgeRecords:
+    """Writes `epoch_000012.jsonl` and pictures of some judged groups into a folder.
+
+    Attributes:
+      folder: made if missing; local or gs://.
+      pictures: judged groups per epoch that are kept as pictures, those of the best and the worst
+        candidate among them.
+      render: layout of these pictures.
+    """
+
+    folder: str | os.PathLike[str]
+    pictures: int = 2
+    render: rendering.RenderConfig = dataclasses.field(default_factory=rendering.RenderConfig)
+
+    def write(
+        self,
+        epoch: int,
+        groups: Sequence[Group],
+        scores: Sequence[GroupScores],
+        picture_ids: Sequence[str] = (),
+    ) -> epath.Path:
+        """Writes an epoch at once, over any earlier try; returns the path of the lines."""
+        folder = epath.Path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        names = picture_ids or [group.group_id for group in groups]
+        rows = zip(groups, scores, names, strict=True)
+        lines = [
+            json.dumps(to_row(epoch, group, found, name), ensure_ascii=False, allow_nan=False)
+            for group, found, name in rows
+        ]
+        path = folder / f"epoch_{epoch:06d}.jsonl"
+        _replace(path, "".join(f"{line}\n" for line in lines).encode())
+        for index in _telling(scores, self.pictures):
+            picture = grid_picture(groups[index], scores[index], self.render)
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, "PNG")
+            _replace(folder / f"epoch_{epoch:06d}_{index:03d}.png", buffer.getvalue())
+        return path
+
+
+def read_records(path: str | os.PathLike[str]) -> list[Record]:
+    """Reads a file of records, or all `epoch_*.jsonl` of a folder in order.
+
+    Raises:
+      FileNotFoundError: there is none.
+      RecordError: a line is no record.
+    """
+    root = epath.Path(path)
+    files = sorted(root.glob("epoch_*.jsonl")) if root.is_dir() else [root]
+    if not files:
+        raise FileNotFoundError(f"{root} holds no epoch_*.jsonl: please name a folder of records")
+    found = []
+    for file in files:
+        for number, line in enumerate(file.read_text().splitlines(), start=1):
+            try:
+                found.append(_from_row(json.loads(line)))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise RecordError(
+                    f"{file}, line {number}: no record of a judgement: {error}"
+                ) from error
+    return found
+
+
+def grid_picture(group: Group, scores: GroupScores, render: rendering.RenderConfig) -> np.ndarray:
+    """The candidates at their places in the first grid: uint8 [h, w, 3]; A is candidate 0.
+
+    Where there was no grid, they stand in order.
+    """
+    shown = np.arange(len(group.candidates))
+    if len(scores.permutations) and (scores.permutations[0] >= 0).any():
+        place = scores.permutations[0]
+        shown = np.argsort(np.where(place < 0, len(place), place))[: int((place >= 0).sum())]
+    arrangement = rendering.Shuffle(shown, tuple(map(rendering.label_of, map(int, shown))))
+    return rendering.grid_request(group, arrangement, None, _SHOWN, render).parts[-1]
+
+
+def to_row(epoch: int, group: Group, scores: GroupScores, picture_id: str) -> dict[str, Any]:
+    """A judgement as JSON values; numbers that do not exist are null."""
+    return {
+        "epoch": epoch,
+        "picture": picture_id,
+        "group": scores.group_id,
+        "caption": group.caption,
+        "two_stage": scores.two_stage,
+        "grid_failure": _failure_row(scores.grid_failure),
+        "candidates": [_candidate_row(scores, index) for index in range(len(scores.valid))],
+        "permutations": scores.permutations.tolist(),
+        "grid_scores": _numbers(scores.grid_scores),
+        "endpoints": list(scores.endpoints),
+        "asks": scores.asks,
+        "tokens": scores.tokens,
+        "seconds": round(scores.seconds, 4),
+        "calls": [call._asdict() for call in scores.calls],
+    }
+
+
+def _candidate_row(scores: GroupScores, index: int) -> dict[str, Any]:
+    reasons = scores.reasons[index] or ("",) * len(CRITERIA)
+    told = zip(CRITERIA, scores.criteria[index], reasons, strict=True)
+    return {
+        "reward": _numbers(scores.reward[index]),
+        "stage1": _numbers(scores.stage1[index]),
+        "stage2": _numbers(scores.stage2[index]),
+        "valid": bool(scores.valid[index]),
+        "capped": bool(scores.capped[index]),
+        "failure": _failure_row(scores.failures[index]),
+        "criteria": {
+            name: {"score": _numbers(score), "reason": reason} for name, score, reason in told
+        },
+    }
+
+
+def _from_row(row: dict[str, Any]) -> Record:
+    rows = row["candidates"]
+    count = len(rows)
+    verdicts = [[entry["criteria"][name] for name in CRITERIA] for entry in rows]
+    judged = [any(verdict["score"] is not None for verdict in told) for told in verdicts]
+    scores = GroupScores(
+        group_id=row["group"],
+        criteria=_array([[v["score"] for v in told] for told in verdicts], (count, len(CRITERIA))),
+        stage1=_array([entry["stage1"] for entry in rows], (count,)),
+        stage2=_array([entry["stage2"] for entry in rows], (count,)),
+        reward=_array([entry["reward"] for entry in rows], (count,)),
+        valid=np.array([entry["valid"] for entry in rows], bool),
+        two_stage=row["two_stage"],
+        reasons=tuple(
+            tuple(v["reason"] for v in told) if known else ()
+            for told, known in zip(verdicts, judged, strict=True)
+        ),
+        failures=tuple(_failure(entry["failure"]) for entry in rows),
+        grid_failure=_failure(row["grid_failure"]),
+        capped=np.array([entry["capped"] for entry in rows], bool),
+        grid_scores=_array(row["grid_scores"], (len(row["grid_scores"]), count)),
+        permutations=np.array(row["permutations"], int).reshape(-1, count),
+        endpoints=tuple(row["endpoints"]),
+        asks=row["asks"],
+        tokens=row["tokens"],
+        seconds=row["seconds"],
+        calls=tuple(Call(**call) for call in row["calls"]),
+    )
+    return Record(row["epoch"], row["picture"], row["caption"], scores)
+
+
+def _failure_row(failure: Failure | None) -> dict[str, Any] | None:
+    return None if failure is None else dataclasses.asdict(failure)
+
+
+def _failure(row: dict[str, Any] | None) -> Failure | None:
+    return None if row is None else Failure(**row)
+
+
+def _numbers(values: Any) -> Any:
+    """Floats as they are, nan as None, in nested lists."""
+    if np.ndim(values):
+        return [_numbers(value) for value in values]
+    return float(values) if np.isfinite(values) else None
+
+
+def _array(values: Any, shape: tuple[int, ...]) -> np.ndarray:
+    return np.array(values, float).reshape(shape)
+
+
+def _telling(scores: Sequence[GroupScores], count: int) -> list[int]:
+    """The groups of the worst and the best candidate first, then some in between."""
+    means = [np.nanmean(s.reward) if s.valid.any() else -np.inf for s in scores]
+    order = np.argsort(means)
+    picks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
+    return sorted({int(order[pick]) for pick in picks})
+
+
+def _replace(path: epath.Path, content: bytes) -> None:
+    """Writes whole files only: under another name first, then in place."""
+    part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    part.write_bytes(content)
+    part.replace(path)

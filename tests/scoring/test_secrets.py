@@ -1,0 +1,71 @@
+"""A judge's key is in none of all the things that a run writes."""
+
+import asyncio
+import json
+import logging
+
+from hostile import HostileServer, known_group, scripted
+
+from sl_jax.scoring import JudgeConfig, JudgeWorker, RenderConfig, TwoStageJudge
+from sl_jax.scoring.budget import Budget
+from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
+from sl_jax.scoring.encoding import RequestConfig
+from sl_jax.scoring.pool import JudgePool, PoolConfig
+from sl_jax.scoring.preflight import preflight
+from sl_jax.scoring.records import JudgeRecords
+
+KEY = "sk-very-s3cret-key"
+
+
+def test_nothing_that_is_written_holds_the_key(tmp_path, monkeypatch, capfd):
+    """The server repeats the key wherever it can: answers, errors, headers, lists of models."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    handler = logging.FileHandler(tmp_path / "all.log")
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(handler)
+    root.setLevel(logging.DEBUG)
+
+    async def echo(writer, content):
+        text = json.dumps({"error": {"message": f"no {KEY}", "code": KEY, "type": KEY}})
+        return await server.send(writer, 401 + 99 * (len(server.times) % 2), text, [f"x: {KEY}"])
+
+    try:
+        with HostileServer(lambda number: echo if number % 3 == 2 else None) as server:
+            server.respond = lambda request: scripted(request).replace("seen", f"seen {KEY}")
+            config = PoolConfig((server.endpoint(key_env="JUDGE_KEY"),), RequestConfig(timeout=5))
+            cache = AnswerCache(tmp_path / "judge.sqlite3")
+            pool = JudgePool(config, Budget(ledger=cache))
+            judge = TwoStageJudge(
+                CachedEndpoint(pool, cache), JudgeConfig(render=RenderConfig(tile_size=None))
+            )
+            groups = [known_group(i, 3) for i in range(4)]
+            with JudgeWorker(judge) as worker:
+                scores = [worker.submit(group).result(60) for group in groups]
+                names = worker.call(pool.clients[0].models()).result(20)
+                metrics = pool.metrics()
+            broken = JudgePool(config)
+            server.fault = lambda _: echo
+            reports = asyncio.run(_failing_preflight(broken))
+        JudgeRecords(tmp_path / "records").write(1, groups, scores)
+        told = "".join(map(repr, (config, pool, scores, names, metrics, reports, cache)))
+    finally:
+        root.removeHandler(handler)
+        root.setLevel(level)
+        handler.close()
+    (tmp_path / "told").write_text(told + "".join(capfd.readouterr()))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 4 and any("[key]" in path.read_text("latin-1") for path in files)
+    shown = [head for head in server.heads if f"Bearer {KEY}" in head]
+    assert len(shown) == len(server.heads) > 10  # the server did get it
+    for path in files:
+        assert KEY.encode() not in path.read_bytes(), path
+
+
+async def _failing_preflight(pool):
+    try:
+        return await preflight(pool, size=32, group_size=2)
+    except RuntimeError as error:
+        return repr(error)
+    finally:
+        await pool.aclose()

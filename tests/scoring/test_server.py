@@ -1,0 +1,196 @@
+"""The embedded judge behind HTTP: equal scores, limits, tokens, metrics."""
+
+import asyncio
+import base64
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+
+import numpy as np
+import pytest
+import uvicorn
+from PIL import Image
+
+from sl_jax.scoring import (
+    EmbeddedConfig,
+    EmbeddedJudge,
+    Group,
+    JudgeConfig,
+    RenderConfig,
+    TwoStageJudge,
+    cases,
+)
+from sl_jax.scoring.decoding import Limits
+from sl_jax.scoring.encoding import RequestConfig, content_of
+from sl_jax.scoring.openai_client import EndpointConfig, OpenAIJudge
+from sl_jax.scoring.request import candidate_request
+from sl_jax.scoring.rubric import load_prompts
+from sl_jax.scoring.server import JudgeServer
+
+TOKEN = "a-token-of-the-test"
+
+
+class Served:
+    """A JudgeServer on loopback, on a thread of its own."""
+
+    def __init__(self, mode="precise", **options):
+        self.server = JudgeServer(EmbeddedJudge(EmbeddedConfig(mode=mode)), **options)
+        config = uvicorn.Config(self.server.app, port=0, log_level="warning", lifespan="off")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
+        self.thread.start()
+        while not self.uvicorn.started:
+            time.sleep(0.01)
+        port = self.uvicorn.servers[0].sockets[0].getsockname()[1]
+        self.root = f"http://127.0.0.1:{port}"
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.uvicorn.should_exit = True
+        self.thread.join(10)
+        self.server.close()
+
+    def fetch(self, path, body=None, token=None):
+        """Status and text."""
+        headers = {"authorization": f"Bearer {token}"} if token else {}
+        data = body if isinstance(body, bytes | None) else json.dumps(body).encode()
+        request = urllib.request.Request(self.root + path, data, headers)
+        try:
+            with urllib.request.urlopen(request, timeout=20) as reply:
+                return reply.status, reply.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+
+def group(size=32, count=3):
+    built = cases.built_cases(size)
+    clean, source = built[0].clean, built[0].source
+    flawed = [case.flawed for case in built if case.flawed.shape == clean.shape]
+    return Group("g", source, (clean, *flawed[: count - 1]))
+
+
+def body(picture=None, model="embedded-precise", **changes):
+    shown = group()
+    request = candidate_request(shown.source, shown.candidates[0], load_prompts(), RenderConfig())
+    content = content_of(request, RequestConfig())
+    if picture is not None:
+        content[-1]["image_url"]["url"] = picture
+    return {"model": model, "messages": [{"role": "user", "content": content}]} | changes
+
+
+@pytest.mark.parametrize("mode", ["precise", "vlm"])
+@pytest.mark.parametrize("layout", ["sheet", "separate"])
+def test_scores_are_equal_in_process_and_over_http(mode, layout):
+    config = JudgeConfig(render=RenderConfig(layout=layout), grids=2)
+
+    async def over_http(root):
+        client = OpenAIJudge(EndpointConfig(f"{root}/v1", f"embedded-{mode}"))
+        try:
+            return await TwoStageJudge(client, config).judge(group())
+        finally:
+            await client.aclose()
+
+    with Served(mode) as served:
+        remote = asyncio.run(over_http(served.root))
+    local = TwoStageJudge(EmbeddedJudge(EmbeddedConfig(mode=mode)), config)
+    here = asyncio.run(local.judge(group()))
+    for name in ("criteria", "stage1", "stage2", "reward", "grid_scores", "permutations"):
+        np.testing.assert_array_equal(getattr(remote, name), getattr(here, name))
+    assert remote.reasons == here.reasons and remote.valid.all()
+    assert remote.tokens > 0 and len(remote.calls) == 5
+
+
+def test_only_the_token_opens_what_is_private():
+    with Served(token=TOKEN) as served:
+        for path, data in (("/v1/models", None), ("/metrics", None), ("/v1/chat/completions", {})):
+            assert served.fetch(path, data)[0] == 401
+            assert served.fetch(path, data, "wrong")[0] == 401
+            assert served.fetch(path, data, TOKEN)[0] != 401
+        assert served.fetch("/health")[0] == 200
+        models = json.loads(served.fetch("/v1/models", token=TOKEN)[1])
+        assert [model["id"] for model in models["data"]] == ["embedded-precise"]
+
+
+def test_metrics_count_what_happened():
+    with Served() as served:
+        assert served.fetch("/v1/chat/completions", body())[0] == 200
+        assert served.fetch("/v1/chat/completions", b"{")[0] == 400
+        text = served.fetch("/metrics")[1]
+    assert 'sl_jax_judge_requests_total{status="200"} 1.0' in text
+    assert 'sl_jax_judge_requests_total{status="400"} 1.0' in text
+    assert "sl_jax_judge_seconds_count 2.0" in text and "sl_jax_judge_waiting 0.0" in text
+
+
+def png(height, width):
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "said"),
+    [
+        (b"{", 400, "no JSON"),
+        (b"[" * 100_000, 400, "no JSON"),
+        ({}, 404, "embedded-precise"),
+        (body(model="gpt"), 404, "judges as"),
+        (body(stream=True), 400, "not streamed"),
+        (body(messages=[3]), 400, "every message"),
+        (body(messages=[{"role": "user", "content": 3}]), 400, "list of parts"),
+        (body("https://example.com/a.png"), 400, "data:image"),
+        (body("file:///etc/passwd"), 400, "data:image"),
+        (body("data:image/png;base64,@@"), 400, "no base64"),
+        (body("data:image/png;base64,AAAA"), 400, "neither PNG nor JPEG"),
+        (body(png(40, 40)[:-40]), 400, "damaged"),
+        (body(png(40, 40)), 400, "does not fit its legend"),
+        (body(png(2000, 2000)), 400, "pixels"),
+        (body(messages=[{"role": "user", "content": "hello"}]), 400, "lacks a picture"),
+        (b" " * 300_000, 413, "longer than"),
+    ],
+)
+def test_what_cannot_be_judged_is_told(sent, status, said):
+    with Served(limits=Limits(body=200_000, pictures=4, pixels=1_000_000)) as served:
+        found, text = served.fetch("/v1/chat/completions", sent)
+        assert (found, said in json.loads(text)["error"]["message"]) == (status, True), text
+        assert served.fetch("/v1/chat/completions", body())[0] == 200
+
+
+def test_too_many_pictures_and_too_many_clients():
+    many = body()
+    many["messages"][0]["content"] *= 5
+    with Served(limits=Limits(pictures=4)) as served:
+        assert "more than 4 pictures" in served.fetch("/v1/chat/completions", many)[1]
+    with Served(limits=Limits(waiting=0), threads=1) as served:
+        served.server._waiting = 1
+        assert served.fetch("/v1/chat/completions", body())[0] == 429
+        served.server._waiting = 0
+        assert served.fetch("/v1/chat/completions", body())[0] == 200
+
+
+def test_the_door_serves_on_loopback_with_a_token_from_the_environment():
+    command = [sys.executable, "-m", "sl_jax.judge", "--port=0", "--token_env=JUDGE_TOKEN"]
+    environment = {**os.environ, "JUDGE_TOKEN": TOKEN}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+    try:
+        line = process.stdout.readline()
+        port = int(re.search(r"http://127\.0\.0\.1:(\d+)/v1", line).group(1))
+        served = object.__new__(Served)
+        served.root = f"http://127.0.0.1:{port}"
+        assert TOKEN not in line
+        assert served.fetch("/v1/models")[0] == 401
+        assert served.fetch("/v1/chat/completions", body(), TOKEN)[0] == 200
+    finally:
+        process.terminate()
+        assert process.wait(60) in (0, -15)
+    open_to_all = [sys.executable, "-m", "sl_jax.judge", "--host=0.0.0.0"]
+    done = subprocess.run(open_to_all, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and "--token_env" in done.stderr
