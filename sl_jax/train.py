@@ -5,8 +5,9 @@ Stopped and started again with the same configuration, a run goes on where it wa
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 
 import jax
 from absl import app, flags
@@ -16,11 +17,12 @@ from ml_collections import config_flags
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.peft import save_peft
-from sl_jax.checkpoints.pipeline import Pipeline, load_pipeline, shard_adapter
+from sl_jax.checkpoints.pipeline import load_pipeline
 from sl_jax.checkpoints.source import TINY, resolve_model
 from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, training_and_held_out
 from sl_jax.eval.report import write_html
 from sl_jax.grpo import workdir as work
+from sl_jax.grpo.adapter import first_adapter
 from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.judging import JudgeUnavailableError, Judging, make_judge
@@ -30,16 +32,16 @@ from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.report import run_report
 from sl_jax.grpo.rollout import Rollout
 from sl_jax.inference.decomposer import Decomposer
-from sl_jax.models.lora import Adapter, init_adapter
+from sl_jax.models.lora import Adapter
 from sl_jax.parallel.mesh import Layout, make_mesh
-from sl_jax.scoring import JudgeWorker, Rewards
+from sl_jax.scoring import BudgetError, JudgeWorker, Rewards
 from sl_jax.training.console import set_up_logging
-from sl_jax.training.metrics import MetricsWriter
+from sl_jax.training.flags import parse_config_flags
 
 _log = logging.getLogger("sl_jax")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-_EXPECTED = (ConfigError, CheckpointError, FolderError, JudgeUnavailableError)
+_EXPECTED = (ConfigError, CheckpointError, FolderError, JudgeUnavailableError, BudgetError)
 
 
 def main(argv: list[str]) -> None:
@@ -64,16 +66,23 @@ def run(config: GrpoConfig) -> None:
         if (checkpoints.latest or 0) >= config.epochs and report.exists():
             print(f"This run is finished: {config.epochs} epochs. Report: {report}")
             return
-        with _parts(config, folder, checkpoints) as (parts, state, epoch):
-            outcome = train(parts, state, epoch)
+        with _parts(config, folder, checkpoints) as (parts, first):
+            work.record(config)
+            report.unlink(missing_ok=True)  # of a shorter run, which this one prolongs
+            outcome = train(parts, first)
         save_peft(adapter, outcome.state.ema, config.model)
         write_html(run_report(config, folder, outcome.before, outcome.after), report)
     print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
 
 
 @contextmanager
-def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) -> Iterator:
-    """Everything that training needs, with the state to start from and its epoch."""
+def _parts(
+    config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints
+) -> Iterator[tuple[Parts, Callable[[], Adapter]]]:
+    """Everything that training needs, with the maker of the adapter to start from.
+
+    What needs no weights comes first, so that its errors do.
+    """
     data, rollout = config.data, config.rollout
     if config.model == TINY:
         _log.warning("The tiny base knows procedural designs only: expect little of others.")
@@ -83,19 +92,15 @@ def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) 
         eval_data=data.eval_data or None,
         eval_fraction=data.eval_fraction,
     )
-    model = resolve_model(config.model)
-    captions = [record.caption for part in (index, held_out) for record in part]
-    prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
-    layout = Layout(make_mesh(config.mesh))
-    pipeline = load_pipeline(model, config.compute, layout)
-    learner = Learner(pipeline, rollout, config.objective, config.optimizer, config.learner, layout)
     examples = EvalSet(held_out, layers=data.layers, count=config.evaluation.pictures)
     stream = TrainStream(index, groups=rollout.batch_groups, layers=data.layers, seed=config.seed)
-    state, epoch = learner.start(_first_adapter(config, pipeline)), 0
-    if checkpoints.latest is not None:
-        epoch, state, record = checkpoints.restore(state)
-        stream.restore(record["stream"])
-        _log.info("Going on after epoch %d.", epoch)
+    model = resolve_model(config.model)
+    layout = Layout(make_mesh(config.mesh))
+    first = first_adapter(config, model, layout)
+    captions = [record.caption for part in (index, held_out) for record in part]
+    prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
+    pipeline = load_pipeline(model, config.compute, layout)
+    learner = Learner(pipeline, rollout, config.objective, config.optimizer, config.learner, layout)
     judge, grader = (
         make_judge(config.judge, config.seed, two_stage=two_stage)
         for two_stage in (config.judge.two_stage, False)
@@ -103,7 +108,6 @@ def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) 
     with (
         JudgeWorker(judge, config.judge.concurrency) as worker,
         JudgeWorker(grader, config.judge.concurrency) as evaluation_worker,
-        closing(MetricsWriter(folder, epoch + 1 if epoch else 0)) as writer,
         closing(stream),
     ):
         evaluator = Evaluator(
@@ -116,15 +120,10 @@ def _parts(config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints) 
         )
         judging = Judging(worker, Rewards(config.rewards), config.judge)
         rolling = Rollout(pipeline, rollout, layout)
-        parts = (config, stream, prompts, rolling, judging, learner, evaluator)
-        yield Parts(*parts, checkpoints, writer), state, epoch
-
-
-def _first_adapter(config: GrpoConfig, pipeline: Pipeline) -> Adapter:
-    fresh = init_adapter(jax.random.key(config.seed), pipeline.params, config.lora)
-    return shard_adapter(fresh, pipeline.params)
+        parts = (config, folder, stream, prompts, rolling, judging, learner, evaluator)
+        yield Parts(*parts, checkpoints), partial(first, pipeline.params)
 
 
 if __name__ == "__main__":
     flags.mark_flag_as_required("config")
-    app.run(main)
+    app.run(main, flags_parser=parse_config_flags)

@@ -2,12 +2,14 @@
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+
+from sl_jax.checkpoints.huggingface import CheckpointError
 
 _log = logging.getLogger(__name__)
 
@@ -41,13 +43,14 @@ class RunCheckpoints:
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Step, tree and record of the newest checkpoint that can be read, or of `step`.
 
-        A damaged newest checkpoint is passed over with an error in the log.
+        Damaged checkpoints that are newer are passed over with an error in the log, and set aside
+        as `damaged-STEP`, so that those steps can be saved again.
 
         Args:
             like: a tree with the shapes, dtypes and shardings to restore to.
 
         Raises:
-            FileNotFoundError: there is no readable checkpoint.
+            CheckpointError: there is no readable checkpoint.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
@@ -67,8 +70,21 @@ class RunCheckpoints:
                     error,
                 )
                 continue
+            self._set_aside([damaged for damaged in steps if damaged > number])
             return number, found["tree"], found["record"]
-        raise FileNotFoundError(f"{self.directory} holds no readable checkpoint")
+        raise CheckpointError(
+            f"{self.directory} holds no readable checkpoint among {steps}; please restore one from "
+            "a copy, or delete the folder to begin anew"
+        )
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            aside = self.directory / f"damaged-{step}"
+            if aside.exists():
+                aside.rmtree()
+            (self.directory / str(step)).rename(aside)
+        if steps:
+            self._manager.reload()
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk."""

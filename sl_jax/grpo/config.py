@@ -1,6 +1,10 @@
 """The typed configuration of a run; everything wrong with one is said before anything loads."""
 
+import collections.abc
 import dataclasses
+import math
+import operator
+import types
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,10 +16,17 @@ from sl_jax.flow.dynamics import Dynamics
 from sl_jax.flow.sampler import OdeMethod, validate_window
 from sl_jax.flow.schedule import sigma_grid
 from sl_jax.grpo.objective import ObjectiveConfig
+from sl_jax.models.attention import Implementation
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig
 from sl_jax.parallel.mesh import MeshConfig
+from sl_jax.scoring import JudgeConfig, Rewards
 from sl_jax.scoring.rewards import DEFAULT as DEFAULT_REWARDS
+from sl_jax.scoring.rewards import Spec
 from sl_jax.training.optimizer import OptimizerConfig
+
+_MOST_TEXT_TOKENS = 1024  # of the checkpoint's pipeline
+_DTYPES = ("bfloat16", "float32")
+_REMAT = ("none", "block", "dots")
 
 
 class ConfigError(ValueError):
@@ -180,7 +191,7 @@ class GrpoConfig:
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(3e-4))
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     judge: JudgeSettings = field(default_factory=JudgeSettings)
-    rewards: tuple[tuple[str, float], ...] = DEFAULT_REWARDS
+    rewards: tuple[Spec, ...] = DEFAULT_REWARDS
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -202,98 +213,170 @@ def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
     return built
 
 
-def _build(cls: type, given: Mapping[str, Any], path: str, problems: list[str]) -> Any:
+def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    types = typing.get_type_hints(cls)
+    known = ", ".join(sorted(fields))
+    if not isinstance(given, Mapping):
+        problems.append(f"{path} is {given!r}; please give its fields: {known}")
+        return None
+    types_of = typing.get_type_hints(cls)
     before = len(problems)
     problems += [
-        f"{path}.{name} is unknown; known fields are {', '.join(sorted(fields))}"
+        f"{path}.{name} is unknown (its value is {given[name]!r}); known fields are {known}"
         for name in sorted(set(given) - set(fields))
     ]
     values: dict[str, Any] = {}
     for name, entry in fields.items():
         if name not in given:
             if entry.default is entry.default_factory is dataclasses.MISSING:
-                problems.append(f"{path}.{name} is missing")
-        elif dataclasses.is_dataclass(types[name]):
-            values[name] = _build(types[name], given[name], f"{path}.{name}", problems)
+                problems.append(f"{path}.{name} is missing; please give {_wanted(types_of[name])}")
+        elif dataclasses.is_dataclass(types_of[name]):
+            values[name] = _build(types_of[name], given[name], f"{path}.{name}", problems)
         else:
-            values[name] = _checked(given[name], types[name], f"{path}.{name}", problems)
+            values[name] = _tuples(given[name])
+            if not _fits(values[name], types_of[name]):
+                problems.append(
+                    f"{path}.{name} is {given[name]!r}; please give {_wanted(types_of[name])}"
+                )
     if len(problems) > before:
         return None
     try:
         return cls(**values)
     except ValueError as error:
-        problems.append(f"{path}: {error}")
+        problems.append(f"{path}.{error}")
         return None
-
-
-def _checked(value: Any, kind: Any, path: str, problems: list[str]) -> Any:
-    value = _tuples(value)
-    if typing.get_origin(kind) is Literal and value not in typing.get_args(kind):
-        choices = ", ".join(map(repr, typing.get_args(kind)))
-        problems.append(f"{path} is {value!r}; please use one of {choices}")
-    elif kind is int and (isinstance(value, bool) or not isinstance(value, int)):
-        problems.append(f"{path} is {value!r}; please give a whole number")
-    elif kind is float and not isinstance(value, int | float):
-        problems.append(f"{path} is {value!r}; please give a number")
-    elif kind in (str, bool) and not isinstance(value, kind):
-        problems.append(f"{path} is {value!r}; please give a {kind.__name__}")
-    return value
 
 
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a configuration file is of an annotated type; whole numbers are floats.
+
+    nan and infinity are not: no field means anything with them.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return (
+            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        )
+    if origin in (tuple, collections.abc.Sequence):
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _wanted(kind: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_wanted, parts))
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return "(" + ", ".join(map(_wanted, parts)) + ")"
+    if origin in (tuple, collections.abc.Sequence):
+        return f"a tuple whose items are each {_wanted(parts[0])}"
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
+    return names.get(kind, "options by name" if origin else "None")
+
+
 def _problems(config: GrpoConfig, devices: int) -> Iterator[str]:
-    yield from _positive(config)
+    yield from _range_problems(config)
     rollout, learner = config.rollout, config.learner
     if rollout.group_size < 2:
         yield (
             f"config.rollout.group_size is {rollout.group_size}; candidates are compared within "
             "their group, so please use at least 2"
         )
-    if rollout.groups % (rollout.batch_groups * learner.updates):
+    per_update = rollout.batch_groups * learner.updates
+    if per_update > 0 and rollout.groups % per_update:
         yield (
             f"config.rollout.groups is {rollout.groups}; please use a multiple of batch_groups × "
             f"updates = {rollout.batch_groups} × {learner.updates}"
         )
     yield from _window_problems(rollout)
     yield from _data_problems(config.data)
+    yield from _judge_problems(config)
     yield from _mesh_problems(config, devices)
 
 
-def _positive(config: GrpoConfig) -> Iterator[str]:
-    counts = {
-        "epochs": config.epochs,
-        "rollout.groups": config.rollout.groups,
-        "rollout.batch_groups": config.rollout.batch_groups,
-        "rollout.steps": config.rollout.steps,
-        "learner.updates": config.learner.updates,
-        "learner.micro_batch": config.learner.micro_batch,
-        "judge.grids": config.judge.grids,
-        "judge.concurrency": config.judge.concurrency,
-        "evaluation.every": config.evaluation.every,
-        "evaluation.pictures": config.evaluation.pictures,
-        "evaluation.steps": config.evaluation.steps,
-        "evaluation.batch": config.evaluation.batch,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "lora.rank": config.lora.rank,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            yield f"config.{name} is {value}; please use at least 1"
+_AT_LEAST_ONE = (
+    "epochs",
+    "rollout.groups",
+    "rollout.batch_groups",
+    "rollout.steps",
+    "learner.updates",
+    "learner.micro_batch",
+    "judge.grids",
+    "judge.concurrency",
+    "evaluation.every",
+    "evaluation.pictures",
+    "evaluation.steps",
+    "evaluation.batch",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "lora.rank",
+)
+_NOT_NEGATIVE = (
+    "seed",
+    "advantage.std_floor",
+    "optimizer.weight_decay",
+    "optimizer.warmup_steps",
+    "judge.max_wait",
+    "evaluation.shown",
+    "evaluation.seed",
+)
+_POSITIVE = ("lora.alpha", "optimizer.learning_rate", "optimizer.clip_norm")
+_DECAYS = ("optimizer.b1", "optimizer.b2", "learner.ema")
+_NOT_EMPTY = ("workdir", "model", "data.path", "data.layers", "lora.targets")
+
+
+def _range_problems(config: GrpoConfig) -> Iterator[str]:
+    def at(name: str) -> Any:
+        return operator.attrgetter(name)(config)
+
+    implementations = ("auto", *typing.get_args(Implementation))
+    warmup, decay = config.optimizer.warmup_steps, config.optimizer.decay_steps
+    shift = config.rollout.shift
+    checks = (
+        *((name, at(name) >= 1, "at least 1") for name in _AT_LEAST_ONE),
+        *((name, at(name) >= 0, "0 or more") for name in _NOT_NEGATIVE),
+        *((name, at(name) > 0, "a positive number") for name in _POSITIVE),
+        *((name, 0 <= at(name) < 1, "a number from 0 up to, not with, 1") for name in _DECAYS),
+        *((name, bool(at(name)), "something: it is needed") for name in _NOT_EMPTY),
+        ("optimizer.decay_steps", decay == 0 or decay > warmup, "0, or more than warmup_steps"),
+        ("rollout.shift", shift is None or shift > 0, "None or a positive number"),
+        ("judge.min_valid", 0 <= config.judge.min_valid <= 1, "a share from 0 to 1"),
+        ("compute.dtype", config.compute.dtype in _DTYPES, f"one of {_DTYPES}"),
+        (
+            "compute.attention",
+            config.compute.attention in implementations,
+            f"one of {implementations}",
+        ),
+        ("compute.remat", config.compute.remat in _REMAT, f"one of {_REMAT}"),
+    )
+    for name, fine, wanted in checks:
+        if not fine:
+            yield f"config.{name} is {at(name)!r}; please use {wanted}"
 
 
 def _window_problems(rollout: RolloutConfig) -> Iterator[str]:
-    if rollout.steps < 1:
+    shift = 1.0 if rollout.shift is None else rollout.shift
+    if rollout.steps < 1 or shift <= 0:
         return
     try:
         validate_window(
             rollout.dynamics,
-            sigma_grid(rollout.steps, rollout.shift or 1.0),
+            sigma_grid(rollout.steps, shift),
             window_range=rollout.window_range,
             window_size=rollout.window_size,
             noise_level=rollout.noise_level,
@@ -307,19 +390,37 @@ def _data_problems(data: DataConfig) -> Iterator[str]:
         make_buckets(data.buckets, "config.data.buckets")
     except ValueError as error:
         yield str(error)
-    if not data.path:
-        yield "config.data.path is empty; please give a folder of pictures"
-    if not data.layers or min(data.layers) < 1:
+    if min(data.layers, default=1) < 1:
         yield f"config.data.layers is {data.layers}; please give numbers of layers from 1 up"
-    if not 0 <= data.eval_fraction < 1:
-        yield f"config.data.eval_fraction is {data.eval_fraction}; please choose it in [0, 1)"
+    if not data.eval_data and not 0 < data.eval_fraction < 1:
+        yield (
+            f"config.data.eval_fraction is {data.eval_fraction}; please choose it between 0 and 1, "
+            "or name a folder of held-out pictures as config.data.eval_data"
+        )
+    if not 1 <= data.max_text_tokens <= _MOST_TEXT_TOKENS:
+        yield (
+            f"config.data.max_text_tokens is {data.max_text_tokens}; please choose it from 1 to "
+            f"{_MOST_TEXT_TOKENS}"
+        )
+
+
+def _judge_problems(config: GrpoConfig) -> Iterator[str]:
+    judge = config.judge
+    try:
+        JudgeConfig(weights=judge.weights, stage2_weight=judge.stage2_weight)
+    except ValueError as error:
+        yield f"config.judge.{error}"
+    try:
+        Rewards(config.rewards)
+    except (ValueError, TypeError) as error:  # TypeError: options that a reward does not take
+        yield f"config.rewards {config.rewards}: {error}"
 
 
 def _mesh_problems(config: GrpoConfig, devices: int) -> Iterator[str]:
     try:
         data, fsdp, *_ = config.mesh.shape(devices)
     except ValueError as error:
-        yield f"config.mesh: {error}"
+        yield f"config.{error}"
         return
     shards = data * fsdp
     samples = config.rollout.batch_groups * config.rollout.group_size

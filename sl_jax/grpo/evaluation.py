@@ -1,6 +1,7 @@
 """Evaluation on held-out pictures: fixed pictures, fixed noise, the averaged adapter, stage 1."""
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from sl_jax.data import EvalSet, Example
+from sl_jax.data import EvalSet, Example, FolderError
 from sl_jax.eval.bootstrap import interval
 from sl_jax.eval.reference_free import reference_free
 from sl_jax.grpo.config import EvaluationConfig
@@ -18,7 +19,7 @@ from sl_jax.grpo.rollout import Pictures, Rollout
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
-from sl_jax.scoring import CRITERIA, Group, JudgeWorker
+from sl_jax.scoring import CRITERIA, Group, GroupScores, JudgeWorker
 
 
 class Evaluated(NamedTuple):
@@ -39,6 +40,14 @@ class Evaluated(NamedTuple):
     psnr: float
 
 
+class _Pending(NamedTuple):
+    """A decomposition on its way to the judge and back."""
+
+    example: Example
+    layers: UInt8[np.ndarray, "l h w 4"]
+    scores: Future[GroupScores]
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Samples and judges the held-out set.
@@ -56,33 +65,43 @@ class Evaluator:
     shift: float | None
 
     def __call__(self, adapter: Adapter) -> list[Evaluated]:
-        """Every held-out picture, by the evaluation sampler."""
-        results: list[Evaluated] = []
-        for batch in self.examples.batches(self.config.batch):
-            results += self._judged(batch, self._sampled(batch, adapter))
+        """Every held-out picture, by the evaluation sampler.
+
+        Raises:
+            FolderError: none of them can be read any more.
+        """
+        pending = [
+            self._submitted(batch, self._sampled(batch, adapter))
+            for batch in self.examples.batches(self.config.batch)
+        ]
+        results = [_finished(entry) for batch in pending for entry in batch]
+        if not results:
+            raise FolderError(f"no held-out picture can be read any more: {self.examples.failures}")
         return sorted(results, key=lambda r: r.example.slot)
 
-    def rollout_score(self, rollout: Rollout, adapter: Adapter) -> float:
-        """Mean stage-1 score of one rollout candidate per picture of the first batch.
+    def rolled_out(
+        self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
+    ) -> list[Evaluated]:
+        """One rollout candidate of each picture of the first batch of at most `groups`.
 
-        Beside the score of the evaluation sampler on the same pictures, it shows what fewer steps
-        and noise cost: candidates far below what is evaluated teach little about it.
+        Beside the scores of the evaluation sampler on the same pictures, theirs show what fewer
+        steps and noise cost: candidates far below what is evaluated teach little about it.
         """
-        batch = next(self.examples.batches(self.config.batch))
-        padded = _padded(batch, self.config.batch)
+        batch = next(self.examples.batches(groups))
+        padded = _padded(batch, groups)
         pictures = Pictures(
-            np.stack([e.picture for e in padded]), *self.prompts(padded), self._keys(padded)
+            jnp.asarray(np.stack([e.picture for e in padded])),
+            *self.prompts(padded),
+            self._keys(padded),
         )
         bucket = batch[0].bucket
         grid = LatentGrid(
             batch[0].layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS
         )
-        latents = rollout(adapter, pictures, 0, grid).latents
+        latents = rollout(adapter, pictures, window_start, grid).latents
         layers = np.asarray(rollout.decode(latents, grid))
-        per_picture = len(layers) // len(padded)
-        return float(
-            np.mean([r.reward for r in self._judged(batch, layers[::per_picture][: len(batch)])])
-        )
+        first = layers[:: len(layers) // len(padded)][: len(batch)]
+        return [_finished(entry) for entry in self._submitted(batch, first)]
 
     def _sampled(self, batch: Sequence[Example], adapter: Adapter) -> np.ndarray:
         padded = _padded(batch, self.config.batch)
@@ -103,21 +122,24 @@ class Evaluator:
         root = jax.random.key(self.config.seed)
         return jax.vmap(lambda slot: jax.random.fold_in(root, slot))(slots)
 
-    def _judged(self, batch: Sequence[Example], layers: np.ndarray) -> list[Evaluated]:
-        futures = [
-            self.worker.submit(Group(e.picture_id, e.picture, (stack,), e.caption))
+    def _submitted(self, batch: Sequence[Example], layers: np.ndarray) -> list[_Pending]:
+        return [
+            _Pending(
+                e, stack, self.worker.submit(Group(e.picture_id, e.picture, (stack,), e.caption))
+            )
             for e, stack in zip(batch, layers, strict=True)
         ]
-        return [
-            Evaluated(
-                example,
-                stack,
-                float(future.result().stage1[0]),
-                future.result().criteria[0],
-                reference_free(stack, example.picture).psnr,
-            )
-            for example, stack, future in zip(batch, layers, futures, strict=True)
-        ]
+
+
+def _finished(entry: _Pending) -> Evaluated:
+    scores = entry.scores.result()
+    return Evaluated(
+        entry.example,
+        entry.layers,
+        float(scores.stage1[0]),
+        scores.criteria[0],
+        reference_free(entry.layers, entry.example.picture).psnr,
+    )
 
 
 def evaluation_metrics(results: Sequence[Evaluated]) -> dict[str, float]:

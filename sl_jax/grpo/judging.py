@@ -68,10 +68,11 @@ class Judging:
     def collect(
         self, submitted: Sequence[Submitted], progress: Callable[[str], None]
     ) -> list[GroupScores]:
-        """Rewards of all groups, in order.
+        """Rewards of all groups of an epoch, in order.
 
         While fewer than `min_valid` of the candidates are valid, incomplete groups are judged
-        again, with growing waits; nothing that was sampled is lost.
+        again, with growing waits; nothing that was sampled is lost. Refused groups stay as they
+        are and are not waited for.
 
         Raises:
             JudgeUnavailableError: this lasted longer than `max_wait`.
@@ -79,16 +80,16 @@ class Judging:
         scores = [self._rewarded(entry.group, entry.scores) for entry in submitted]
         started, wait = time.monotonic(), _FIRST_WAIT
         while (share := valid_share(scores)) < self.settings.min_valid:
-            waited = time.monotonic() - started
+            left = self.settings.max_wait - (time.monotonic() - started)
             reason = _first_reason(scores)
-            if waited > self.settings.max_wait:
+            if left <= 0:
                 raise JudgeUnavailableError(
                     f"only {share:.0%} of the candidates have a valid score after waiting "
-                    f"{waited:.0f} s for the judge (config.judge.min_valid is "
+                    f"{self.settings.max_wait:.0f} s for the judge (config.judge.min_valid is "
                     f"{self.settings.min_valid:.0%}); the last reason was: {reason}"
                 )
             progress(f"waiting for the judge: {share:.0%} valid ({reason})")
-            time.sleep(min(wait, _LONGEST_WAIT))
+            time.sleep(min(wait, _LONGEST_WAIT, left))
             wait *= 2
             again = {i for i, s in enumerate(scores) if not s.valid.all() and s.refusal is None}
             retries = {i: self.worker.submit(submitted[i].group) for i in sorted(again)}
@@ -119,8 +120,9 @@ def make_judge(settings: JudgeSettings, seed: int, *, two_stage: bool) -> TwoSta
 
 
 def valid_share(scores: Sequence[GroupScores]) -> float:
-    """Share of candidates with a valid score."""
-    return float(np.mean([s.valid.mean() for s in scores]))
+    """Share of valid candidates among those whose picture was not refused; 1 if all were."""
+    judged = [s.valid.mean() for s in scores if s.refusal is None]
+    return float(np.mean(judged)) if judged else 1.0
 
 
 def refusals(scores: Sequence[GroupScores], examples: Sequence[Example]) -> dict[str, str]:
@@ -136,5 +138,5 @@ def refusals(scores: Sequence[GroupScores], examples: Sequence[Example]) -> dict
 
 
 def _first_reason(scores: Sequence[GroupScores]) -> str:
-    reasons = (f.reason for s in scores for f in s.failures if f is not None)
-    return next(reasons, "no reason given")
+    failures = (f for s in scores for f in s.failures if f is not None and not f.permanent)
+    return next((f.reason for f in failures), "a reward was not finite")

@@ -5,7 +5,7 @@ old and of the current adapter therefore come from one executable, and where the
 equal, so are the velocities, to the last bit, in any dtype and on any mesh.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -81,6 +81,16 @@ class StepReport(NamedTuple):
     gradient_norm: Array
 
 
+class _Changing(NamedTuple):
+    """What one update replaces; the rest of `LearnerState` is constant."""
+
+    lora: Any
+    ema: Any
+    optimizer: optax.OptState
+    updates: Array
+    skipped: Array
+
+
 @struct.dataclass
 class LearnerState:
     """What training changes: one pytree, checkpointed whole.
@@ -123,10 +133,11 @@ class Learner:
         self._forward = jax.jit(self._velocity, static_argnames="grid")
         self._backward = jax.jit(self._gradient, donate_argnums=0)
         self._select = jax.jit(self._micro_batch, static_argnames="size")
-        self._apply = jax.jit(self._update, donate_argnums=0)
+        self._apply = jax.jit(self._update)
+        self._apply_donating = jax.jit(self._update, donate_argnums=0)
 
     def start(self, adapter: Adapter) -> LearnerState:
-        """The state before training; it holds copies, so that updates may donate it."""
+        """The state before training; it holds copies of `adapter`."""
         copy = partial(jax.tree.map, jnp.copy)
         mesh = self._layout.mesh
         optimizer = optax.tree.map_params(
@@ -144,19 +155,36 @@ class Learner:
     ) -> tuple[LearnerState, list[StepReport]]:
         """One optimizer step over all samples and window steps of `batches`.
 
+        Where no sample has a weight there is nothing to learn, and nothing changes.
+
         Args:
-            state: donated.
+            state: donated, unless its adapter is `old` itself.
             batches: rollout batches whose weights sum to 1 together.
             old: the adapter that rolled them out.
             first: whether `state.adapter` still equals `old`; its velocities are then reused.
         """
+        if not any(np.any(batch.weight) for batch in batches):
+            return state, []
         gradient = jax.tree.map(jnp.zeros_like, state.adapter.lora)
+        reference = self._reference(state) if self._objective.kl_weight else None
+        others = (None if first else old, reference)
         reports = []
         for batch in batches:
             for step in self._steps(batch):
-                gradient, report = self._accumulate(state, batch, step, old, first, gradient)
+                gradient, report = self._accumulate(state.adapter, batch, step, others, gradient)
                 reports.append(report)
-        return self._apply(state, gradient), reports
+        changing = _Changing(
+            state.adapter.lora, state.ema.lora, state.optimizer, state.updates, state.skipped
+        )
+        apply = self._apply if state.adapter is old else self._apply_donating
+        changed = apply(changing, gradient)
+        return state.replace(
+            adapter=state.adapter.replace(lora=changed.lora),
+            ema=state.ema.replace(lora=changed.ema),
+            optimizer=changed.optimizer,
+            updates=changed.updates,
+            skipped=changed.skipped,
+        ), reports
 
     def velocity(
         self, adapter: Adapter, step: Step, sigmas: Float[Array, " steps_1"], grid: LatentGrid
@@ -175,23 +203,24 @@ class Learner:
 
     def _accumulate(
         self,
-        state: LearnerState,
+        adapter: Adapter,
         batch: Scored,
         step: Step,
-        old: Adapter,
-        first: bool,
+        others: tuple[Adapter | None, Adapter | None],
         gradient: Any,
     ) -> tuple[Any, StepReport]:
-        reference = None
-        if self._objective.kl_weight:
-            reference, _ = self.velocity(self._reference(state), step, batch.sigmas, batch.grid)
-        previous = None if first else self.velocity(old, step, batch.sigmas, batch.grid)[0]
-        velocity, vjp = self.velocity(state.adapter, step, batch.sigmas, batch.grid)
+        """Adds the gradient of one micro-batch; `others` are the old and the reference adapter."""
+        # Of the others' vjps nothing is kept: their residuals are as large as the trained one's.
+        old, reference = (
+            self.velocity(other, step, batch.sigmas, batch.grid)[0] if other else None
+            for other in others
+        )
+        velocity, vjp = self.velocity(adapter, step, batch.sigmas, batch.grid)
         return self._backward(
             gradient,
             vjp,
             velocity,
-            velocity if previous is None else previous,
+            velocity if old is None else old,
             reference,
             step,
             batch.sigmas,
@@ -203,8 +232,8 @@ class Learner:
         # b = 0 adds exactly nothing, in the same executable.
         return state.adapter.replace(lora=jax.tree.map(jnp.zeros_like, state.adapter.lora))
 
-    def _steps(self, batch: Scored) -> list[Step]:
-        """Every micro-batch of every window step."""
+    def _steps(self, batch: Scored) -> Iterator[Step]:
+        """Every micro-batch of every window step, cut out when its turn comes."""
         size = self._config.micro_batch
         samples = len(batch.advantage)
         window = batch.candidates.window
@@ -213,11 +242,11 @@ class Learner:
             jnp.asarray(values, jnp.float32) for values in (batch.advantage, batch.weight / steps)
         )
         per_sample = (batch.candidates.condition, advantage, weight)
-        return [
-            self._select(window, per_sample, jnp.int32(number), jnp.int32(part), size=size)
-            for number in range(steps)
-            for part in range(samples // size)
-        ]
+        for number in range(steps):
+            for part in range(samples // size):
+                yield self._select(
+                    window, per_sample, jnp.int32(number), jnp.int32(part), size=size
+                )
 
     def _micro_batch(
         self, window: Any, per_sample: Any, number: Array, part: Array, *, size: int
@@ -304,20 +333,19 @@ class Learner:
             rollout.dynamics, sigmas[index], sigmas[index + 1], sigmas[1], rollout.noise_level
         )
 
-    def _update(self, state: LearnerState, gradient: Any) -> LearnerState:
+    def _update(self, now: _Changing, gradient: Any) -> _Changing:
         finite = jnp.isfinite(optax.tree.norm(gradient))
-        lora = state.adapter.lora
-        updates, optimizer = self._optimizer.update(gradient, state.optimizer, lora)
-        trained = optax.apply_updates(lora, updates)
-        ema = optax.incremental_update(trained, state.ema.lora, 1 - self._config.ema)
+        updates, optimizer = self._optimizer.update(gradient, now.optimizer, now.lora)
+        lora = optax.apply_updates(now.lora, updates)
+        ema = optax.incremental_update(lora, now.ema, 1 - self._config.ema)
 
         def kept(changed: Any, before: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), changed, before)
 
-        return state.replace(
-            adapter=state.adapter.replace(lora=kept(trained, lora)),
-            ema=state.ema.replace(lora=kept(ema, state.ema.lora)),
-            optimizer=kept(optimizer, state.optimizer),
-            updates=state.updates + finite.astype(jnp.int32),
-            skipped=state.skipped + (~finite).astype(jnp.int32),
+        return _Changing(
+            lora=kept(lora, now.lora),
+            ema=kept(ema, now.ema),
+            optimizer=kept(optimizer, now.optimizer),
+            updates=now.updates + finite.astype(jnp.int32),
+            skipped=now.skipped + (~finite).astype(jnp.int32),
         )

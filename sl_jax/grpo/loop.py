@@ -2,13 +2,15 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from tqdm import tqdm
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
@@ -25,6 +27,7 @@ from sl_jax.grpo.rollout import Candidates, Pictures, Rollout
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.scoring import GroupScores, summarize
+from sl_jax.training.interruption import uninterrupted
 from sl_jax.training.metrics import MetricsWriter
 
 _log = logging.getLogger(__name__)
@@ -33,9 +36,10 @@ _GAP_WARNING = 0.1  # of the evaluation score
 
 
 class Parts(NamedTuple):
-    """What a run is made of; the door builds them."""
+    """What a run is made of; the door builds them. `folder` is the work directory."""
 
     config: GrpoConfig
+    folder: epath.Path
     stream: TrainStream
     prompts: PromptTable
     rollout: Rollout
@@ -43,7 +47,6 @@ class Parts(NamedTuple):
     learner: Learner
     evaluator: Evaluator
     checkpoints: RunCheckpoints
-    writer: MetricsWriter
 
 
 class Rolled(NamedTuple):
@@ -97,40 +100,63 @@ class Phases:
         return {f"seconds/{name}": value for name, value in seconds.items()}
 
 
-def train(parts: Parts, state: LearnerState, epoch: int) -> Outcome:
-    """Trains from the beginning of `epoch` to the end of the run.
+def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
+    """Trains to the end of the run, from its beginning or from its newest checkpoint.
 
     Interrupted (Ctrl-C), it checkpoints the last complete epoch before the interruption goes on.
+
+    Args:
+        parts: of the run.
+        adapter: makes the adapter to start from; called once, and nobody else holds the result.
     """
     config, evaluator = parts.config, parts.evaluator
-    before = evaluator(state.initial)
-    if epoch == 0:
-        parts.writer.scalars(0, evaluation_metrics(before))
-        _warn_of_sampler_gap(parts, state, before)
-    position = parts.stream.state()
-    with tqdm(total=config.epochs, initial=epoch, unit="epoch") as progress:
+    state, epoch = _begin(parts, adapter)
+    with (
+        closing(MetricsWriter(parts.folder, epoch + 1 if epoch else 0)) as writer,
+        tqdm(total=config.epochs, initial=epoch, unit="epoch") as progress,
+    ):
         phases = Phases(progress)
+        phases.begin("evaluating")
+        before, after = evaluator(state.initial), None
+        if epoch == 0:
+            writer.scalars(0, evaluation_metrics(before) | _sampler_gap(parts, state, before))
+        phases.finish()
+        position = parts.stream.state()
         try:
             while epoch < config.epochs:
                 changed, metrics = run_epoch(parts, state, epoch, phases)
                 done = epoch + 1
                 if done % config.evaluation.every == 0 or done == config.epochs:
                     phases.begin("evaluating")
-                    metrics |= evaluation_metrics(evaluator(changed.ema))
-                parts.writer.scalars(done, metrics | phases.finish())
-                # From here on the epoch counts as done; cut short before, it is repeated.
-                state, epoch, position = changed, done, parts.stream.state()
-                if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
-                    _save(parts, state, epoch, position)
+                    after = evaluator(changed.ema)
+                    metrics |= evaluation_metrics(after)
+                with uninterrupted():
+                    writer.scalars(done, metrics | phases.finish())
+                    # From here on the epoch counts as done; cut short before, it is repeated.
+                    state, epoch, position = changed, done, parts.stream.state()
+                    if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                        _save(parts, state, epoch, position)
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
         except BaseException:
-            if epoch > (parts.checkpoints.latest or 0):
-                _save(parts, state, epoch, position)
-            parts.checkpoints.wait()
+            with uninterrupted():
+                if epoch > (parts.checkpoints.latest or 0):
+                    _save(parts, state, epoch, position)
+                parts.checkpoints.wait()
             raise
-    parts.checkpoints.wait()
-    return Outcome(state, before, evaluator(state.ema))
+        parts.checkpoints.wait()
+        return Outcome(state, before, evaluator(state.ema) if after is None else after)
+
+
+def _begin(parts: Parts, adapter: Callable[[], Adapter]) -> tuple[LearnerState, int]:
+    """The state to go on from, and how many epochs it has behind it; the stream is put there."""
+    state = parts.learner.start(adapter())
+    if parts.checkpoints.latest is None:
+        return state, 0
+    epoch, state, record = parts.checkpoints.restore(state)
+    parts.stream.restore(record["stream"])
+    _log.info("Going on after epoch %d.", epoch)
+    return state, epoch
 
 
 def run_epoch(
@@ -144,26 +170,26 @@ def run_epoch(
         phases.begin("rollout")
         rolled.append(_roll_out(parts, state.adapter, start))
     phases.begin("judging")
-    scores = [parts.judging.collect(batch.submitted, phases.say) for batch in rolled]
-    for batch, judged in zip(rolled, scores, strict=True):
-        parts.stream.quarantine(refusals(judged, batch.pictures.examples))
+    judged = parts.judging.collect([s for batch in rolled for s in batch.submitted], phases.say)
+    parts.stream.quarantine(refusals(judged, [e for b in rolled for e in b.pictures.examples]))
     phases.begin("learning")
-    old, state = state.adapter, jax.tree.map(jnp.copy, state)
+    old = state.adapter
     share = len(rolled) // config.learner.updates
+    groups = share * config.rollout.batch_groups
     reports: list[list[StepReport]] = []
     advantages: list[Advantages] = []
     for number in range(config.learner.updates):
-        part = slice(number * share, (number + 1) * share)
-        scored, worth = _scored(parts, rolled[part], scores[part])
-        state, report = parts.learner.update(state, scored, old, first=number == 0)
+        part = rolled[number * share : (number + 1) * share]
+        scored, worth = _scored(parts, part, judged[number * groups : (number + 1) * groups])
+        state, report = parts.learner.update(state, scored, old, first=state.adapter is old)
         reports.append(report)
         advantages.append(worth)
-    judged = summarize([entry for batch in scores for entry in batch])
     return state, {
-        **{f"judge/{name}": value for name, value in judged.metrics().items()},
+        **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
         **learner_metrics(reports),
         **_advantage_metrics(advantages),
         "learner/adapter_norm": float(optax.tree.norm(state.adapter.lora)),
+        "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
         "rollout/window_start": start,
         "rollout/staleness": 0,
@@ -200,28 +226,27 @@ def _keys(seed: int, step: int, examples: Sequence[Example]) -> jax.Array:
 
 
 def _scored(
-    parts: Parts, rolled: Sequence[Rolled], scores: Sequence[Sequence[GroupScores]]
+    parts: Parts, rolled: Sequence[Rolled], scores: Sequence[GroupScores]
 ) -> tuple[list[Scored], Advantages]:
     """The rollout batches of one update with advantages; weights sum to 1 over all of them."""
     settings = parts.config.advantage
-    groups = [entry for batch in scores for entry in batch]
     worth = reward_advantages(
-        np.stack([entry.reward for entry in groups]),
-        np.stack([entry.valid for entry in groups]),
+        np.stack([entry.reward for entry in scores]),
+        np.stack([entry.valid for entry in scores]),
         scale=settings.scale,
         std_floor=settings.std_floor,
-        two_stage=np.array([entry.two_stage for entry in groups]),
+        two_stage=np.array([entry.two_stage for entry in scores]),
     )
-    rows = np.cumsum([0, *map(len, scores)])
+    size = parts.config.rollout.batch_groups
     return [
         Scored(
             batch.candidates,
             parts.rollout.sigmas(batch.grid),
-            worth.advantage[low:high].ravel(),
-            worth.weight[low:high].ravel(),
+            worth.advantage[number * size : (number + 1) * size].ravel(),
+            worth.weight[number * size : (number + 1) * size].ravel(),
             batch.grid,
         )
-        for batch, low, high in zip(rolled, rows, rows[1:], strict=False)
+        for number, batch in enumerate(rolled)
     ], worth
 
 
@@ -234,13 +259,17 @@ def _advantage_metrics(advantages: Sequence[Advantages]) -> dict[str, float]:
     }
 
 
-def _warn_of_sampler_gap(parts: Parts, state: LearnerState, before: Sequence[Evaluated]) -> None:
-    """Logs what the rollout's sampler costs against the evaluation's, at the start."""
-    batch = next(parts.evaluator.examples.batches(parts.config.evaluation.batch))
-    chosen = {example.picture_id for example in batch}
-    evaluated = float(np.mean([r.reward for r in before if r.example.picture_id in chosen]))
-    rolled = parts.evaluator.rollout_score(parts.rollout, state.adapter)
-    parts.writer.scalars(0, {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled})
+def _sampler_gap(
+    parts: Parts, state: LearnerState, before: Sequence[Evaluated]
+) -> dict[str, float]:
+    """What the rollout's sampler costs against the evaluation's, at the start; logged."""
+    config = parts.config
+    candidates = parts.evaluator.rolled_out(
+        parts.rollout, state.adapter, window_start(config, 0), config.rollout.batch_groups
+    )
+    chosen = {entry.example.slot for entry in candidates}
+    rolled = _mean_reward(candidates)
+    evaluated = _mean_reward([entry for entry in before if entry.example.slot in chosen])
     log = _log.warning if evaluated - rolled > _GAP_WARNING * evaluated else _log.info
     log(
         "Stage-1 score of the rollout's sampler %.3f, of the evaluation's %.3f. A large gap means "
@@ -248,6 +277,12 @@ def _warn_of_sampler_gap(parts: Parts, state: LearnerState, before: Sequence[Eva
         rolled,
         evaluated,
     )
+    return {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled}
+
+
+def _mean_reward(results: Sequence[Evaluated]) -> float:
+    known = [r.reward for r in results if np.isfinite(r.reward)]
+    return float(np.mean(known)) if known else np.nan
 
 
 def _save(parts: Parts, state: LearnerState, epoch: int, position: dict) -> None:

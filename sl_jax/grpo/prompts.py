@@ -26,6 +26,7 @@ class PromptTable:
         used = {c for c in captions if c} if config.captions else set()
         prompts = [config.prompt, *sorted(used - {config.prompt})]
         self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        self._captions = config.captions
         encoded = encode_prompts(
             model, prompts, max_tokens=config.max_text_tokens, cache_dir=cache, dtype=dtype
         )
@@ -37,6 +38,9 @@ class PromptTable:
         self, examples: Sequence[Example]
     ) -> tuple[Float[Array, "b s e"], Int[Array, " b"] | None]:
         """Hidden states and lengths; lengths are None where no prompt of the run is padded."""
-        rows = [self._rows.get(example.caption, 0) for example in examples]
+        rows = [
+            self._rows[example.caption] if self._captions and example.caption else 0
+            for example in examples
+        ]
         lengths = jnp.asarray(self._lengths[rows]) if self._padded else None
         return jnp.asarray(self._hidden[rows]), lengths

@@ -29,7 +29,11 @@ def run_report(
     before: Sequence[Evaluated],
     after: Sequence[Evaluated],
 ) -> Report:
-    """What a finished run says of itself."""
+    """What a finished run says of itself, on the pictures that both evaluations could read."""
+    before, after = (
+        [r for r in mine if r.example.slot in {other.example.slot for other in others}]
+        for mine, others in ((before, after), (after, before))
+    )
     gain = paired_difference([r.reward for r in after], [r.reward for r in before])
     records = list(read_metrics(workdir))
     return Report(

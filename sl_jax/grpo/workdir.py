@@ -10,22 +10,26 @@ from etils import epath
 from sl_jax.grpo.config import ConfigError, GrpoConfig
 
 _FILE = "config.json"
-# A run may be prolonged, moved, and watched differently without becoming another one.
-_FREE = ("workdir", "epochs", "checkpoint", "evaluation")
+# A run may be prolonged, moved to other machines, and watched differently without becoming another.
+_FREE = frozenset(
+    {
+        *("workdir", "epochs", "checkpoint", "evaluation", "mesh", "learner.micro_batch"),
+        *("compute.attention", "compute.remat", "judge.concurrency", "judge.max_wait"),
+    }
+)
 
 
 def claim(config: GrpoConfig) -> epath.Path:
-    """Makes the work directory, or checks that it belongs to this configuration.
+    """The work directory, made if need be, once it is known to hold no other configuration's run.
 
     Raises:
         ConfigError: it holds a run of another configuration; the differing fields are named.
     """
     folder = epath.Path(config.workdir)
     path = folder / _FILE
-    wanted = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists():
-        found = json.loads(path.read_text())
-        differing = [d for d in _differences(found, wanted) if d.split(".")[0] not in _FREE]
+        found, wanted = _read(path), _content(config)
+        differing = [name for name in _differences(found, wanted) if not _free(name)]
         if differing:
             raise ConfigError(
                 f"{folder} holds a run of another configuration; please choose another "
@@ -36,8 +40,37 @@ def claim(config: GrpoConfig) -> epath.Path:
                 )
             )
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(wanted, indent=2) + "\n")
     return folder
+
+
+def record(config: GrpoConfig) -> None:
+    """Notes in the work directory whose run it holds; called when everything is ready to train.
+
+    A start that failed, for a folder without pictures say, has then claimed nothing.
+    """
+    path = epath.Path(config.workdir) / _FILE
+    partial = path.with_name(f"{_FILE}.partial")
+    partial.write_text(json.dumps(_content(config), indent=2) + "\n")
+    partial.replace(path)
+
+
+def _content(config: GrpoConfig) -> dict[str, Any]:
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _read(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({error}), so that it is unknown whose run its folder holds; "
+            "please choose another config.workdir, or delete that file if the run is this one's"
+        ) from error
+
+
+def _free(name: str) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in _FREE for depth in range(1, len(parts) + 1))
 
 
 def _differences(found: Any, wanted: Any, path: str = "") -> Iterator[str]:

@@ -37,6 +37,7 @@ def unit_statistics(settings: Mapping[str, Any]) -> dict[str, Any]:
 def with_latent_statistics(vae: Vae, params: Any, frames: np.ndarray, batch: int = 64) -> VaeConfig:
     """The autoencoder's config with mean and deviation per latent channel, measured on `frames`."""
     encode = jax.jit(lambda x: encode_frames(vae, params, x))
+    batch = min(batch, len(frames))
     whole = len(frames) - len(frames) % batch
     latents = np.concatenate([encode(frames[i : i + batch]) for i in range(0, whole, batch)])
     axes = (0, 1, 2)

@@ -24,7 +24,9 @@ class MetricsWriter:
         kept = [
             r for r in read_metrics(directory) if resume_from is None or r["step"] < resume_from
         ]
-        self._path.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial = self._directory / "metrics.jsonl.partial"
+        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.replace(self._path)  # at once, so that a kill here loses nothing
         self._board = SummaryWriter(
             str(self._directory / "tensorboard"), purge_step=resume_from, flush_secs=30
         )

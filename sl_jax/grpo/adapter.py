@@ -1,0 +1,55 @@
+"""The adapter that training starts from; everything wrong with it is said before weights load."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+from etils import epath
+
+from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.peft import load_peft
+from sl_jax.checkpoints.pipeline import abstract_params, make_model, shard_adapter
+from sl_jax.grpo.config import ConfigError, GrpoConfig
+from sl_jax.models.lora import Adapter, init_adapter, target_paths
+from sl_jax.parallel.mesh import Layout
+
+
+def first_adapter(
+    config: GrpoConfig, folder: epath.Path, layout: Layout
+) -> Callable[[Any], Adapter]:
+    """Base parameters → the adapter to start from, laid out like them.
+
+    `config.init_adapter` names a PEFT folder, whose rank and targets then count; without it the
+    adapter is a fresh one of `config.lora`.
+
+    Args:
+        config: of the run.
+        folder: the checkpoint; of the transformer only config.json is read.
+        layout: of the base parameters.
+
+    Raises:
+        ConfigError: the adapter does not fit the model.
+        CheckpointError: `folder` describes no model that is implemented.
+    """
+    try:
+        shapes = layout.abstract(abstract_params(make_model(folder, config.compute, layout)))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder / 'transformer' / 'config.json'}: {error}") from error
+    if config.init_adapter:
+        try:
+            return partial(shard_adapter, load_peft(config.init_adapter, shapes))
+        except CheckpointError as error:
+            raise ConfigError(f"config.init_adapter: {error}") from error
+    try:
+        target_paths(shapes, config.lora.targets)
+    except ValueError as error:
+        raise ConfigError(f"config.lora.targets is {config.lora.targets}: {error}") from error
+
+    def fresh(params: Any) -> Adapter:
+        key = jax.random.key(config.seed)
+        return shard_adapter(init_adapter(key, params, config.lora), params)
+
+    return fresh

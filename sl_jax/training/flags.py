@@ -1,0 +1,74 @@
+"""Flags of the commands that a configuration file configures; mistakes in them take one line."""
+
+import re
+import runpy
+import sys
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from ml_collections import ConfigDict
+
+import sl_jax
+
+_FILE = re.compile(r"--?config=([^:]*)(?::(.*))?")
+_FIELD = re.compile(r"--?(?:no)?(config(?:\.\w+)+)(?:=.*)?", re.DOTALL)
+
+
+def parse_config_flags(argv: Sequence[str]) -> list[str]:
+    """A `flags_parser` for `app.run`: `--config=FILE[:VARIANT]` and `--config.field=value`.
+
+    A bare name, as in `--config=grpo:tiny`, means a packaged configuration. Ends the program, with
+    a line for each, where there is no such file or variant or a field is unknown.
+    """
+    argv = [_located(arg) for arg in argv]
+    problems = list(config_problems(argv))
+    if problems:
+        sys.exit("ConfigError: this configuration cannot run:\n  " + "\n  ".join(problems))
+    return app.parse_flags_with_usage(argv)
+
+
+def config_problems(argv: Sequence[str]) -> Iterator[str]:
+    """What is wrong with `--config=…` and with the names in each `--config.FIELD=…`."""
+    files = [match for arg in argv if (match := _FILE.fullmatch(arg))]
+    if not files:
+        return
+    file, variant = files[-1].groups()
+    if not Path(file).is_file():
+        yield f"{files[-1][0]}: {file} does not exist; please give a configuration file"
+        return
+    try:
+        config = runpy.run_path(file)["get_config"](*([] if variant is None else [variant]))
+    except ValueError as error:
+        yield f"{files[-1][0]}: {error}"
+        return
+    for arg in argv:
+        if match := _FIELD.fullmatch(arg):
+            yield from _unknown(match[1].split("."), arg, config)
+
+
+def _unknown(path: Sequence[str], arg: str, here: Any) -> Iterator[str]:
+    for depth, name in enumerate(path[1:], 1):
+        known = sorted(here) if isinstance(here, ConfigDict) else []
+        if name not in known:
+            parent = ".".join(path[:depth])
+            close = get_close_matches(name, known, 1)
+            hint = f"did you mean {parent}.{close[0]}? " if close else ""
+            fields = f"known fields are {', '.join(known)}" if known else f"{parent} has no fields"
+            yield f"{parent}.{name} is unknown (given as {arg}); {hint}{fields}"
+            return
+        here = here[name]
+
+
+def _located(arg: str) -> str:
+    """`--config=NAME[:VARIANT]` with the file of a packaged configuration of that name."""
+    match = _FILE.fullmatch(arg)
+    if not match or not match[1].isidentifier():
+        return arg
+    package = Path(sl_jax.__file__).parent
+    places = (package / "configs", package.parent / "configs")  # installed, or a checkout
+    files = [place / f"{match[1]}.py" for place in places]
+    found = next((file for file in files if file.is_file()), match[1])
+    return f"--config={found}" + (f":{match[2]}" if match[2] else "")
