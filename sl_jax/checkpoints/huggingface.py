@@ -5,6 +5,7 @@ arrays; stacked layers are written into one buffer per device shard, without a s
 pickles are refused.
 """
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -29,16 +30,23 @@ class CheckpointError(ValueError):
 
 
 def read_config(folder: epath.PathLike, name: str = "config.json") -> dict[str, Any]:
-    """The JSON object in `folder/name`."""
+    """The JSON object in `folder/name`.
+
+    Raises:
+        CheckpointError: the file does not exist, or holds something else.
+    """
     path = epath.Path(folder) / name
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; please pass a checkpoint in the diffusers folder layout"
         )
     try:
-        return json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
 
 
 class TensorFiles:
@@ -47,20 +55,30 @@ class TensorFiles:
     Use as a context manager: files stay memory-mapped until it closes.
 
     Raises:
-        CheckpointError: no safetensors, only pickled weights, an unreadable file, or an index that
-            names files which are not there.
+        CheckpointError: no safetensors, only pickled weights, an unreadable file, a tensor in two
+            files, or an index that names files which are not there.
     """
 
     def __init__(self, folder: epath.PathLike):
-        self.folder = FilePath(epath.Path(folder))
-        self._stack = ExitStack()
+        self.folder = local_path(folder)
         self._where: dict[str, Any] = {}
-        for file in self._files():
-            try:
-                opened = self._stack.enter_context(safe_open(file, framework="numpy"))
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
-            self._where.update(dict.fromkeys(opened.keys(), opened))
+        with ExitStack() as stack:
+            for file in self._files():
+                self._open(file, stack)
+            self._stack = stack.pop_all()
+
+    def _open(self, file: FilePath, stack: ExitStack) -> None:
+        try:
+            opened = stack.enter_context(safe_open(file, framework="numpy"))
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{file} is truncated or damaged: {error}") from error
+        twice = sorted(set(opened.keys()) & set(self._where))
+        if twice:
+            raise CheckpointError(
+                f"{file} repeats {len(twice)} tensors of other files beside it, {twice[0]} for "
+                "one; please keep one set of weights in the folder"
+            )
+        self._where.update(dict.fromkeys(opened.keys(), opened))
 
     def __enter__(self) -> "TensorFiles":
         return self
@@ -92,7 +110,10 @@ class TensorFiles:
     def _files(self) -> list[FilePath]:
         indices = sorted(self.folder.glob("*.safetensors.index.json"))
         if indices:
-            names = sorted(set(read_config(self.folder, indices[0].name)["weight_map"].values()))
+            weight_map = read_config(self.folder, indices[0].name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise CheckpointError(f"{indices[0]} holds no object 'weight_map'")
+            names = sorted({str(file) for file in weight_map.values()})
             absent = [n for n in names if not (self.folder / n).is_file()]
             if absent:
                 raise CheckpointError(f"{indices[0]} names files that are not there: {absent}")
@@ -107,6 +128,21 @@ class TensorFiles:
                 "code when loaded; please convert them to safetensors"
             )
         raise CheckpointError(f"{self.folder} holds no *.safetensors files")
+
+
+def local_path(folder: epath.PathLike) -> FilePath:
+    """`folder` as a path on this machine, where weights can be memory-mapped.
+
+    Raises:
+        CheckpointError: it is on a remote store.
+    """
+    folder = epath.Path(folder)
+    if "://" in str(folder):
+        raise CheckpointError(
+            f"{folder} is remote, and weights are memory-mapped; please copy the folder to a local "
+            "disk (or mount the bucket) and pass that path"
+        )
+    return FilePath(folder)
 
 
 def load_params(
@@ -155,10 +191,11 @@ def _check(files: TensorFiles, plan: Mapping[Any, Source], unused: tuple[str, ..
 def _load(files: TensorFiles, source: Source, leaf: Any) -> jax.Array:
     stacked = len(leaf.shape) > len(to_parameter_shape(source))
 
-    def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(leaf.shape)
+    @functools.cache  # Devices that hold the same shard share one buffer.
+    def part(*bounds: tuple[int | None, int | None]) -> np.ndarray:
+        index = tuple(slice(*ends) for ends in bounds)
         if not stacked:
-            return _rows(files, source, source.names[0], index).astype(leaf.dtype)
+            return _rows(files, source, source.names[0], index).astype(leaf.dtype, copy=False)
         names = source.names[index[0]]
         first = _rows(files, source, names[0], index[1:])
         buffer = np.empty((len(names), *first.shape), leaf.dtype)
@@ -167,9 +204,12 @@ def _load(files: TensorFiles, source: Source, leaf: Any) -> jax.Array:
             buffer[row] = _rows(files, source, name, index[1:])
         return buffer
 
+    def shard(index: tuple[slice, ...]) -> np.ndarray:
+        return part(*((ends.start, ends.stop) for ends in index))
+
     sharding = getattr(leaf, "sharding", None)
     if sharding is None:
-        return jax.numpy.asarray(shard(None))
+        return jax.numpy.asarray(shard((slice(None),) * len(leaf.shape)))
     return jax.make_array_from_callback(leaf.shape, sharding, shard)
 
 
@@ -204,9 +244,14 @@ def save_params(
     config: Mapping[str, Any],
     stem: str = "diffusion_pytorch_model",
 ) -> None:
-    """Writes config.json and safetensors, in shards of at most 5 GB with an index beyond that."""
-    folder = FilePath(epath.Path(folder))
+    """Writes config.json and safetensors, in shards of at most 5 GB with an index beyond that.
+
+    Weights of the same stem that the folder held before are replaced.
+    """
+    folder = local_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for earlier in (*folder.glob(f"{stem}.safetensors*"), *folder.glob(f"{stem}-*.safetensors")):
+        earlier.unlink()
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     shards: list[dict[str, np.ndarray]] = [{}]
     size = 0

@@ -11,13 +11,14 @@ from etils import epath
 from flax import traverse_util
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sl_jax.checkpoints.huggingface import load_params, read_config
+from sl_jax.checkpoints.huggingface import CheckpointError, load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT, VAE
 from sl_jax.flow.schedule import SchedulerConfig
 from sl_jax.models.attention import default_implementation
 from sl_jax.models.lora import Adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
-from sl_jax.models.rope import LatentGrid
+from sl_jax.models.packing import PATCH
+from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
 from sl_jax.parallel.mesh import Layout, replicated
 
@@ -51,17 +52,36 @@ def load_pipeline(folder: epath.PathLike, compute: ComputeConfig, layout: Layout
     """Loads a checkpoint in the diffusers layout onto a mesh.
 
     Raises:
-        CheckpointError: lists what is missing, surplus or mis-shaped.
+        CheckpointError: lists what is missing, surplus or mis-shaped, or says how transformer and
+            autoencoder do not fit together.
         ValueError: a config.json describes a model that is not implemented.
     """
     folder = epath.Path(folder)
     model = make_model(folder, compute, layout)
+    _check_fit(folder, model.config, VaeConfig.from_dict(read_config(folder / "vae")))
     params = load_params(folder / "transformer", MMDIT, layout.abstract(abstract_params(model)))
     vae, vae_params = load_vae(folder / "vae", compute.dtype, replicated(layout.mesh))
     scheduler = SchedulerConfig.from_dict(
         read_config(folder / "scheduler", "scheduler_config.json")
     )
     return Pipeline(model, params, vae, vae_params, scheduler)
+
+
+def _check_fit(folder: epath.Path, model: MMDiTConfig, vae: VaeConfig) -> None:
+    wanted = {
+        "vae: input_channels": (vae.input_channels, 4),
+        "vae: pixels per latent": (vae.spatial_factor, PACKED_PIXELS // PATCH),
+        "transformer: in_channels": (model.in_channels, PATCH**2 * vae.z_dim),
+        "transformer: out_channels": (model.out_channels, vae.z_dim),
+    }
+    problems = [
+        f"{name} {given}, not {fit}" for name, (given, fit) in wanted.items() if given != fit
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{folder} is no pipeline for RGBA layers: {'; '.join(problems)}; please use the "
+            "components of one Qwen-Image-Layered checkpoint"
+        )
 
 
 def make_model(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -> MMDiT:
@@ -71,7 +91,7 @@ def make_model(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -
     platform = layout.mesh.devices.flat[0].platform
     return MMDiT(
         MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer")),
-        attention=default_implementation(platform) if attention == "auto" else attention,
+        attention=default_implementation(platform, dtype) if attention == "auto" else attention,
         remat=compute.remat,
         constrain=layout,
         dtype=dtype,

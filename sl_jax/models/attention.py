@@ -1,8 +1,9 @@
 """Joint attention over [image, text] tokens with padded text at the end."""
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 Implementation = Literal["xla", "cudnn"]
@@ -28,6 +29,10 @@ def attend(
     )
 
 
-def default_implementation(platform: str) -> Implementation:
-    """The fastest implementation for a device platform ("cpu", "gpu" or "tpu")."""
-    return "cudnn" if platform in ("gpu", "cuda") else "xla"
+def default_implementation(platform: str, dtype: Any) -> Implementation:
+    """The fastest implementation for a device platform ("cpu", "gpu" or "tpu") and compute dtype.
+
+    cuDNN's flash attention takes 16-bit floats only.
+    """
+    fused = platform in ("gpu", "cuda") and jnp.dtype(dtype).itemsize == 2
+    return "cudnn" if fused else "xla"

@@ -65,9 +65,9 @@ class LoRADense(nn.Module):
         y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
         if self.has_variable("lora", "a"):
             a = self.get_variable("lora", "a").astype(self.dtype)
-            b = self.get_variable("lora", "b").astype(self.dtype)
-            scale = self.get_variable("lora_scale", "scale").astype(self.dtype)
-            y = y + ((x @ a) @ b) * scale
+            # Scaled before it is rounded: alpha / rank itself need not exist in bfloat16.
+            b = self.get_variable("lora", "b") * self.get_variable("lora_scale", "scale")
+            y = y + (x @ a) @ b.astype(self.dtype)
         return y
 
 
@@ -108,13 +108,18 @@ def target_paths(params: Mapping[str, Any], targets: Sequence[str]) -> list[tupl
     """Paths of the dense layers of `params` that `targets` name, sorted.
 
     Raises:
-        ValueError: a target matches nothing; the message lists what would match.
+        ValueError: there is no target, or one matches nothing; the message lists what would match.
     """
     dense = {
         path[:-1]: _dotted(path[:-1])
         for path in traverse_util.flatten_dict(params)
         if path[-1] == "kernel"
     }
+    if not targets:
+        raise ValueError(
+            "an adapter needs at least one target; "
+            f"please choose among {sorted(set(dense.values()))}"
+        )
     found: set[tuple[str, ...]] = set()
     for target in targets:
         hits = {p for p, name in dense.items() if name == target or name.endswith("." + target)}

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from sl_jax.models.attention import Implementation, attend
 from sl_jax.models.lora import LoRADense
+from sl_jax.models.packing import PATCH
 from sl_jax.models.rope import LatentGrid, RopeTable, layer3d_rope, rotate
 
 _EPS = 1e-6
@@ -53,9 +54,15 @@ class MMDiTConfig:
                 "with use_layer3d_rope true, zero_cond_t false and guidance_embeds false, not "
                 f"{self.use_layer3d_rope}, {self.zero_cond_t}, {self.guidance_embeds}"
             )
-        if sum(self.axes_dims_rope) != self.attention_head_dim:
+        if self.patch_size != PATCH:
             raise ValueError(
-                f"axes_dims_rope {self.axes_dims_rope} must sum to attention_head_dim "
+                f"patch_size is {self.patch_size}, but latents are packed in patches of {PATCH}; "
+                "please use a Qwen-Image-Layered checkpoint"
+            )
+        odd = any(size % 2 for size in self.axes_dims_rope)
+        if odd or sum(self.axes_dims_rope) != self.attention_head_dim:
+            raise ValueError(
+                f"axes_dims_rope {self.axes_dims_rope} must be even and sum to attention_head_dim "
                 f"{self.attention_head_dim}"
             )
 
@@ -68,10 +75,14 @@ class MMDiTConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> "MMDiTConfig":
         """Reads config.json; keys that start with an underscore are diffusers' own.
 
+        A checkpoint's file, which names its class, means diffusers' default by what it leaves out:
+        plain Qwen-Image lacks the switches of the layered variant, which are then off.
+
         Raises:
             ValueError: a key is missing, or one is present that this model does not know.
         """
-        given = {
+        switches = ("use_layer3d_rope", "use_additional_t_cond") if "_class_name" in config else ()
+        given = dict.fromkeys(switches, False) | {
             k: v
             for k, v in config.items()
             if not k.startswith("_") and k != "pooled_projection_dim"
