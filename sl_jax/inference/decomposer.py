@@ -14,7 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from PIL import Image
 
-from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline
+from sl_jax.checkpoints.peft import load_peft
+from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline, shard_adapter
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data.pictures import area_size, longest_side_size, resize_to
 from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
@@ -63,6 +64,7 @@ class Decomposer:
     @staticmethod
     def from_pretrained(
         model: str,
+        adapter: str | None = None,
         *,
         prompt: str = DEFAULT_PROMPT,
         negative_prompt: str = " ",
@@ -73,20 +75,24 @@ class Decomposer:
 
         Args:
             model: a folder in the diffusers layout, a hub id, or "tiny".
+            adapter: folder of a PEFT adapter; None decomposes with the base.
             prompt: for all pictures.
             negative_prompt: used where guidance is not 1.
             dtype: "bfloat16" or "float32".
             mesh: how the devices share the work; by default the parameters are sharded over all.
 
         Raises:
-            CheckpointError: the model is missing or damaged.
+            CheckpointError: model or adapter are missing or damaged, or do not fit each other.
         """
         folder = resolve_model(model)
         # First: the text encoder is gone from memory before the model is loaded.
         prompts = encode_prompts(folder, [prompt, negative_prompt], dtype=dtype)
         layout = Layout(make_mesh(mesh or MeshConfig()))
         pipeline = load_pipeline(folder, ComputeConfig(dtype, remat="none"), layout)
-        return PictureDecomposer(Decomposer(pipeline), prompts, None, layout)
+        loaded = None
+        if adapter is not None:
+            loaded = shard_adapter(load_peft(adapter, pipeline.params), pipeline.params)
+        return PictureDecomposer(Decomposer(pipeline), prompts, loaded, layout)
 
     def __call__(
         self,
