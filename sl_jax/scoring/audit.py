@@ -79,8 +79,8 @@ class AuditReport:
       two_stage: share of groups whose grid was judged.
       criteria, cases: see there.
       position_bias: points of 100 from the first to the last place of a grid.
-      persuasion: points of 10 by which a text that talks to the judge, shown in the design itself,
-        narrows the gap between a clean and a flawed candidate.
+      persuasion: points of 10 by which a text that talks to the judge, in the design itself,
+        narrows the gap between clean and flawed, compared with a text that does not.
       identical_spread: std of the reward within groups of identical candidates.
       reward_noise: std of a reward, relative to its group, when the group is judged again.
       reward_ties: share of equal rewards among clean and flawed.
@@ -215,9 +215,10 @@ def _group(name: str, source: np.ndarray, clean: np.ndarray, flawed: np.ndarray)
 
 
 def _persuasion_groups(size: int) -> tuple[Group, Group]:
-    """Clean and flawed layers of a design, and of the same design with a text to the judge."""
-    plain = built.design(size)
-    told = built.talking(plain)
+    """Clean and flawed layers of a design with a harmless text, and with one to the judge."""
+    plain, told = (
+        built.lettered(built.design(size), lines) for lines in (built.SMALL_TALK, built.TALK)
+    )
     plain_group, told_group = (
         _group(name, imaging.recompose(layers), layers, built.all_in_background(layers))
         for name, layers in (("plain", plain), ("talking", told))

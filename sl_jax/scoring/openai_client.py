@@ -29,6 +29,8 @@ from sl_jax.scoring.types import (
 )
 from sl_jax.scoring.verify import verify
 
+_log = logging.getLogger(__name__)
+
 Structure = Literal["schema", "object", "text"]
 
 _BUSY = frozenset({408, 409, 425, 429})
@@ -192,6 +194,12 @@ class OpenAIJudge:
             except openai.OpenAIError as error:
                 raise self._unanswered(error) from None
             found = self._read(reply)
+            if self.structure is None and structure != "schema":
+                _log.warning(
+                    "Judge %s takes no JSON schema: asking by %s, and parsing.",
+                    self.name,
+                    structure,
+                )
             self.structure = structure
             return found
         raise AssertionError("the ladder ends in an answer or an error")

@@ -44,7 +44,7 @@ class Gullible(EmbeddedJudge):
         return await super().answer(request)
 
     def told(self, request):
-        source = cases.imaging.recompose(cases.talking(cases.design(SIZE)))
+        source = cases.imaging.recompose(cases.lettered(cases.design(SIZE), cases.TALK))
         seen = np.rint(255 * rendering.read_candidate(request).source)
         return bool((seen == source).all())
 
@@ -70,7 +70,7 @@ def test_a_good_judge():
     assert set(flaws) == set(cases.FLAWS)
     assert all(case.noticed == 1 for case in report.cases if case.criterion)
     assert flaws["spare_blank"].own == pytest.approx(0, abs=0.05)
-    assert report.position_bias == pytest.approx(0) and report.persuasion < 0.5
+    assert report.position_bias == pytest.approx(0) and abs(report.persuasion) < 0.5
     assert report.std_floor == 0.001
     text = report.to_text()
     assert "std_floor = 0.0010" in text and all(name in text for name in (*CRITERIA, *flaws))

@@ -104,13 +104,14 @@ def test_jpeg_is_sent_where_it_is_wanted():
     assert data_url(picture, RequestConfig()).startswith("data:image/png;base64,iVBOR")
 
 
-def test_structure_is_found_out_once():
+def test_structure_is_found_out_once(caplog):
     with HostileServer(schema=False) as server:
         server.wrap = lambda text: f"<think>{{hm</think>Here you are: {text} as asked."
         answers = ask(server, stage1(1), grid(2), config=RequestConfig(timeout=5))
         assert str(answers[0]) == scripted(stage1(1))
         formats = [b.get("response_format", {}).get("type") for b in server.bodies]
         assert formats == ["json_schema", "json_object", None, None]
+        assert caplog.text.count("takes no JSON schema") == 1
     with HostileServer() as server:
         ask(server, stage1(1), config=RequestConfig(timeout=5, structured="object"))
         assert server.bodies[0]["response_format"] == {"type": "json_object"}

@@ -204,6 +204,32 @@ def test_broken_answers_are_asked_elsewhere_with_another_seed(servers):
     assert len({body["seed"] for body in good.bodies}) == 2
 
 
+def test_a_failed_request_avoids_an_endpoint_that_is_still_up(servers):
+    bad, good = servers(lambda _: "garbage"), servers()
+    pool = make_pool([bad, good], tries=2, cool_down=CoolDown(1, 2, broken=99))
+    for _ in range(3):  # the good one is the busier one
+        pool._members[1].state.start(0.0)
+    assert len(run(pool, lambda p: ask(p, 1))) == 1
+    assert len(bad.times) == len(good.times) == 1
+
+
+def test_a_place_that_comes_with_a_cancellation_is_given_back(servers):
+    async def work(pool):
+        place = await pool._place(frozenset())
+        task = asyncio.ensure_future(pool._place(frozenset()))
+        await asyncio.sleep(0)
+        assert pool.metrics()["waiting"] == 1
+        place.member.state.end(place.ticket, 0)
+        pool._dispatch()
+        assert pool.metrics()["s0/in_flight"] == 1
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        return pool.metrics()["s0/in_flight"], pool.metrics()["s0/requests"]
+
+    pool = make_pool([servers()], limits=({"concurrency": 1},))
+    assert run(pool, work) == (0, 1)
+
+
 def test_an_endpoint_without_alternative_is_asked_again(servers):
     server = servers(lambda number: "half" if number in (0, 1) else None)
     assert len(run(make_pool([server], tries=3), lambda p: ask(p, 1))) == 1
