@@ -216,6 +216,8 @@ def test_interrupt_says_how_to_go_on(stage, tmp_path):
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        # A parent in the background ignores SIGINT; a shell that inherits that cannot trap it.
+        preexec_fn=_heeds_interrupts,
     )
     for line in process.stdout:
         if line == "hanging\n":
@@ -229,6 +231,10 @@ def test_interrupt_says_how_to_go_on(stage, tmp_path):
     done = subprocess.run(["bash", "-c", command], env=repository.environment())
     assert done.returncode == 0
     assert repository.calls()[-1][2] == f"--config.data.path={pictures}"
+
+
+def _heeds_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _only(folder: Path, *names: str) -> str:
