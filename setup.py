@@ -37,7 +37,7 @@ TRAINING = [
     "matplotlib",
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11",
-    "psd-tools",
+    "psd-tools>=1.26",
     "safetensors",
     "tensorboardX",
     "tensorflow-datasets>=4.9.8",
