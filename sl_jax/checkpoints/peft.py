@@ -4,13 +4,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path as FilePath
 from typing import Any
 
 import numpy as np
 from etils import epath
 from flax import traverse_util
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, read_config
 from sl_jax.checkpoints.naming import MMDIT
@@ -23,11 +22,13 @@ def save_peft(folder: epath.PathLike, adapter: Adapter, base_model: str) -> None
     """Writes `adapter_config.json` and `adapter_model.safetensors`.
 
     Tensors are float32: `lora_A.weight` (r, in) and `lora_B.weight` (out, r); the update is
-    alpha / r · B A. Modules whose alpha differs from the commonest stand in `alpha_pattern`.
+    alpha / r · B A. Modules whose rank or alpha differs from the commonest stand in `rank_pattern`
+    and `alpha_pattern`.
     """
-    folder = FilePath(epath.Path(folder))
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, np.ndarray] = {}
+    ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     weights = traverse_util.flatten_dict(adapter.lora)
     scales = traverse_util.flatten_dict(adapter.lora_scale)
@@ -40,14 +41,18 @@ def save_peft(folder: epath.PathLike, adapter: Adapter, base_model: str) -> None
             name = template.format(layer)
             tensors[f"{_PREFIX}{name}.lora_A.weight"] = np.ascontiguousarray(down.T)
             tensors[f"{_PREFIX}{name}.lora_B.weight"] = np.ascontiguousarray(up.T)
-            alphas[name] = float(factor) * down.shape[1]
-    rank = next(iter(tensors.values())).shape[0]
-    content = _config(rank, alphas, base_model)
+            ranks[name] = down.shape[1]
+            # In float32, where 100 / 48 · 48 is 100 again.
+            alphas[name] = float(np.float32(factor) * np.float32(down.shape[1]))
+    content = _config(ranks, alphas, base_model)
     (folder / "adapter_config.json").write_text(json.dumps(content, indent=2) + "\n")
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
 
 
-def _config(rank: int, alphas: Mapping[str, float], base_model: str) -> dict[str, Any]:
+def _config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], base_model: str
+) -> dict[str, Any]:
+    rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     targets = {
         name.split(".", 2)[2] if name.startswith("transformer_blocks.") else name for name in alphas
@@ -64,7 +69,7 @@ def _config(rank: int, alphas: Mapping[str, float], base_model: str) -> dict[str
         "lora_dropout": 0.0,
         "modules_to_save": None,
         "r": rank,
-        "rank_pattern": {},
+        "rank_pattern": {name: value for name, value in ranks.items() if value != rank},
         "alpha_pattern": {name: value for name, value in alphas.items() if value != alpha},
         "target_modules": sorted(targets),
         "task_type": None,

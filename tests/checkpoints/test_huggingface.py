@@ -1,0 +1,339 @@
+"""Loading and writing checkpoint folders: shards, meshes, dtypes, and everything that is wrong."""
+
+import json
+import math
+import re
+import shutil
+from collections import Counter
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+from jax.sharding import PartitionSpec
+from safetensors.numpy import load_file, save_file
+
+from sl_jax.checkpoints import huggingface
+from sl_jax.checkpoints.huggingface import (
+    CheckpointError,
+    TensorFiles,
+    load_params,
+    local_path,
+    named_tensors,
+    read_config,
+    save_params,
+)
+from sl_jax.checkpoints.naming import MMDIT
+from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_params, load_pipeline, load_vae
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.models.mmdit import MMDiT, MMDiTConfig
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+
+CONFIG = MMDiTConfig(3, 16, 2, 12, axes_dims_rope=(4, 6, 6))
+BOXED = abstract_params(MMDiT(CONFIG))
+SHAPES = nn.unbox(BOXED)
+STEM = "diffusion_pytorch_model"
+INDEX = f"{STEM}.safetensors.index.json"
+
+
+def flat(tree):
+    return traverse_util.flatten_dict(tree)
+
+
+@pytest.fixture(scope="module")
+def params():
+    draw = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: draw.normal(size=leaf.shape).astype(np.float32), SHAPES)
+
+
+@pytest.fixture(scope="module")
+def sharded():
+    """Shapes as they are laid out over 4 × 2 of the eight devices."""
+    return Layout(make_mesh(MeshConfig(fsdp=4, tensor=2))).abstract(BOXED)
+
+
+@pytest.fixture(params=[True, False], ids=["shards", "one file"])
+def folder(request, params, tmp_path, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(huggingface, "_MAX_SHARD_BYTES", 40_000)
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    assert (tmp_path / INDEX).exists() == request.param
+    return tmp_path
+
+
+def edit_tensors(folder, change):
+    """Rewrites the single weights file of `folder` with `change` applied to its tensors."""
+    file = folder / f"{STEM}.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+
+
+def assert_equal_trees(found, wanted):
+    assert flat(found).keys() == flat(wanted).keys()
+    for path, leaf in flat(found).items():
+        np.testing.assert_array_equal(leaf, flat(wanted)[path], err_msg=str(path))
+
+
+def test_files_of_a_folder(folder):
+    files = sorted(folder.glob("*.safetensors"))
+    if not (folder / INDEX).exists():
+        assert [file.name for file in files] == [f"{STEM}.safetensors"]
+        return
+    count = len(files)
+    assert count > 3
+    assert files[1].name == f"{STEM}-00002-of-{count:05d}.safetensors"
+    index = json.loads((folder / INDEX).read_text())
+    sizes = Counter()
+    for file in files:
+        for name, tensor in load_file(file).items():
+            assert index["weight_map"][name] == file.name
+            sizes[file.name] += tensor.nbytes
+    assert max(sizes.values()) <= 40_000
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+
+
+def test_sharded_arrays_hold_the_values(folder, params, sharded):
+    loaded = load_params(folder, MMDIT, sharded)
+    assert_equal_trees(loaded, params)
+    for path, leaf in flat(loaded).items():
+        assert leaf.sharding == flat(sharded)[path].sharding, path
+    query = loaded["blocks"]["attn"]["to_q"]
+    assert query["kernel"].sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+    assert query["kernel"].addressable_shards[0].data.shape == (3, 8, 16)
+    assert query["bias"].addressable_shards[0].data.shape == (3, 16)
+    out = loaded["blocks"]["img_mlp"]["net_2"]["kernel"]
+    assert out.sharding.spec == PartitionSpec(None, "tensor", "fsdp")
+    assert loaded["txt_norm"]["scale"].sharding.is_fully_replicated
+
+
+def test_every_byte_is_read_once_and_in_slices(folder, sharded, monkeypatch):
+    reads = Counter()
+    largest = Counter()
+    read = TensorFiles.read
+
+    def spy(files, name, index=()):
+        part = read(files, name, index)
+        reads[name] += part.nbytes
+        largest[name] = max(largest[name], part.nbytes)
+        return part
+
+    monkeypatch.setattr(TensorFiles, "read", spy)
+    load_params(folder, MMDIT, sharded)
+    with TensorFiles(folder) as files:
+        wanted = {name: 4 * math.prod(files.shape(name)) for name in files.names()}
+    assert reads == wanted
+    name = "transformer_blocks.2.img_mlp.net.0.proj.weight"
+    assert largest[name] == wanted[name] / 8
+    assert largest["transformer_blocks.1.img_mod.1.bias"] == 6 * 32 * 4 / 2
+
+
+def test_one_process_reads_its_own_shards_only(folder, sharded, monkeypatch):
+    """As on a host with two of the eight devices."""
+    kernel = sharded["blocks"]["attn"]["to_q"]["kernel"]
+    part = {"blocks": {"attn": {"to_q": {"kernel": kernel}}}}
+    others = [n for n in _names() if not n.endswith("attn.to_q.weight")]
+    indices = list(kernel.sharding.devices_indices_map(kernel.shape).values())[:2]
+    rows = {}
+
+    def assemble(shape, sharding, callback):
+        for index in indices:
+            rows[index[1].start] = callback(index)
+        return jnp.zeros(shape)
+
+    bytes_read = []
+    read = TensorFiles.read
+
+    def spy(files, name, index=()):
+        result = read(files, name, index)
+        bytes_read.append(result.nbytes)
+        return result
+
+    monkeypatch.setattr(jax, "make_array_from_callback", assemble)
+    monkeypatch.setattr(TensorFiles, "read", spy)
+    load_params(folder, MMDIT, part, unused=tuple(others))
+    assert sum(bytes_read) == math.prod(kernel.shape) * 4 / 4
+
+
+def _names():
+    shapes = {path: leaf.shape for path, leaf in flat(SHAPES).items()}
+    return [n for _, source in huggingface.sources(MMDIT, shapes) for n in source.names]
+
+
+@pytest.mark.parametrize("stored", [ml_dtypes.bfloat16, np.float16, np.float32])
+@pytest.mark.parametrize("wanted", [jnp.bfloat16, jnp.float32])
+def test_dtypes_of_files_and_of_parameters(tmp_path, params, sharded, stored, wanted):
+    save_params(tmp_path, named_tensors(MMDIT, params, stored), CONFIG.to_dict())
+    with TensorFiles(tmp_path) as files:
+        assert files.read("proj_out.bias").dtype == stored
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, wanted, sharding=leaf.sharding), sharded
+    )
+    loaded = load_params(tmp_path, MMDIT, abstract)
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(wanted)}
+    rounded = jax.tree.map(lambda leaf: leaf.astype(stored).astype(wanted), params)
+    assert_equal_trees(loaded, rounded)
+
+
+def test_without_shardings_arrays_are_on_one_device(tmp_path, params):
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    loaded = load_params(tmp_path, MMDIT, SHAPES)
+    assert_equal_trees(loaded, params)
+    assert {len(leaf.devices()) for leaf in jax.tree.leaves(loaded)} == {1}
+
+
+def test_all_that_does_not_fit_is_one_error(tmp_path, params):
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+
+    def change(tensors):
+        for name in ("img_in.bias", "transformer_blocks.1.attn.to_q.weight"):
+            del tensors[name]
+        tensors["proj_out.weight"] = np.zeros((32, 64), np.float32)
+        tensors["transformer_blocks.2.txt_mlp.net.2.bias"] = np.zeros(31, np.float32)
+        tensors["transformer_blocks.3.attn.to_k.bias"] = np.zeros(32, np.float32)
+        tensors["extra.scale"] = np.zeros(1, np.float32)
+
+    edit_tensors(tmp_path, change)
+    with pytest.raises(CheckpointError, match=re.escape(str(tmp_path))) as error:
+        load_params(tmp_path, MMDIT, SHAPES)
+    assert set(str(error.value).split("\n  ")[1:]) == {
+        "missing: img_in.bias (32,)",
+        "missing: transformer_blocks.1.attn.to_q.weight (32, 32)",
+        "shape of proj_out.weight: (32, 64), expected (64, 32)",
+        "shape of transformer_blocks.2.txt_mlp.net.2.bias: (31,), expected (32,)",
+        "surplus: transformer_blocks.3.attn.to_k.bias",
+        "surplus: extra.scale",
+    }
+
+
+def test_unused_tensors_are_named(tmp_path, params):
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    edit_tensors(tmp_path, lambda tensors: tensors.update({"extra.scale": np.zeros(1)}))
+    assert_equal_trees(load_params(tmp_path, MMDIT, SHAPES, unused=("extra.",)), params)
+
+
+def test_pickled_weights_are_refused(tmp_path):
+    (tmp_path / f"{STEM}.bin").write_bytes(b"cos\nsystem\n")
+    (tmp_path / "model.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"only pickled weights \({STEM}.bin, model.pt\)"):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+def test_a_folder_without_weights(tmp_path):
+    with pytest.raises(CheckpointError, match=r"holds no \*.safetensors files"):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_truncated_file_is_named(folder, keep):
+    victim = sorted(folder.glob("*.safetensors"))[-1]
+    victim.write_bytes(victim.read_bytes()[:keep])
+    with pytest.raises(CheckpointError, match=f"{victim.name} is truncated or damaged"):
+        load_params(folder, MMDIT, SHAPES)
+
+
+def test_an_index_that_names_absent_files(tmp_path, params, monkeypatch):
+    monkeypatch.setattr(huggingface, "_MAX_SHARD_BYTES", 40_000)
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    gone = sorted(file.name for file in tmp_path.glob("*.safetensors"))[1:3]
+    for name in gone:
+        (tmp_path / name).unlink()
+    with pytest.raises(CheckpointError, match=re.escape(f"files that are not there: {gone}")):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"weight_map": {', "is not valid JSON"),
+        (b"\xff\xfe\x00", "is not valid JSON"),
+        (b"[1, 2]", "must hold a JSON object, not a list"),
+        (b"{}", "no object 'weight_map'"),
+        (b'{"weight_map": ["a"]}', "no object 'weight_map'"),
+    ],
+)
+def test_a_damaged_index(tmp_path, content, message):
+    (tmp_path / INDEX).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{INDEX} .*{message}"):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", "is not valid JSON"), (b"\xff", "is not valid JSON"), (b"null", "not a NoneType")],
+)
+def test_a_damaged_config(tmp_path, content, message):
+    (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"config.json .*{message}"):
+        read_config(tmp_path)
+
+
+def test_an_absent_config(tmp_path):
+    with pytest.raises(CheckpointError, match="diffusers folder layout"):
+        read_config(tmp_path)
+
+
+def test_two_sets_of_weights_beside_each_other(tmp_path, params):
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    shutil.copy(tmp_path / f"{STEM}.safetensors", tmp_path / f"{STEM}.fp16.safetensors")
+    with pytest.raises(CheckpointError, match="keep one set of weights"):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+def test_writing_again_leaves_nothing_of_the_earlier_weights(folder, params, monkeypatch):
+    for limit in (50_000, 2**40, 40_000):
+        monkeypatch.setattr(huggingface, "_MAX_SHARD_BYTES", limit)
+        params = jax.tree.map(lambda leaf: leaf + 1, params)
+        save_params(folder, named_tensors(MMDIT, params), CONFIG.to_dict())
+        assert_equal_trees(load_params(folder, MMDIT, SHAPES), params)
+        with TensorFiles(folder) as files:
+            assert files.names() == set(_names())
+
+
+def test_remote_weights_ask_for_a_copy():
+    with pytest.raises(CheckpointError, match=r"gs://bucket/model.* copy the folder to a local"):
+        local_path("gs://bucket/model")
+
+
+def test_temporal_tensors_of_the_autoencoder_are_passed_over(random_checkpoint):
+    with TensorFiles(random_checkpoint / "vae") as files:
+        names = {name for name in files.names() if "time_conv" in name}
+    assert len(names) == 8
+    _, params = load_vae(random_checkpoint / "vae", "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_components_that_do_not_fit_together(random_checkpoint, tmp_path):
+    for part in ("transformer", "vae"):
+        (tmp_path / part).mkdir()
+        content = read_config(random_checkpoint / part)
+        (tmp_path / part / "config.json").write_text(
+            json.dumps(content | ({"in_channels": 32} if part == "transformer" else {}))
+        )
+    content |= {"input_channels": 3, "dim_mult": [1, 2], "temperal_downsample": [True]}
+    (tmp_path / "vae" / "config.json").write_text(json.dumps(content))
+    layout = Layout(make_mesh(MeshConfig()))
+    with pytest.raises(CheckpointError) as error:
+        load_pipeline(tmp_path, ComputeConfig("float32"), layout)
+    for part in ("input_channels 3, not 4", "per latent 2, not 8", "in_channels 32, not 64"):
+        assert part in str(error.value)
+
+
+def test_names_of_models(tmp_path):
+    assert (resolve_model("tiny") / "text_encoder" / "config.json").exists()
+    with pytest.raises(CheckpointError, match=r"model_index.json does not exist; please pass"):
+        resolve_model(str(tmp_path))
+    (tmp_path / "model_index.json").write_text("{}")
+    assert str(resolve_model(str(tmp_path))) == str(tmp_path)
+    for name in ("no-such-folder", "./no/such", "a/b/c"):
+        with pytest.raises(CheckpointError, match="is no checkpoint"):
+            resolve_model(name)
+
+
+@pytest.mark.parametrize("name", ["nobody/has-this-model", "not valid/ name"])
+def test_a_hub_id_that_cannot_be_fetched(name):
+    with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
+        resolve_model(name)
