@@ -151,7 +151,9 @@ def test_text_encoder_of_7_billion_parameters():
 )
 def test_layouts_go_both_ways(naming, shapes, layouts):
     """One tensor of every layout, at small sizes that keep its axes apart."""
-    samples = {source.layout: source for _, source in sources(naming, shapes())}
+    samples = {}
+    for _, source in sources(naming, shapes()):
+        samples.setdefault(source.layout, source)
     assert samples.keys() == layouts
     draw = np.random.default_rng(0)
     for layout, source in samples.items():
@@ -161,7 +163,7 @@ def test_layouts_go_both_ways(naming, shapes, layouts):
         tensor = draw.normal(size=small.shape).astype(np.float32)
         back = to_tensor(to_parameter(tensor, layout), small)
         if layout == "conv3d":
-            assert not back[:, :, :-1].any()
+            assert back.shape[2] == 3 and not back[:, :, :-1].any()
             back, tensor = back[:, :, -1], tensor[:, :, -1]
         np.testing.assert_array_equal(back, tensor)
 
