@@ -1,0 +1,190 @@
+"""Configurations that cannot run are refused, each field with its value and what would be right."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
+
+_FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
+
+
+def _mapping(variant="tiny", **changes):
+    """The packaged configuration as a mapping, with `a__b=value` for config.a.b."""
+    config = runpy.run_path(str(_FILE))["get_config"](variant).to_dict()
+    config["data"]["path"] = "pictures"
+    config["rollout"] |= {"groups": 8, "batch_groups": 4, "group_size": 8, "steps": 10}
+    config["rollout"] |= {"window_range": (0, 5), "window_size": 2, "dynamics": "flow_sde"}
+    config["learner"] |= {"updates": 2, "micro_batch": 32}
+    config["evaluation"] |= {"batch": 32}
+    for path, value in changes.items():
+        *parents, name = path.split("__")
+        here = config
+        for parent in parents:
+            here = here[parent]
+        here[name] = value
+    return config
+
+
+@pytest.mark.parametrize("variant", ["production", "tiny"])
+def test_the_packaged_configurations_are_complete(variant):
+    mapping = runpy.run_path(str(_FILE))["get_config"](variant).to_dict()
+    with pytest.raises(ConfigError) as error:
+        from_mapping(mapping, 1)
+    # A folder of pictures is all that they leave to the user.
+    assert len(str(error.value).splitlines()) == 2
+    assert "config.data.path" in str(error.value)
+    mapping["data"]["path"] = "pictures"
+    assert isinstance(from_mapping(mapping, 1), GrpoConfig)
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_a_configuration_that_runs(devices):
+    config = from_mapping(_mapping(), devices)
+    assert config.rollout.window_range == (0, 5)
+    assert config.rewards[0] == ("judge", 1.0)
+
+
+def test_lists_are_tuples():
+    config = from_mapping(_mapping(data__buckets=[[64, 64], [64, 32]], data__layers=[2, 3]), 1)
+    assert config.data.buckets == ((64, 64), (64, 32))
+    assert config.data.layers == (2, 3)
+
+
+def test_rewards_may_have_options():
+    rewards = (("judge", 1.0), ("recomposition_veto", 0.5, {"bound": 0.2}))
+    assert from_mapping(_mapping(rewards=rewards), 1).rewards == rewards
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "right"),
+    [
+        ("rollout.group_size", 1, "at least 2"),
+        ("rollout.batch_groups", 0, "at least 1"),
+        ("rollout.groups", 6, "a multiple of batch_groups × updates = 4 × 2"),
+        ("rollout.dynamics", "sde", "one of 'flow_sde'"),
+        ("rollout.noise_level", float("nan"), "a finite number"),
+        ("rollout.shift", 0.0, "None or a positive number"),
+        ("rollout.shift", "auto", "a finite number or None"),
+        ("data.buckets", ((64, 60),), "multiples of 16, such as (64, 64)"),
+        ("data.buckets", (64, 64), "each (a whole number, a whole number)"),
+        ("data.layers", (), "it is needed"),
+        ("data.layers", (0, 3), "from 1 up"),
+        ("data.layers", 3, "a tuple"),
+        ("data.path", "", "it is needed"),
+        ("data.eval_fraction", 0.0, "config.data.eval_data"),
+        ("data.max_text_tokens", 2000, "from 1 to 1024"),
+        ("learner.micro_batch", 24, "a divisor of batch_groups × group_size = 32"),
+        ("learner.updates", 0, "at least 1"),
+        ("learner.ema", 1.0, "not with, 1"),
+        ("learner.reference", "start", "one of 'base', 'init'"),
+        ("lora.rank", 0, "at least 1"),
+        ("lora.targets", (), "it is needed"),
+        ("optimizer.learning_rate", 0.0, "a positive number"),
+        ("optimizer.learning_rate", "fast", "a finite number"),
+        ("advantage.std_floor", -0.1, "0 or more"),
+        ("objective.clip_low", -1.0, "a positive value"),
+        ("objective.ratio", "exact", "one of 'plain'"),
+        ("judge.endpoint", "nobody", "one of 'embedded'"),
+        ("judge.weights", (1.0, 2.0), "5 non-negative numbers"),
+        ("judge.stage2_weight", 2.0, "0…1"),
+        ("judge.min_valid", 1.5, "a share from 0 to 1"),
+        ("judge.two_stage", "yes", "True or False"),
+        ("rewards", (("applause", 1.0),), "one of ['all_blank_veto'"),
+        ("rewards", (("recomposition_veto", 1.0),), "at least one that scores"),
+        ("rewards", (("judge", 1.0), ("all_blank_veto", 1.0, {"capp": 1})), "capp"),
+        ("evaluation.every", 0, "at least 1"),
+        ("checkpoint.keep", 0, "at least 1"),
+        ("compute.dtype", "float16", "bfloat16"),
+        ("compute.attention", "flash", "xla"),
+        ("compute.remat", "all", "block"),
+        ("epochs", True, "a whole number"),
+        ("epochs", 0, "at least 1"),
+        ("seed", -1, "0 or more"),
+        ("workdir", "", "it is needed"),
+        ("rollout", 4, "please give its fields: batch_groups"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_field_and_what_would_be_right(field, value, right):
+    with pytest.raises(ConfigError) as error:
+        from_mapping(_mapping(**{field.replace(".", "__"): value}), 1)
+    message = str(error.value)
+    assert right in message
+    shown = f"{value[0][0]}" if field == "rewards" else repr(value).strip("()")
+    assert shown.split(",")[0] in message
+    assert f"config.{field}" in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem", "right"),
+    [
+        ({"window_range": (8, 12)}, "2 steps does not fit into steps 8 to 11", "within 0 to 10"),
+        ({"window_range": (3, 4)}, "2 steps does not fit", "holds at least the window"),
+        ({"window_size": 6}, "6 steps does not fit", "holds at least the window"),
+        ({"window_size": 0}, "0 steps does not fit", "holds at least the window"),
+        ({"noise_level": 0.0}, "noise level 0.0 draws no noise at step 0", "raise the noise level"),
+        ({"dynamics": "ode"}, "ode with noise level", "choose other dynamics"),
+    ],
+)
+def test_windows_that_cannot_be_trained(changes, problem, right):
+    changes = {f"rollout__{name}": value for name, value in changes.items()}
+    with pytest.raises(ConfigError) as error:
+        from_mapping(_mapping(**changes), 1)
+    given = changes.get("rollout__window_range", (0, 5))
+    assert f"config.rollout.window_range {given}" in str(error.value)
+    assert problem in str(error.value) and right in str(error.value)
+
+
+def test_a_mesh_that_does_not_fit_the_devices():
+    with pytest.raises(ConfigError, match=r"config\.mesh .*data=3.*fit 1 devices; please set one"):
+        from_mapping(_mapping(mesh__data=3), 1)
+
+
+def test_a_window_over_a_noiseless_step():
+    """The last step of cps draws no noise."""
+    changes = {"rollout__dynamics": "cps", "rollout__noise_level": 0.8}
+    assert from_mapping(_mapping(**changes, rollout__window_range=(4, 9)), 1)
+    with pytest.raises(ConfigError, match=r"window_range \(4, 10\).*step 9 of 10"):
+        from_mapping(_mapping(**changes, rollout__window_range=(4, 10)), 1)
+
+
+@pytest.mark.parametrize("path", ["rolout", "rollout__groops", "lora__dropout"])
+def test_unknown_fields(path):
+    with pytest.raises(ConfigError) as error:
+        from_mapping(_mapping(**{path: 17}), 1)
+    assert f"config.{path.replace('__', '.')} is unknown (its value is 17)" in str(error.value)
+    assert "known fields are" in str(error.value)
+
+
+def test_a_missing_field():
+    mapping = _mapping()
+    del mapping["epochs"]
+    with pytest.raises(ConfigError, match=r"config\.epochs is missing; please give a whole number"):
+        from_mapping(mapping, 1)
+
+
+@pytest.mark.parametrize(
+    ("field", "mesh", "devices", "parts"),
+    [
+        ("rollout__batch_groups", {"data": 1, "fsdp": -1}, 8, 8),
+        ("learner__micro_batch", {"data": 2, "fsdp": 4}, 8, 8),
+        ("evaluation__batch", {"data": 2, "fsdp": 2, "tensor": 2}, 8, 4),
+    ],
+)
+def test_batches_that_the_mesh_does_not_divide(field, mesh, devices, parts):
+    fine = {"rollout__batch_groups": 8, "rollout__groups": 16, "learner__updates": 1}
+    mapping = _mapping(**fine | {field: 2})
+    mapping["mesh"] |= mesh
+    with pytest.raises(ConfigError) as error:
+        from_mapping(mapping, devices)
+    name = field.replace("__", ".")
+    assert f"config.{name} is 2; please use a multiple of data × fsdp = {parts}" in str(error.value)
+    assert f"{devices} devices" in str(error.value)
+
+
+def test_everything_wrong_is_said_at_once():
+    with pytest.raises(ConfigError) as error:
+        from_mapping(_mapping(rollout__group_size=1, epochs=0, data__buckets=((8, 8),)), 1)
+    for field in ("rollout.group_size", "epochs", "data.buckets"):
+        assert f"config.{field}" in str(error.value)

@@ -1,0 +1,225 @@
+"""Updates: what they change, what they leave, and what they do not depend on."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from sl_jax.flow.sampler import WindowSteps
+from sl_jax.grpo.config import LearnerConfig
+from sl_jax.grpo.learner import Learner, Scored
+from sl_jax.grpo.objective import ObjectiveConfig
+from sl_jax.grpo.rollout import Candidates, Rollout
+from sl_jax.inference.sampling import Condition
+from sl_jax.training.optimizer import OptimizerConfig
+
+SAMPLES = 16
+
+
+def _learner(bench, micro_batch=16, **objective):
+    return Learner(
+        bench.pipeline,
+        bench.config,
+        ObjectiveConfig(**objective),
+        OptimizerConfig(1e-3, clip_norm=1e9),
+        LearnerConfig(micro_batch=micro_batch),
+        bench.layout,
+    )
+
+
+def _scored(bench, candidates):
+    """Candidates with random advantages; one sample has no weight."""
+    weight = np.full(SAMPLES, 1 / (SAMPLES - 1))
+    weight[3] = 0
+    advantage = np.random.default_rng(0).normal(size=SAMPLES)
+    rollout = Rollout(bench.pipeline, bench.config, bench.layout)
+    return Scored(candidates, rollout.sigmas(bench.grid), advantage, weight, bench.grid)
+
+
+def _rolled(bench):
+    rollout = Rollout(bench.pipeline, bench.config, bench.layout)
+    return _scored(bench, rollout(bench.adapter, bench.pictures(), 1, bench.grid))
+
+
+@pytest.fixture(scope="module")
+def scored(bench):
+    """Made up: to learn from, any steps will do."""
+    rng = np.random.default_rng(1)
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    tokens, frame, steps = bench.grid.generated_tokens, bench.grid.frame_tokens, 2
+    x = draw(steps, SAMPLES, tokens, 64)
+    x_next = 0.9 * x + 0.3 * draw(*x.shape)
+    window = WindowSteps(x, x_next, 0.9 * x, jnp.full(steps, 0.3), jnp.arange(1, 1 + steps))
+    lengths = jnp.asarray(rng.integers(2, 6, SAMPLES), jnp.int32)
+    condition = Condition(draw(SAMPLES, frame, 64), draw(SAMPLES, 5, 64), lengths)
+    return _scored(bench, Candidates(x[0], window, condition))
+
+
+@pytest.fixture(scope="module")
+def learner(bench):
+    return _learner(bench)
+
+
+def _gradient(state):
+    """The gradient of the first update, from Adam's first moment."""
+    return jax.tree.map(lambda mu: np.asarray(mu) / 0.1, optax.tree.get(state.optimizer, "mu"))
+
+
+def _same(first, second):
+    equal = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), first, second)
+    return all(jax.tree.leaves(equal))
+
+
+def _close(found, wanted):
+    def check(a, b):
+        b = np.asarray(b)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
+
+    jax.tree.map(check, found, wanted)
+
+
+def _log_ratios(reports, steps):
+    """[steps, samples], from reports in the order of steps and micro-batches."""
+    return np.concatenate([r.objective.log_ratio for r in reports]).reshape(steps, -1)
+
+
+def test_one_update_makes_better_samples_more_likely(bench, scored, learner):
+    state, _ = learner.update(learner.start(bench.adapter), [scored], bench.adapter, first=True)
+    _, reports = learner.update(state, [scored], bench.adapter, first=False)
+    moved = _log_ratios(reports, steps=2)
+    assert moved.shape == (2, SAMPLES)
+    assert np.all(scored.weight @ (scored.advantage * moved).T > 0)
+    assert np.corrcoef(scored.advantage, moved.mean(axis=0))[0, 1] > 0.5
+
+
+def test_only_the_adapter_is_differentiated_and_optimized(bench, scored, learner):
+    before = jax.tree.map(np.asarray, bench.pipeline.params)
+    state, reports = learner.update(
+        learner.start(bench.adapter), [scored], bench.adapter, first=True
+    )
+    assert _same(bench.pipeline.params, before)
+    weights = sum(x.size for x in jax.tree.leaves(state.adapter.lora))
+    counts = 2  # of Adam and of the schedule
+    optimizer = sum(x.size for x in jax.tree.leaves(state.optimizer))
+    assert optimizer == 2 * weights + counts
+    step = next(learner._steps(scored))
+    velocity, vjp = learner.velocity(bench.adapter, step, scored.sigmas, bench.grid)
+    (cotangent,) = jax.eval_shape(vjp, velocity)
+    assert jax.tree.map(np.shape, cotangent) == jax.tree.map(np.shape, bench.adapter.lora)
+    assert all(report.gradient_norm > 0 for report in reports)
+    assert _same(state.adapter.lora_scale, bench.adapter.lora_scale)
+    assert _same(state.initial, bench.adapter)
+
+
+def test_the_average_follows_the_adapter(bench, scored, learner):
+    start = learner.start(bench.adapter)
+    state, _ = learner.update(start, [scored], bench.adapter, first=True)
+    wanted = jax.tree.map(
+        lambda a, b: 0.9 * np.asarray(a) + 0.1 * np.asarray(b),
+        bench.adapter.lora,
+        state.adapter.lora,
+    )
+    _close(state.ema.lora, wanted)
+    assert not _same(state.ema.lora, bench.adapter.lora)
+
+
+def test_the_epochs_state_outlives_its_updates(bench, scored, learner):
+    """An epoch that is cut short goes on from the state that it began with."""
+    start = learner.start(bench.adapter)
+    kept = jax.tree.map(np.array, start)
+    state, _ = learner.update(start, [scored], start.adapter, first=True)
+    state, _ = learner.update(state, [scored], start.adapter, first=False)
+    assert _same(start, kept)
+    assert int(state.updates) == 2 and int(start.updates) == 0
+
+
+def test_a_non_finite_update_changes_nothing_but_its_count(bench, scored, learner):
+    start = learner.start(bench.adapter)
+    kept = jax.tree.map(np.array, start)
+    advantage = scored.advantage.copy()
+    advantage[5] = np.nan
+    state, _ = learner.update(
+        start, [scored._replace(advantage=advantage)], bench.adapter, first=True
+    )
+    assert int(state.skipped) == 1 and int(state.updates) == 0
+    assert _same(state.replace(skipped=kept.skipped), kept)
+    state, _ = learner.update(state, [scored], bench.adapter, first=True)
+    assert int(state.skipped) == 1 and int(state.updates) == 1
+    assert not _same(state.adapter, bench.adapter)
+
+
+def test_without_weights_nothing_changes(bench, scored, learner):
+    start = learner.start(bench.adapter)
+    unjudged = scored._replace(weight=np.zeros(SAMPLES))
+    state, reports = learner.update(start, [unjudged], start.adapter, first=True)
+    assert state is start and reports == []
+
+
+def test_a_sample_without_weight_has_no_say(bench, scored, learner):
+    advantage = scored.advantage.copy()
+    advantage[3] += 7
+    first, second = (
+        learner.update(learner.start(bench.adapter), [batch], bench.adapter, first=True)[0]
+        for batch in (scored, scored._replace(advantage=advantage))
+    )
+    assert _same(first.adapter, second.adapter)
+
+
+def test_the_kl_from_the_base_is_zero_where_b_is_zero(bench, scored):
+    """The reference is the base without adapter; a fresh adapter computes the base exactly."""
+    learner = _learner(bench, kl_weight=0.5)
+    state, reports = learner.update(learner.start(bench.fresh), [scored], bench.fresh, first=True)
+    assert not any(np.any(report.objective.kl_reference) for report in reports)
+    _, reports = learner.update(state, [scored], bench.fresh, first=False)
+    assert all(np.all(report.objective.kl_reference > 0) for report in reports)
+
+
+@pytest.fixture(scope="module")
+def rolled(bench, wide_bench):
+    """Each setting with what it rolled out itself."""
+    return {"one": (bench, _rolled(bench)), "eight": (wide_bench, _rolled(wide_bench))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        ({}, [("one", 8), ("one", 2), ("eight", 8)]),
+        ({"kl_weight": 0.1, "ratio": "plain"}, [("one", 8), ("eight", 4)]),
+    ],
+)
+def test_neither_devices_nor_micro_batches_change_an_update(rolled, objective, settings):
+    found = []
+    for devices, micro_batch in settings:
+        bench, batch = rolled[devices]
+        learner = _learner(bench, micro_batch, **objective)
+        state = learner.start(bench.adapter)
+        state, _ = learner.update(state, [batch], bench.adapter, first=True)
+        first = _gradient(state)
+        state, _ = learner.update(state, [batch], bench.adapter, first=False)
+        found.append((first, jax.tree.map(np.asarray, state.adapter.lora)))
+    for gradient, lora in found[1:]:
+        _close(gradient, found[0][0])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5), lora, found[0][1]
+        )
+
+
+def test_two_batches_are_one_update(bench, scored, learner):
+    halves = [scored._replace(weight=scored.weight / 2)] * 2
+    whole, split = (
+        learner.update(learner.start(bench.adapter), batches, bench.adapter, first=True)[0]
+        for batches in ([scored], halves)
+    )
+    _close(_gradient(split), _gradient(whole))
+    assert int(split.updates) == 1
+
+
+def test_weights_of_all_steps_sum_to_one(bench, scored, learner):
+    weights = [np.asarray(step.weight) for step in learner._steps(scored)]
+    assert len(weights) == bench.config.window_size
+    assert np.sum(weights) == pytest.approx(1)

@@ -1,0 +1,91 @@
+"""A work directory belongs to one configuration."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sl_jax.grpo import workdir
+from sl_jax.grpo.config import ConfigError, DataConfig, GrpoConfig
+
+
+def _config(folder, **changes):
+    config = GrpoConfig(str(folder / "run"), "tiny", 3, data=DataConfig(path="pictures"))
+    return dataclasses.replace(config, **changes)
+
+
+def _nested(config, part, **changes):
+    return dataclasses.replace(
+        config, **{part: dataclasses.replace(getattr(config, part), **changes)}
+    )
+
+
+def test_the_same_configuration_comes_back(tmp_path):
+    config = _config(tmp_path)
+    folder = workdir.claim(config)
+    workdir.record(config)
+    before = (folder / "config.json").read_bytes()
+    assert workdir.claim(config) == folder
+    workdir.record(config)
+    assert (folder / "config.json").read_bytes() == before
+    assert json.loads(before)["epochs"] == 3
+
+
+def test_another_configuration_is_refused_and_overwrites_nothing(tmp_path):
+    config = _config(tmp_path)
+    folder = workdir.claim(config)
+    workdir.record(config)
+    before = (folder / "config.json").read_bytes()
+    other = _nested(_nested(config, "rollout", group_size=6), "lora", rank=3)
+    with pytest.raises(ConfigError) as error:
+        workdir.claim(dataclasses.replace(other, seed=5))
+    message = str(error.value)
+    assert "config.rollout.group_size: 8 there, 6 here" in message
+    assert "config.lora.rank: 64 there, 3 here" in message
+    assert "config.seed: 0 there, 5 here" in message
+    assert len(message.splitlines()) == 4
+    assert "please choose another config.workdir" in message
+    assert (folder / "config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("part", "changes"),
+    [
+        ("evaluation", {"every": 3, "steps": 7}),
+        ("checkpoint", {"every": 1}),
+        ("mesh", {"fsdp": 1, "data": -1}),
+        ("learner", {"micro_batch": 4}),
+        ("judge", {"concurrency": 2, "max_wait": 5.0}),
+        ("compute", {"remat": "none"}),
+    ],
+)
+def test_a_run_may_be_moved_and_watched_differently(tmp_path, part, changes):
+    config = _config(tmp_path)
+    workdir.claim(config)
+    workdir.record(config)
+    workdir.claim(dataclasses.replace(_nested(config, part, **changes), epochs=9))
+
+
+def test_neighbours_of_free_fields_are_not_free(tmp_path):
+    config = _config(tmp_path)
+    workdir.claim(config)
+    workdir.record(config)
+    for part, changes in (("learner", {"ema": 0.5}), ("compute", {"dtype": "float32"})):
+        with pytest.raises(ConfigError, match=rf"config\.{part}\."):
+            workdir.claim(_nested(config, part, **changes))
+
+
+def test_a_start_that_failed_has_claimed_nothing(tmp_path):
+    """Between `claim` and `record` lies everything that may turn out not to work."""
+    workdir.claim(_config(tmp_path))
+    workdir.claim(_config(tmp_path, seed=8, data=DataConfig(path="other pictures")))
+
+
+def test_a_damaged_record_is_no_licence(tmp_path):
+    config = _config(tmp_path)
+    folder = workdir.claim(config)
+    workdir.record(config)
+    whole = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(whole[: len(whole) // 2])
+    with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        workdir.claim(config)
