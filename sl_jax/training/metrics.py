@@ -34,9 +34,10 @@ class MetricsWriter:
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Records numbers at `step`; values that are not finite are kept as null in JSON."""
         numbers = {name: float(value) for name, value in values.items()}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
         record = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
+        for name, value in record.items():
+            if value is not None:
+                self._board.add_scalar(name, value, step)
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
 

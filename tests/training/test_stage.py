@@ -1,0 +1,134 @@
+"""Supervised stages: stopped and resumed is the same as never stopped, to the last bit."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.training.metrics import MetricsWriter, read_metrics
+from sl_jax.training.optimizer import OptimizerConfig
+from sl_jax.training.pools import indices
+from sl_jax.training.supervised import Stage, StageConfig, StageState
+
+STEPS = 30
+RNG = np.random.default_rng(0)
+INPUTS = RNG.normal(size=(24, 3)).astype(np.float32)
+TARGETS = INPUTS @ np.array([1.0, -2.0, 0.5], np.float32)
+
+
+def _loss(params, batch, key):
+    x, y = batch
+    error = x @ params["w"] + params["b"] - y - 0.1 * jax.random.normal(key, y.shape)
+    return jnp.mean(error**2), {"mse": jnp.mean(error**2)}
+
+
+def _batches(step):
+    chosen = indices(5, step, 8, len(INPUTS))
+    return "all", (INPUTS[chosen], TARGETS[chosen])
+
+
+def _params():
+    return {"w": jnp.zeros(3), "b": jnp.zeros(())}
+
+
+class _Stopped(Exception):
+    pass
+
+
+def _run(folder, stop=None):
+    """One process' share of a stage: from where the folder stands, up to `stop` or the end."""
+    checkpoints = RunCheckpoints(folder / "checkpoints")
+    latest = checkpoints.latest
+    writer = MetricsWriter(folder, 0 if latest is None else latest + 1)
+    optimizer = OptimizerConfig(0.15, warmup_steps=3, decay_steps=STEPS)
+    config = StageConfig(STEPS, optimizer, 0.9, log_every=5, eval_every=10, checkpoint_every=5)
+    stage = Stage(config, {"all": _loss}, checkpoints, writer, seed=1)
+
+    def batches(step):
+        if step == stop:
+            raise _Stopped
+        return _batches(step)
+
+    held_out = [("all", (INPUTS, TARGETS))]
+    try:
+        return stage.run(stage.start(_params()), batches, held_out, "toy")
+    finally:
+        checkpoints.close()
+        writer.close()
+
+
+class Whole(NamedTuple):
+    """An undisturbed stage, with the arrays that each checkpoint was given."""
+
+    state: StageState
+    records: list
+    folder: Path
+    saved: dict
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder, saved = tmp_path_factory.mktemp("whole"), {}
+    save = RunCheckpoints.save
+
+    def noted(self, step, tree, record=None):
+        save(self, step, tree, record)
+        saved[step] = jax.tree.map(np.array, tree)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunCheckpoints, "save", noted)
+        state = _run(folder)
+    return Whole(state, list(read_metrics(folder)), folder, saved)
+
+
+def _assert_same(state, other):
+    equal = jax.tree.map(lambda a, b: np.array_equal(a, b), state, other)
+    assert all(jax.tree.leaves(equal))
+
+
+def test_it_learns(whole):
+    np.testing.assert_allclose(whole.state.trained["w"], [1.0, -2.0, 0.5], atol=0.6)
+    held_out = [r["toy/held_out_mse"] for r in whole.records if "toy/held_out_mse" in r]
+    assert len(held_out) == 3 and held_out[-1] < 0.5 * held_out[0]
+    assert not np.array_equal(whole.state.ema["w"], whole.state.trained["w"])
+    assert int(whole.state.step) == STEPS
+
+
+def test_stopped_and_resumed_is_the_same(tmp_path, whole):
+    for stop in (12, 23):  # between checkpoints, which come every 5 updates
+        with pytest.raises(_Stopped):
+            _run(tmp_path, stop)
+    _assert_same(_run(tmp_path), whole.state)
+    assert list(read_metrics(tmp_path)) == whole.records
+
+
+def test_a_finished_stage_does_nothing_more(whole):
+    _assert_same(_run(whole.folder, stop=0), whole.state)
+
+
+def test_every_checkpoint_holds_its_own_update(whole):
+    """Updates donate their arrays: what is saved must not change while it is written."""
+    checkpoints = RunCheckpoints(whole.folder / "checkpoints")
+    for step in (20, 25, 30):
+        _assert_same(checkpoints.restore(whole.state, step)[1], whole.saved[step])
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(("batch", "total"), [(4, 12), (5, 12), (12, 12), (7, 3)])
+def test_each_epoch_sees_every_example_once(batch, total):
+    steps = batch * total  # a whole number of epochs
+    drawn = np.concatenate([indices(3, step, batch, total) for step in range(steps // batch * 2)])
+    epochs = drawn[: len(drawn) // total * total].reshape(-1, total)
+    assert len(epochs) > 1
+    assert np.array_equal(np.sort(epochs, axis=1), np.tile(np.arange(total), (len(epochs), 1)))
+    assert len(np.unique(epochs, axis=0)) > 1
+
+
+def test_the_order_is_a_function_of_seed_and_update():
+    assert np.array_equal(indices(3, 7, 4, 50), indices(3, 7, 4, 50))
+    assert not np.array_equal(indices(3, 7, 4, 50), indices(4, 7, 4, 50))
+    assert not np.array_equal(indices(3, 7, 4, 50), indices(3, 8, 4, 50))
