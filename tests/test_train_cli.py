@@ -1,0 +1,230 @@
+"""`python -m sl_jax.train` as its users meet it: mistakes, interruptions, kills, results."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sl_jax.data import write_designs
+from sl_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).parents[1]
+EPOCHS = 3
+SETTINGS = {
+    "epochs": EPOCHS,
+    "data.buckets": ((32, 32),),
+    "data.eval_fraction": 0.2,
+    "rollout.groups": 4,
+    "rollout.batch_groups": 2,
+    "rollout.group_size": 4,
+    "rollout.steps": 4,
+    "rollout.window_range": (0, 3),
+    "rollout.window_size": 2,
+    "learner.micro_batch": 8,
+    "learner.updates": 2,
+    "lora.rank": 4,
+    # With random weights every candidate would meet the vetoes, and nothing be learned.
+    "rewards": (("judge", 1.0),),
+    "evaluation.pictures": 4,
+    "evaluation.batch": 4,
+    "evaluation.steps": 2,
+    "evaluation.every": 2,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 3,
+}
+LIMIT = 300  # seconds for one process, on a busy machine
+
+
+class Trainer:
+    """Starts runs on one checkpoint, one folder of pictures and one compilation cache."""
+
+    def __init__(self, model, folder):
+        self.model, self.folder = model, folder
+        write_designs(folder / "pictures", "B", range(24), 32, 3)
+        self.environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "",
+            "HF_HUB_OFFLINE": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        }
+
+    def start(self, workdir, *extra, **settings):
+        """A process that trains in `workdir`; settings as data__path="…"."""
+        changes = {name.replace("__", "."): value for name, value in settings.items()}
+        fields = {
+            "model": self.model,
+            "data.path": self.folder / "pictures",
+            "workdir": workdir,
+            **SETTINGS,
+            **changes,
+        }
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        command = [sys.executable, "-m", "sl_jax.train", "--config=configs/grpo.py:tiny"]
+        return subprocess.Popen(
+            [*command, *flags, *extra],
+            cwd=ROOT,
+            env=self.environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def __call__(self, workdir, *extra, **settings):
+        """(exit code, what it printed) of a process that is left alone."""
+        process = self.start(workdir, *extra, **settings)
+        printed, errors = process.communicate(timeout=LIMIT)
+        return process.returncode, printed + errors
+
+
+@pytest.fixture(scope="module")
+def trainer(random_checkpoint, tmp_path_factory):
+    return Trainer(random_checkpoint, tmp_path_factory.mktemp("trainer"))
+
+
+@pytest.fixture(scope="module")
+def finished(trainer, tmp_path_factory):
+    """The work directory of a run that nobody disturbed, and what it printed."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    code, printed = trainer(workdir)
+    assert code == 0, printed
+    return workdir, printed
+
+
+def _records(workdir):
+    """The records without what the clock decides."""
+    return [
+        {k: v for k, v in record.items() if "seconds" not in k} for record in read_metrics(workdir)
+    ]
+
+
+def _assert_same_run(workdir, other):
+    names = ("adapter_model.safetensors", "adapter_config.json")
+    for name in names:
+        assert (workdir / "adapter" / name).read_bytes() == (other / "adapter" / name).read_bytes()
+    assert _records(workdir) == _records(other)
+
+
+def _wait_for_the_second_epoch(process, workdir):
+    """Returns in the middle of it, with the first one's checkpoint on disk."""
+    deadline = time.monotonic() + LIMIT
+    while not (workdir / "checkpoints" / "1").exists():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_run_leaves_all_that_it_promises(finished):
+    workdir, printed = finished
+    assert "Adapter (PEFT folder)" in printed and "report.html" in printed
+    assert {path.name for path in workdir.iterdir()} == {
+        *("adapter", "checkpoints", "config.json", "metrics.jsonl", "prompts"),
+        *("report.html", "tensorboard"),
+    }
+    assert (workdir / "checkpoints" / str(EPOCHS)).is_dir()
+    assert list((workdir / "tensorboard").iterdir())
+    assert "<svg" in (workdir / "report.html").read_text()
+    adapter = json.loads((workdir / "adapter" / "adapter_config.json").read_text())
+    assert (adapter["peft_type"], adapter["r"]) == ("LORA", 4)
+    records = _records(workdir)
+    assert [record["step"] for record in records] == [0, 1, 2, 3]
+    assert [r["step"] for r in records if "evaluation/reward" in r] == [0, 2, 3]
+    assert "rollout/score_gap" in records[0]
+    for record in records[1:]:
+        assert record["learner/updates"] == 2 * record["step"]
+        assert record["learner/skipped_updates"] == 0
+        assert record["advantage/effective_groups"] > 0
+        assert record["learner/gradient_norm/all"] > 0
+        assert record["learner/mismatch_log_ratio/all"] < 1e-3
+        assert record["judge/valid_share"] == 1
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so(trainer, finished):
+    workdir, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    code, printed = trainer(workdir)
+    assert code == 0
+    assert "This run is finished: 3 epochs." in printed
+    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+def test_cut_short_and_started_again_it_ends_the_same(trainer, finished, tmp_path, number):
+    workdir = tmp_path / "run"
+    process = trainer.start(workdir)
+    _wait_for_the_second_epoch(process, workdir)
+    process.send_signal(number)
+    printed, errors = process.communicate(timeout=LIMIT)
+    if number == signal.SIGINT:
+        assert process.returncode == 130, errors
+        assert "Stopped. The same command goes on" in printed
+        assert "Traceback" not in errors
+    assert not (workdir / "report.html").exists()
+    code, printed = trainer(workdir)
+    assert code == 0, printed
+    assert "Going on after epoch" in printed
+    _assert_same_run(workdir, finished[0])
+
+
+@pytest.mark.slow
+def test_another_configuration_is_kept_out(trainer, finished):
+    workdir, _ = finished
+    before = (workdir / "config.json").read_bytes()
+    code, printed = trainer(workdir, lora__rank=5, optimizer__learning_rate=0.25)
+    assert code == 1
+    assert "ConfigError" in printed and "Traceback" not in printed
+    assert "config.lora.rank: 4 there, 5 here" in printed
+    assert "config.optimizer.learning_rate: " in printed and "0.25 here" in printed
+    assert (workdir / "config.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_a_longer_run_goes_on_from_an_adapter_of_another(trainer, finished, tmp_path):
+    """A run from `init_adapter`, then prolonged."""
+    adapter = finished[0] / "adapter"
+    code, printed = trainer(tmp_path / "run", epochs=1, init_adapter=adapter, lora__rank=7)
+    assert code == 0, printed
+    first = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert first["r"] == 4
+    code, printed = trainer(tmp_path / "run", epochs=2, init_adapter=adapter, lora__rank=7)
+    assert code == 0, printed
+    assert "Going on after epoch 1" in printed
+    assert [record["step"] for record in _records(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_mistakes_end_in_one_line(trainer, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (("--config.rollout.groops=3",), {}, "did you mean config.rollout.groups?"),
+        (("surplus",), {}, "arguments ['surplus'] are not understood"),
+        ((), {"data__path": tmp_path / "none"}, f"no folder {tmp_path / 'none'}"),
+        ((), {"data__path": tmp_path / "empty"}, f"no usable picture in {tmp_path / 'empty'}"),
+        ((), {"data__eval_fraction": 1e-9}, "no held-out pictures"),
+        ((), {"lora__targets": ("to_nothing",)}, "config.lora.targets"),
+        ((), {"model": tmp_path / "empty"}, "model_index.json does not exist"),
+    ]
+    processes = []
+    for number, (extra, settings, _) in enumerate(cases):
+        workdir = tmp_path / f"run-{number}"
+        processes.append((trainer.start(workdir, *extra, **settings), workdir))
+        if number % 2:
+            for process, _ in processes[-2:]:
+                process.wait(LIMIT)
+    for (process, workdir), (*_, message) in zip(processes, cases, strict=True):
+        printed, errors = process.communicate(timeout=LIMIT)
+        assert process.returncode == 1, (message, errors)
+        assert message in printed + errors
+        assert "Traceback" not in errors, errors
+        # Nothing was loaded, and the folder is free for the corrected configuration.
+        assert not (workdir / "prompts").exists()
+        assert not (workdir / "config.json").exists()
