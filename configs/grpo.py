@@ -8,6 +8,7 @@ or verl-omni), ours (measured here), or unmeasured.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 
 def get_config(variant: str = "production") -> ConfigDict:
@@ -90,14 +91,55 @@ def _production() -> ConfigDict:
     learner.reference = "base"
 
     judge = config.judge = ConfigDict()
-    judge.endpoint = "embedded"
+    judge.endpoint = "embedded"  # in process, where there are no endpoints
+    # Servers: URLs, or {"url": …, "model": …, "key_env": …, "concurrency": 8, "name": …,
+    # "requests_per_minute": None, "tokens_per_minute": None}. As flags, one each:
+    # --config.judge.endpoints=http://host:8000/v1
+    judge.endpoints = ()
+    judge.model = ""  # as the servers call it
+    judge.key_env = ""  # environment variable of their key
     judge.two_stage = True  # paper
     judge.stage2_weight = 0.7  # unmeasured
     judge.grids = 1
+    judge.asks = 3
     judge.weights = (1.0, 1.0, 1.0, 1.0, 1.0)
-    judge.concurrency = 8
+    judge.prompts = ""  # a folder with candidate.md and grid.md
+    judge.captions = True
+
+    render = judge.render = ConfigDict()
+    render.layout = "sheet"  # or "separate": 2 + 3·L pictures
+    render.picture_size = 384  # pixels; unmeasured
+    render.tile_size = 128  # pixels; unmeasured
+
+    request = judge.request = ConfigDict()
+    request.temperature = 0.0
+    request.top_p = placeholder(float)  # the server's own
+    request.max_tokens = 1024
+    request.tokens_field = "max_tokens"
+    request.seed = 0
+    request.picture_format = "png"  # exact; jpeg is smaller
+    request.jpeg_quality = 90
+    request.detail = placeholder(str)  # of hosted models: low, high, auto
+    request.structured = "auto"
+    request.timeout = 120.0  # seconds
+    request.extra = ConfigDict()  # further fields of the body
+
+    judge.tries = 4
+    judge.patience = 120.0  # seconds that a request waits while no server is up
+    judge.hedge_after = placeholder(float)  # seconds; off
+    cool_down = judge.cool_down = ConfigDict()
+    cool_down.first = 1.0  # seconds
+    cool_down.longest = 60.0
+    cool_down.broken = 3
+    judge.max_requests = placeholder(int)  # over the whole run; no limit
+    judge.max_tokens = placeholder(int)
+    judge.cache = True
+    judge.cache_path = ""  # judge.sqlite3 in the work directory
+    judge.preflight = True
+    judge.recorded_pictures = 2  # per epoch
+    judge.concurrency = 8  # groups in flight
     judge.min_valid = 0.5
-    judge.max_wait = 3600.0
+    judge.max_wait = 3600.0  # seconds
     config.rewards = (("judge", 1.0), ("recomposition_veto", 1.0), ("all_blank_veto", 1.0))
 
     evaluation = config.evaluation = ConfigDict()
@@ -108,6 +150,7 @@ def _production() -> ConfigDict:
     evaluation.method = "heun"  # the Stable-Layers release
     evaluation.batch = 8
     evaluation.seed = 42  # the Stable-Layers release
+    evaluation.judge = ()  # servers of another judge, as mappings like judge.endpoints
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 5

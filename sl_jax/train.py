@@ -25,7 +25,8 @@ from sl_jax.grpo import workdir as work
 from sl_jax.grpo.adapter import first_adapter
 from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
-from sl_jax.grpo.judging import JudgeUnavailableError, Judging, make_judge
+from sl_jax.grpo.judges import open_judges
+from sl_jax.grpo.judging import JudgeUnavailableError, Judging
 from sl_jax.grpo.learner import Learner
 from sl_jax.grpo.loop import Parts, train
 from sl_jax.grpo.prompts import PromptTable
@@ -34,14 +35,21 @@ from sl_jax.grpo.rollout import Rollout
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.mesh import Layout, make_mesh
-from sl_jax.scoring import BudgetError, JudgeWorker, Rewards
+from sl_jax.scoring import BudgetError, Rewards
+from sl_jax.scoring.cache import CacheError
+from sl_jax.scoring.keys import KeyMissingError
+from sl_jax.scoring.records import JudgeRecords
+from sl_jax.scoring.types import PreflightError
 from sl_jax.training.console import set_up_logging
 from sl_jax.training.flags import parse_config_flags
 
 _log = logging.getLogger("sl_jax")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-_EXPECTED = (ConfigError, CheckpointError, FolderError, JudgeUnavailableError, BudgetError)
+_EXPECTED = (
+    *(ConfigError, CheckpointError, FolderError),
+    *(KeyMissingError, PreflightError, CacheError, JudgeUnavailableError, BudgetError),
+)
 
 
 def main(argv: list[str]) -> None:
@@ -97,29 +105,23 @@ def _parts(
     model = resolve_model(config.model)
     layout = Layout(make_mesh(config.mesh))
     first = first_adapter(config, model, layout)
-    captions = [record.caption for part in (index, held_out) for record in part]
-    prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
-    pipeline = load_pipeline(model, config.compute, layout)
-    learner = Learner(pipeline, rollout, config.objective, config.optimizer, config.learner, layout)
-    judge, grader = (
-        make_judge(config.judge, config.seed, two_stage=two_stage)
-        for two_stage in (config.judge.two_stage, False)
-    )
-    with (
-        JudgeWorker(judge, config.judge.concurrency) as worker,
-        JudgeWorker(grader, config.judge.concurrency) as evaluation_worker,
-        closing(stream),
-    ):
-        evaluator = Evaluator(
-            Decomposer(pipeline),
-            examples,
-            prompts,
-            evaluation_worker,
-            config.evaluation,
-            rollout.shift,
+    left = config.epochs - (checkpoints.latest or 0)
+    with open_judges(config, folder, left) as judges, closing(stream):
+        captions = [record.caption for part in (index, held_out) for record in part]
+        prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
+        pipeline = load_pipeline(model, config.compute, layout)
+        records = JudgeRecords(
+            folder / "judge", config.judge.recorded_pictures, config.judge.render
         )
-        judging = Judging(worker, Rewards(config.rewards), config.judge)
+        judging = Judging(judges.training, Rewards(config.rewards), config.judge, records)
+        grading = Judging(judges.evaluation, Rewards((("judge", 1.0),)), config.judge)
+        evaluator = Evaluator(
+            Decomposer(pipeline), examples, prompts, grading, config.evaluation, rollout.shift
+        )
         rolling = Rollout(pipeline, rollout, layout)
+        learner = Learner(
+            pipeline, rollout, config.objective, config.optimizer, config.learner, layout
+        )
         parts = (config, folder, stream, prompts, rolling, judging, learner, evaluator)
         yield Parts(*parts, checkpoints), partial(first, pipeline.params)
 

@@ -126,7 +126,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert "Adapter (PEFT folder)" in printed and "report.html" in printed
     assert {path.name for path in workdir.iterdir()} == {
         *("adapter", "checkpoints", "config.json", "metrics.jsonl", "prompts"),
-        *("report.html", "tensorboard"),
+        *("report.html", "tensorboard", "judge"),
     }
     assert (workdir / "checkpoints" / str(EPOCHS)).is_dir()
     assert list((workdir / "tensorboard").iterdir())

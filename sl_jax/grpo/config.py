@@ -4,6 +4,7 @@ import collections.abc
 import dataclasses
 import math
 import operator
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -19,14 +20,19 @@ from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.models.attention import Implementation
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig
 from sl_jax.parallel.mesh import MeshConfig
-from sl_jax.scoring import JudgeConfig, Rewards
+from sl_jax.scoring import JudgeConfig, RenderConfig, Rewards
+from sl_jax.scoring.encoding import RequestConfig
+from sl_jax.scoring.endpoint_config import EndpointConfig
+from sl_jax.scoring.endpoint_state import CoolDown
 from sl_jax.scoring.rewards import DEFAULT as DEFAULT_REWARDS
 from sl_jax.scoring.rewards import Spec
-from sl_jax.training.optimizer import OptimizerConfig
+from sl_jax.scoring.rubric import load_prompts
+from sl_jax.training.optimizer import OPTIMIZERS, OptimizerConfig
 
 _MOST_TEXT_TOKENS = 1024  # of the checkpoint's pipeline
 _DTYPES = ("bfloat16", "float32")
 _REMAT = ("none", "block", "dots")
+_SECRET = re.compile(r"key|secret|password|authorization|bearer|^token$", re.IGNORECASE)
 
 
 class ConfigError(ValueError):
@@ -125,23 +131,60 @@ class JudgeSettings:
     """Who judges, and how.
 
     Attributes:
-        endpoint: "embedded" computes scores from the rendered pictures, in process;
-            "embedded-vlm" adds the compression and noise of a vision-language model.
-        two_stage, stage2_weight, grids: see `scoring.judge.JudgeConfig`.
+        endpoint: where `endpoints` is empty: "embedded" computes scores from the rendered pictures,
+            in process; "embedded-vlm" adds the compression and noise of a vision-language model.
+        endpoints: servers that judge instead. In a configuration file each is its URL, or a mapping
+            of the fields of `EndpointConfig`.
+        model, key_env: of the endpoints that name none themselves.
+        two_stage, stage2_weight, grids, asks: see `scoring.judge.JudgeConfig`.
         weights: one per criterion.
+        prompts: folder with candidate.md and grid.md; empty for the packaged ones.
+        captions: whether the judge is told the pictures' captions.
+        render: how pictures are laid out.
+        request: how a server is asked.
+        tries, patience, hedge_after, cool_down: of the pool, see `scoring.pool.PoolConfig`.
+        max_requests, max_tokens: what the run may spend on servers, restarts included.
+        cache: whether servers' answers are kept, so that a resumed run asks nothing twice.
+        cache_path: SQLite file of the answers and of what was spent, on a local disk; empty for
+            judge.sqlite3 in the work directory.
+        preflight: whether servers are tried before weights load.
+        recorded_pictures: judged grids that are kept as pictures, per epoch.
         concurrency: groups in flight.
         min_valid: least share of valid candidates for an update.
         max_wait: seconds to wait for it before the run stops with a checkpoint.
     """
 
     endpoint: Literal["embedded", "embedded-vlm"] = "embedded"
+    endpoints: tuple[EndpointConfig, ...] = ()
+    model: str = ""
+    key_env: str = ""
     two_stage: bool = True
     stage2_weight: float = 0.7
     grids: int = 1
+    asks: int = 3
     weights: tuple[float, ...] = (1.0, 1.0, 1.0, 1.0, 1.0)
+    prompts: str = ""
+    captions: bool = True
+    render: RenderConfig = field(default_factory=RenderConfig)
+    request: RequestConfig = field(default_factory=RequestConfig)
+    tries: int = 4
+    patience: float = 120.0
+    hedge_after: float | None = None
+    cool_down: CoolDown = field(default_factory=CoolDown)
+    max_requests: int | None = None
+    max_tokens: int | None = None
+    cache: bool = True
+    cache_path: str = ""
+    preflight: bool = True
+    recorded_pictures: int = 2
     concurrency: int = 8
     min_valid: float = 0.5
     max_wait: float = 3600.0
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Names of the judging models, sorted: what a score depends on, unlike addresses."""
+        return tuple(sorted({e.model for e in self.endpoints})) or (self.endpoint,)
 
 
 @dataclass(frozen=True)
@@ -155,6 +198,7 @@ class EvaluationConfig:
         steps, method: sampler.
         batch: pictures sampled together.
         seed: of the initial noise, the same at every evaluation.
+        judge: servers that judge held-out pictures; empty for the judge of training.
     """
 
     every: int = 10
@@ -164,6 +208,7 @@ class EvaluationConfig:
     method: OdeMethod = "heun"
     batch: int = 8
     seed: int = 0
+    judge: tuple[EndpointConfig, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -205,12 +250,34 @@ def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
         ConfigError: lists every field that is unknown, missing or out of range.
     """
     problems: list[str] = []
-    built = _build(GrpoConfig, config, "config", problems)
+    built = _build(GrpoConfig, _with_endpoints(config), "config", problems)
     if built is not None:
         problems += _problems(built, devices)
     if problems:
         raise ConfigError("this configuration cannot run:\n  " + "\n  ".join(problems))
     return built
+
+
+def _with_endpoints(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The configuration with every endpoint as a mapping of its own fields."""
+    shared = {"judge": ("endpoints", ("model", "key_env")), "evaluation": ("judge", ())}
+    changed = dict(config)
+    for part, (name, inherited) in shared.items():
+        settings = config.get(part)
+        if isinstance(settings, Mapping) and isinstance(settings.get(name), list | tuple):
+            common = {key: settings[key] for key in inherited if key in settings}
+            common.setdefault("model", "")
+            changed[part] = {
+                **settings,
+                name: tuple(_endpoint(item, common) for item in settings[name]),
+            }
+    return changed
+
+
+def _endpoint(item: Any, common: Mapping[str, Any]) -> Any:
+    if isinstance(item, str):
+        return {**common, "url": item}
+    return {**common, **item} if isinstance(item, Mapping) else item
 
 
 def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
@@ -222,7 +289,8 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
     types_of = typing.get_type_hints(cls)
     before = len(problems)
     problems += [
-        f"{path}.{name} is unknown (its value is {given[name]!r}); known fields are {known}"
+        f"{path}.{name} is unknown (its value is {_shown(name, given[name])}); known fields are "
+        f"{known}"
         for name in sorted(set(given) - set(fields))
     ]
     values: dict[str, Any] = {}
@@ -232,6 +300,11 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
                 problems.append(f"{path}.{name} is missing; please give {_wanted(types_of[name])}")
         elif dataclasses.is_dataclass(types_of[name]):
             values[name] = _build(types_of[name], given[name], f"{path}.{name}", problems)
+        elif (item := _item_class(types_of[name])) and isinstance(given[name], list | tuple):
+            values[name] = tuple(
+                _build(item, part, f"{path}.{name}[{number}]", problems)
+                for number, part in enumerate(given[name])
+            )
         else:
             values[name] = _tuples(given[name])
             if not _fits(values[name], types_of[name]):
@@ -245,6 +318,19 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
     except ValueError as error:
         problems.append(f"{path}.{error}")
         return None
+
+
+def _item_class(kind: Any) -> type | None:
+    """The dataclass that a tuple's items are of, if they are."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(parts[0]):
+        return parts[0]
+    return None
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value as an error shows it; what may be a secret stays one."""
+    return "[hidden]" if _SECRET.search(name) else repr(value)
 
 
 def _tuples(value: Any) -> Any:
@@ -317,6 +403,8 @@ _AT_LEAST_ONE = (
     "learner.updates",
     "learner.micro_batch",
     "judge.grids",
+    "judge.asks",
+    "judge.tries",
     "judge.concurrency",
     "evaluation.every",
     "evaluation.pictures",
@@ -332,10 +420,13 @@ _NOT_NEGATIVE = (
     "optimizer.weight_decay",
     "optimizer.warmup_steps",
     "judge.max_wait",
+    "judge.patience",
+    "judge.recorded_pictures",
     "evaluation.shown",
     "evaluation.seed",
 )
 _POSITIVE = ("lora.alpha", "optimizer.learning_rate", "optimizer.clip_norm")
+_OPTIONAL = ("judge.max_requests", "judge.max_tokens", "judge.hedge_after")
 _DECAYS = ("optimizer.b1", "optimizer.b2", "learner.ema")
 _NOT_EMPTY = ("workdir", "model", "data.path", "data.layers", "lora.targets")
 
@@ -353,9 +444,11 @@ def _range_problems(config: GrpoConfig) -> Iterator[str]:
         *((name, at(name) > 0, "a positive number") for name in _POSITIVE),
         *((name, 0 <= at(name) < 1, "a number from 0 up to, not with, 1") for name in _DECAYS),
         *((name, bool(at(name)), "something: it is needed") for name in _NOT_EMPTY),
+        ("optimizer.name", config.optimizer.name in OPTIMIZERS, f"one of {OPTIMIZERS}"),
         ("optimizer.decay_steps", decay == 0 or decay > warmup, "0, or more than warmup_steps"),
         ("rollout.shift", shift is None or shift > 0, "None or a positive number"),
         ("judge.min_valid", 0 <= config.judge.min_valid <= 1, "a share from 0 to 1"),
+        *((name, at(name) is None or at(name) > 0, "None or more than 0") for name in _OPTIONAL),
         ("compute.dtype", config.compute.dtype in _DTYPES, f"one of {_DTYPES}"),
         (
             "compute.attention",
@@ -411,9 +504,37 @@ def _judge_problems(config: GrpoConfig) -> Iterator[str]:
     except ValueError as error:
         yield f"config.judge.{error}"
     try:
+        load_prompts(judge.prompts or None)
+    except (OSError, ValueError) as error:
+        yield f"config.judge.prompts is {judge.prompts!r}: {error}"
+    for name, endpoints in (
+        ("judge.endpoints", judge.endpoints),
+        ("evaluation.judge", config.evaluation.judge),
+    ):
+        labels = [endpoint.label for endpoint in endpoints]
+        if len(set(labels)) < len(labels):
+            yield f"config.{name} are called {labels}; please give each a name of its own"
+    yield from _spending_problems(config)
+    try:
         Rewards(config.rewards)
     except (ValueError, TypeError) as error:  # TypeError: options that a reward does not take
         yield f"config.rewards {config.rewards}: {error}"
+
+
+def _spending_problems(config: GrpoConfig) -> Iterator[str]:
+    judge = config.judge
+    if not judge.endpoints and not config.evaluation.judge:
+        for name in ("max_requests", "max_tokens", "hedge_after"):
+            if getattr(judge, name) is not None:
+                yield (
+                    f"config.judge.{name} is {getattr(judge, name)}, which only servers heed; "
+                    "please name config.judge.endpoints, or leave it None"
+                )
+    elif "://" in (judge.cache_path or config.workdir):
+        yield (
+            f"config.judge.cache_path is {judge.cache_path!r} and the work directory "
+            f"{config.workdir}; please name a file on a local disk for the judge's answers"
+        )
 
 
 def _mesh_problems(config: GrpoConfig, devices: int) -> Iterator[str]:

@@ -1,7 +1,6 @@
 """Evaluation on held-out pictures: fixed pictures, fixed noise, the averaged adapter, stage 1."""
 
 from collections.abc import Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,12 +13,13 @@ from sl_jax.data import EvalSet, Example, FolderError
 from sl_jax.eval.bootstrap import interval
 from sl_jax.eval.reference_free import reference_free
 from sl_jax.grpo.config import EvaluationConfig
+from sl_jax.grpo.judging import Judging, Submitted
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Pictures, Rollout
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
-from sl_jax.scoring import CRITERIA, Group, GroupScores, JudgeWorker
+from sl_jax.scoring import CRITERIA, GroupScores
 
 
 class Evaluated(NamedTuple):
@@ -45,7 +45,7 @@ class _Pending(NamedTuple):
 
     example: Example
     layers: UInt8[np.ndarray, "l h w 4"]
-    scores: Future[GroupScores]
+    submitted: Submitted
 
 
 @dataclass(frozen=True)
@@ -53,14 +53,14 @@ class Evaluator:
     """Samples and judges the held-out set.
 
     Attributes:
-        worker: of a judge with stage 1 alone, which is a level; stage 2 is relative.
+        judging: by stage 1 alone, which is a level; stage 2 is relative.
         shift: μ of the σ grid, as in the rollout.
     """
 
     decomposer: Decomposer
     examples: EvalSet
     prompts: PromptTable
-    worker: JudgeWorker
+    judging: Judging
     config: EvaluationConfig
     shift: float | None
 
@@ -69,12 +69,13 @@ class Evaluator:
 
         Raises:
             FolderError: none of them can be read any more.
+            JudgeUnavailableError: they were not judged within `max_wait`.
         """
         pending = [
             self._submitted(batch, self._sampled(batch, adapter))
             for batch in self.examples.batches(self.config.batch)
         ]
-        results = [_finished(entry) for batch in pending for entry in batch]
+        results = self._finished([entry for batch in pending for entry in batch])
         if not results:
             raise FolderError(f"no held-out picture can be read any more: {self.examples.failures}")
         return sorted(results, key=lambda r: r.example.slot)
@@ -101,7 +102,7 @@ class Evaluator:
         latents = rollout(adapter, pictures, window_start, grid).latents
         layers = np.asarray(rollout.decode(latents, grid))
         first = layers[:: len(layers) // len(padded)][: len(batch)]
-        return [_finished(entry) for entry in self._submitted(batch, first)]
+        return self._finished(self._submitted(batch, first))
 
     def _sampled(self, batch: Sequence[Example], adapter: Adapter) -> np.ndarray:
         padded = _padded(batch, self.config.batch)
@@ -123,16 +124,15 @@ class Evaluator:
         return jax.vmap(lambda slot: jax.random.fold_in(root, slot))(slots)
 
     def _submitted(self, batch: Sequence[Example], layers: np.ndarray) -> list[_Pending]:
-        return [
-            _Pending(
-                e, stack, self.worker.submit(Group(e.picture_id, e.picture, (stack,), e.caption))
-            )
-            for e, stack in zip(batch, layers, strict=True)
-        ]
+        submitted = self.judging.submit(batch, layers, [e.picture_id for e in batch])
+        return [_Pending(*entry) for entry in zip(batch, layers, submitted, strict=True)]
+
+    def _finished(self, pending: Sequence[_Pending]) -> list[Evaluated]:
+        scores = self.judging.collect([entry.submitted for entry in pending])
+        return [_evaluated(*pair) for pair in zip(pending, scores, strict=True)]
 
 
-def _finished(entry: _Pending) -> Evaluated:
-    scores = entry.scores.result()
+def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
     return Evaluated(
         entry.example,
         entry.layers,

@@ -1,8 +1,9 @@
 """The epoch loop: roll out, decode, judge, update; evaluate and checkpoint on schedule."""
 
+import dataclasses
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import NamedTuple
 
@@ -33,6 +34,7 @@ from sl_jax.training.metrics import MetricsWriter
 _log = logging.getLogger(__name__)
 
 _GAP_WARNING = 0.1  # of the evaluation score
+_REPLACEMENTS = 2  # of a picture that the judge refuses; the next one is left out of the epoch
 
 
 class Parts(NamedTuple):
@@ -170,8 +172,8 @@ def run_epoch(
         phases.begin("rollout")
         rolled.append(_roll_out(parts, state.adapter, start))
     phases.begin("judging")
-    judged = parts.judging.collect([s for batch in rolled for s in batch.submitted], phases.say)
-    parts.stream.quarantine(refusals(judged, [e for b in rolled for e in b.pictures.examples]))
+    rolled, judged = _judged(parts, rolled, state.adapter, start, phases)
+    _record(parts, epoch + 1, rolled, judged)
     phases.begin("learning")
     old = state.adapter
     share = len(rolled) // config.learner.updates
@@ -186,6 +188,8 @@ def run_epoch(
         advantages.append(worth)
     return state, {
         **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
+        **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
+        "judge/quarantined": len(parts.stream.quarantined),
         **learner_metrics(reports),
         **_advantage_metrics(advantages),
         "learner/adapter_norm": float(optax.tree.norm(state.adapter.lora)),
@@ -205,6 +209,15 @@ def window_start(config: GrpoConfig, epoch: int) -> int:
 def _roll_out(parts: Parts, adapter: Adapter, start: int) -> Rolled:
     """Samples the next pictures of the stream and sends them to the judge."""
     step = next(parts.stream)
+    candidates, grid, layers = _sampled(parts, adapter, start, step)
+    submitted = parts.judging.submit(step.examples, layers, _names(step.step, step.examples))
+    return Rolled(step, candidates, grid, submitted)
+
+
+def _sampled(
+    parts: Parts, adapter: Adapter, start: int, step: StepPictures
+) -> tuple[Candidates, LatentGrid, np.ndarray]:
+    """Candidates of a step's pictures, and their layers: uint8 [groups · G, L, H, W, 4]."""
     bucket = step.bucket
     grid = LatentGrid(step.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
     pictures = Pictures(
@@ -213,9 +226,82 @@ def _roll_out(parts: Parts, adapter: Adapter, start: int) -> Rolled:
         _keys(parts.config.seed, step.step, step.examples),
     )
     candidates = parts.rollout(adapter, pictures, start, grid)
-    layers = np.asarray(parts.rollout.decode(candidates.latents, grid))
-    names = [f"{step.step}.{e.slot}.{e.picture_id}" for e in step.examples]
-    return Rolled(step, candidates, grid, parts.judging.submit(step.examples, layers, names))
+    return candidates, grid, np.asarray(parts.rollout.decode(candidates.latents, grid))
+
+
+def _names(step: int, examples: Sequence[Example]) -> list[str]:
+    return [f"{step}.{e.slot}.{e.picture_id}" for e in examples]
+
+
+def _judged(
+    parts: Parts, rolled: list[Rolled], adapter: Adapter, start: int, phases: Phases
+) -> tuple[list[Rolled], list[GroupScores]]:
+    """The epoch with its scores; pictures that the judge refuses give way to others."""
+    judged = parts.judging.collect([s for batch in rolled for s in batch.submitted], phases.say)
+    for left in reversed(range(_REPLACEMENTS + 1)):
+        refused = refusals(judged, [e for b in rolled for e in b.pictures.examples])
+        if not refused:
+            break
+        parts.stream.quarantine(refused)
+        if left:
+            phases.begin("rollout")
+            rolled = [_replaced(parts, batch, refused, adapter, start) for batch in rolled]
+            phases.begin("judging")
+            judged = _judged_again(parts, rolled, judged, phases)
+    return rolled, judged
+
+
+def _replaced(
+    parts: Parts, batch: Rolled, refused: Mapping[str, str], adapter: Adapter, start: int
+) -> Rolled:
+    """The batch with other pictures for the refused ones, at the judge.
+
+    All is rolled out again, in the compiled program; keys depend on the slot alone, so that the
+    candidates of the other pictures are those that were judged.
+    """
+    places = [i for i, e in enumerate(batch.pictures.examples) if e.picture_id in refused]
+    if not places:
+        return batch
+    examples = [
+        parts.stream.replace(e, refused[e.picture_id]) if e.picture_id in refused else e
+        for e in batch.pictures.examples
+    ]
+    step = dataclasses.replace(batch.pictures, examples=tuple(examples))
+    candidates, grid, layers = _sampled(parts, adapter, start, step)
+    chosen = [examples[i] for i in places]
+    theirs = layers.reshape(len(examples), -1, *layers.shape[1:])[places]
+    submitted = list(batch.submitted)
+    fresh = parts.judging.submit(
+        chosen, theirs.reshape(-1, *layers.shape[1:]), _names(step.step, chosen)
+    )
+    for place, entry in zip(places, fresh, strict=True):
+        submitted[place] = entry
+    return Rolled(step, candidates, grid, submitted)
+
+
+def _judged_again(
+    parts: Parts, rolled: Sequence[Rolled], judged: Sequence[GroupScores], phases: Phases
+) -> list[GroupScores]:
+    """The scores with those of replaced groups in place of the refusals."""
+    submitted = [s for batch in rolled for s in batch.submitted]
+    changed = [i for i, scores in enumerate(judged) if scores.refusal is not None]
+    others = [scores for scores in judged if scores.refusal is None]
+    fresh = parts.judging.collect([submitted[i] for i in changed], phases.say, others)
+    found = list(judged)
+    for i, scores in zip(changed, fresh, strict=True):
+        found[i] = scores
+    return found
+
+
+def _record(
+    parts: Parts, epoch: int, rolled: Sequence[Rolled], judged: Sequence[GroupScores]
+) -> None:
+    parts.judging.record(
+        epoch,
+        [s for batch in rolled for s in batch.submitted],
+        judged,
+        [e.picture_id for batch in rolled for e in batch.pictures.examples],
+    )
 
 
 def _keys(seed: int, step: int, examples: Sequence[Example]) -> jax.Array:

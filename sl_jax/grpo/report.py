@@ -40,8 +40,8 @@ def run_report(
         title="Stable-Layers on JAX: training run",
         summary=(
             f"{config.epochs} epochs of Flow-GRPO on pictures in {config.data.path}, judged by "
-            f"{config.judge.endpoint}. Held-out pictures were never trained on; their noise is the "
-            "same before and after."
+            f"{', '.join(config.judge.models)}. Held-out pictures were never trained on; their "
+            "noise is the same before and after."
         ),
         facts=_facts(before, after, gain),
         tables=(_table(before, after),),

@@ -15,6 +15,10 @@ _FREE = frozenset(
     {
         *("workdir", "epochs", "checkpoint", "evaluation", "mesh", "learner.micro_batch"),
         *("compute.attention", "compute.remat", "judge.concurrency", "judge.max_wait"),
+        *("judge.model", "judge.key_env", "judge.tries", "judge.patience", "judge.hedge_after"),
+        *("judge.cool_down", "judge.max_requests", "judge.max_tokens", "judge.cache"),
+        *("judge.cache_path", "judge.preflight", "judge.recorded_pictures"),
+        "judge.request.timeout",
     }
 )
 
@@ -28,7 +32,7 @@ def claim(config: GrpoConfig) -> epath.Path:
     folder = epath.Path(config.workdir)
     path = folder / _FILE
     if path.exists():
-        found, wanted = _read(path), _content(config)
+        found, wanted = (_identity(content) for content in (_read(path), _content(config)))
         differing = [name for name in _differences(found, wanted) if not _free(name)]
         if differing:
             raise ConfigError(
@@ -56,6 +60,15 @@ def record(config: GrpoConfig) -> None:
 
 def _content(config: GrpoConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def _identity(content: Any) -> Any:
+    """The content, in which judging models stand for their servers: those may come and go."""
+    judge = content.get("judge") if isinstance(content, Mapping) else None
+    if not isinstance(judge, Mapping) or not isinstance(judge.get("endpoints"), list):
+        return content
+    models = sorted({_at(entry, "model") or "" for entry in judge["endpoints"]})
+    return {**content, "judge": {**judge, "endpoints": {"model": models}}}
 
 
 def _read(path: epath.Path) -> Any:

@@ -149,6 +149,11 @@ class CachedEndpoint:
         """The other endpoint's."""
         return self.endpoint.fingerprint
 
+    @property
+    def trouble(self) -> str | None:
+        """The other endpoint's: why nobody answers at present, if so."""
+        return getattr(self.endpoint, "trouble", None)
+
     def key(self, request: JudgeRequest) -> str:
         """SHA-256 (hex) of all that determines the answer."""
         told = (self.fingerprint, str(request.stage), str(request.sample), request.digest())

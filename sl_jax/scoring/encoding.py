@@ -58,10 +58,17 @@ class RequestConfig:
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} {getattr(self, name)!r}: please choose one of {allowed}")
-        if not 1 <= self.jpeg_quality <= 95 or self.max_tokens < 1 or not self.timeout > 0:
-            raise ValueError(
-                "please choose jpeg_quality in 1…95, max_tokens of at least 1 and a timeout above 0"
-            )
+        ranges = {
+            "temperature": (self.temperature is None or self.temperature >= 0, "0 or more"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "a share above 0, up to 1"),
+            "max_tokens": (self.max_tokens >= 1, "at least 1"),
+            "seed": (self.seed is None or self.seed >= 0, "0 or more"),
+            "jpeg_quality": (1 <= self.jpeg_quality <= 95, "1 to 95"),
+            "timeout": (self.timeout > 0, "a number of seconds above 0"),
+        }
+        for name, (fine, wanted) in ranges.items():
+            if not fine:
+                raise ValueError(f"{name} is {getattr(self, name)}: please choose {wanted}")
 
     def determinants(self) -> dict[str, Any]:
         """All of it that can change an answer."""

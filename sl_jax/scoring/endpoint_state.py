@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from sl_jax.scoring.openai_client import EndpointConfig
+from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.scoring.types import BrokenAnswerError, TransientJudgeError
 
 Health = Literal["up", "cooling", "probing"]
@@ -33,10 +33,12 @@ class CoolDown:
     broken: int = 3
 
     def __post_init__(self) -> None:
-        if not 0 < self.first <= self.longest or self.broken < 1:
-            raise ValueError(
-                f"cool-down {self}: please choose 0 < first ≤ longest, and broken of at least 1"
-            )
+        if not self.first > 0:
+            raise ValueError(f"first is {self.first}: please choose a number of seconds above 0")
+        if self.longest < self.first:
+            raise ValueError(f"longest is {self.longest}: please choose at least first")
+        if self.broken < 1:
+            raise ValueError(f"broken is {self.broken}: please choose at least 1")
 
 
 @dataclasses.dataclass(eq=False)

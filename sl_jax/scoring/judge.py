@@ -67,8 +67,9 @@ class JudgeConfig:
             )
         if not 0 <= self.stage2_weight <= 1:
             raise ValueError(f"stage2_weight {self.stage2_weight}: please choose it in 0…1")
-        if self.grids < 1 or self.asks < 1:
-            raise ValueError("grids and asks: please choose at least 1")
+        for name in ("grids", "asks"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: please choose at least 1")
 
 
 class _Tally:
@@ -274,6 +275,11 @@ class JudgeWorker:
         )
         if beside is None:
             self._thread.start()
+
+    @property
+    def endpoint(self) -> Endpoint:
+        """Who answers the judge's requests."""
+        return self._judge.endpoint
 
     def submit(self, group: Group) -> concurrent.futures.Future[GroupScores]:
         """Queues a group; the future's `cancel` stops its judgement at the next answer.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import email.utils
 import hashlib
 import json
@@ -13,11 +12,11 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import openai
 
 from sl_jax.scoring.encoding import Content, RequestConfig, content_of, seed_of
+from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.scoring.keys import read_key, redacted
 from sl_jax.scoring.types import (
     Answer,
@@ -40,52 +39,6 @@ _FILTERED = re.compile(r"content[_ -]?(filter|policy)|moderation|safety", re.IGN
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _LONGEST_RETRY_AFTER = 3600.0
 _TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2")
-
-
-@dataclasses.dataclass(frozen=True)
-class EndpointConfig:
-    """A server and what it can take.
-
-    Attributes:
-      url: base address up to and including the version, as in http://host:8000/v1.
-      model: name under which the server knows the model.
-      key_env: environment variable that holds the key; empty for a server without one.
-      concurrency: requests in flight at most.
-      requests_per_minute, tokens_per_minute: its limits; None for none.
-      name: how it is called in logs and records; empty for host and port.
-    """
-
-    url: str
-    model: str
-    key_env: str = ""
-    concurrency: int = 8
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    name: str = ""
-
-    def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ValueError(
-                "the address of a judge should look like http://host:8000/v1, and does not"
-            )
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                f"the address of the judge at {parts.hostname} carries more than host and path: "
-                "please export its key, and name the variable as key_env"
-            )
-        if not self.model:
-            raise ValueError(f"{self.url}: please name the model (GET {self.url}/models lists it)")
-        limits = (self.concurrency, self.requests_per_minute, self.tokens_per_minute)
-        if any(limit is not None and limit < 1 for limit in limits):
-            raise ValueError(
-                f"{self.url}: please choose concurrency and limits per minute of at least 1"
-            )
-
-    @property
-    def label(self) -> str:
-        """`name`, or host and port."""
-        return self.name or urlsplit(self.url).netloc
 
 
 class OpenAIJudge:

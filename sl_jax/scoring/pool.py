@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.encoding import Content, RequestConfig, content_of
+from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.scoring.endpoint_state import CoolDown, EndpointState, Ticket
-from sl_jax.scoring.openai_client import EndpointConfig, OpenAIJudge
+from sl_jax.scoring.openai_client import OpenAIJudge
 from sl_jax.scoring.types import (
     Answer,
     BrokenAnswerError,
@@ -51,14 +52,17 @@ class PoolConfig:
 
     def __post_init__(self) -> None:
         if not self.endpoints:
-            raise ValueError("a judge pool needs at least one endpoint: please name its url")
+            raise ValueError("endpoints: a judge pool needs at least one; please name its url")
         labels = [endpoint.label for endpoint in self.endpoints]
         if len(set(labels)) < len(labels):
             raise ValueError(f"endpoints {labels}: please give each a name of its own")
-        hedge_after = 1.0 if self.hedge_after is None else self.hedge_after
-        if self.tries < 1 or self.patience < 0 or hedge_after <= 0:
+        if self.tries < 1:
+            raise ValueError(f"tries is {self.tries}: please choose at least 1")
+        if self.patience < 0:
+            raise ValueError(f"patience is {self.patience}: please choose at least 0 seconds")
+        if self.hedge_after is not None and not self.hedge_after > 0:
             raise ValueError(
-                "please choose tries of at least 1, patience of at least 0, hedge_after above 0"
+                f"hedge_after is {self.hedge_after}: please choose seconds above 0, or None"
             )
 
 
@@ -131,6 +135,17 @@ class JudgePool:
         """Digest of the models and of how they are asked; not of how many servers there are."""
         kinds = sorted({member.client.fingerprint for member in self._members})
         return hashlib.sha256("/".join(kinds).encode()).hexdigest()
+
+    @property
+    def trouble(self) -> str | None:
+        """While no endpoint is up: since when, and what each said; None otherwise.
+
+        May be read on any thread.
+        """
+        since = self._down_since
+        if since is None:
+            return None
+        return f"no judge has been up for {time.monotonic() - since:.0f} s ({self._said()})"[:600]
 
     async def answer(self, request: JudgeRequest) -> Answer:
         """One verified answer.
@@ -244,8 +259,15 @@ class JudgePool:
         return max(waiter.since, self._down_since) + self.config.patience
 
     def _complaint(self) -> str:
-        said = "; ".join(f"{m.name}: {m.state.last_error}" for m in self._members)
-        return f"no judge was up for {self.config.patience:g} s ({said})"[:600]
+        return f"no judge was up for {self.config.patience:g} s ({self._said()})"[:600]
+
+    def _said(self) -> str:
+        return "; ".join(
+            m.state.last_error
+            if m.state.last_error.startswith(m.name)
+            else f"{m.name}: {m.state.last_error}"
+            for m in self._members
+        )
 
     def _set_alarm(self, now: float) -> None:
         """Wakes the dispatcher when something will have changed by itself."""

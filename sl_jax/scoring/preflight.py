@@ -20,14 +20,11 @@ from sl_jax.scoring.types import (
     Group,
     JudgeRequest,
     PermanentJudgeError,
+    PreflightError,
     TransientJudgeError,
 )
 
 _log = logging.getLogger(__name__)
-
-
-class PreflightError(RuntimeError):
-    """No endpoint can judge; the message says for each why."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,6 +29,7 @@ _LABEL = 14
 _GAP = 4
 _TILE_GAP = 2
 _SQUARE = 8
+_SMALLEST = 16  # less shows nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,12 @@ class RenderConfig:
     def __post_init__(self) -> None:
         if self.layout not in ("sheet", "separate"):
             raise ValueError(f'layout {self.layout!r}: please choose "sheet" or "separate"')
+        for name in ("picture_size", "tile_size"):
+            longest = getattr(self, name)
+            if longest is not None and longest < _SMALLEST:
+                raise ValueError(
+                    f"{name} is {longest}: please choose at least {_SMALLEST} pixels, or None"
+                )
 
 
 class Shuffle(NamedTuple):

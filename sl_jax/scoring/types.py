@@ -57,6 +57,10 @@ class BudgetError(JudgeError):
     """
 
 
+class PreflightError(RuntimeError):
+    """No endpoint can judge; the message says for each why."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
     """One picture and the candidate decompositions of it that are compared.

@@ -10,14 +10,8 @@ import pytest
 from sl_jax.data import TrainStream, make_buckets, scan_folder, write_designs
 from sl_jax.grpo import judging as module
 from sl_jax.grpo.config import JudgeSettings
-from sl_jax.grpo.judging import (
-    JudgeUnavailableError,
-    Judging,
-    make_endpoint,
-    make_judge,
-    refusals,
-    valid_share,
-)
+from sl_jax.grpo.judges import make_endpoint, make_judge
+from sl_jax.grpo.judging import JudgeUnavailableError, Judging, refusals, valid_share
 from sl_jax.scoring import (
     EmbeddedJudge,
     JudgeConfig,
@@ -224,10 +218,11 @@ def test_quarantined_pictures_are_drawn_no_more(tmp_path):
 
 def test_the_judge_is_the_configured_one(examples):
     settings = JudgeSettings(stage2_weight=0.25, grids=3, weights=(1, 0, 0, 0, 0))
-    config = make_judge(settings, 7, two_stage=True).config
+    endpoint = make_endpoint(settings)
+    config = make_judge(settings, endpoint, 7).config
     assert (config.stage2_weight, config.grids, config.seed) == (0.25, 3, 7)
     assert config.two_stage and config.weights == (1, 0, 0, 0, 0)
-    assert not make_judge(settings, 7, two_stage=False).config.two_stage
+    assert not make_judge(settings, endpoint, 7, two_stage=False).config.two_stage
     modes = {
         name: make_endpoint(dataclasses.replace(settings, endpoint=name)).config.mode
         for name in ("embedded", "embedded-vlm")

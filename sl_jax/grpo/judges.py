@@ -1,0 +1,210 @@
+"""The judges of a run, built once: in process, or pools of servers with cache and budget."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, NamedTuple
+
+from etils import epath
+
+from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings
+from sl_jax.scoring import (
+    EmbeddedConfig,
+    EmbeddedJudge,
+    Endpoint,
+    JudgeConfig,
+    JudgeWorker,
+    TwoStageJudge,
+)
+from sl_jax.scoring.budget import Budget
+from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
+from sl_jax.scoring.endpoint_config import EndpointConfig
+
+if TYPE_CHECKING:
+    from sl_jax.scoring.pool import JudgePool
+    from sl_jax.scoring.preflight import EndpointReport
+
+_log = logging.getLogger(__name__)
+
+
+class Judges(NamedTuple):
+    """Who judges: `training` by both stages, `evaluation` by stage 1 alone."""
+
+    training: JudgeWorker
+    evaluation: JudgeWorker
+
+
+class _Pooled(NamedTuple):
+    """Servers, and the endpoint that remembers what they said."""
+
+    pool: "JudgePool"
+    endpoint: Endpoint
+
+
+class _WrittenAtOnce:
+    """A ledger that is on disk after each request, where no answers are stored with it."""
+
+    def __init__(self, cache: AnswerCache):
+        self._cache = cache
+        self.spent = cache.spent
+
+    def spend(self, requests: int, tokens: int) -> None:
+        """As `budget.Ledger`."""
+        self._cache.spend(requests, tokens)
+        self._cache.save()
+
+
+@contextmanager
+def open_judges(config: GrpoConfig, folder: epath.Path, epochs: int) -> Iterator[Judges]:
+    """The judges, once they are known to work, until the block ends.
+
+    Servers get one real call of each kind first, and what judging will cost is logged.
+
+    Args:
+        config: of the run.
+        folder: its work directory, for the file of answers.
+        epochs: still to come, for the forecast.
+
+    Raises:
+        KeyMissingError: a variable that should hold a key does not.
+        CacheError: the file of answers cannot be used.
+        PreflightError: no server can judge.
+        BudgetError: nothing is left to spend.
+    """
+    judge, servers = config.judge, config.evaluation.judge
+    with ExitStack() as stack:
+        budget = None
+        if judge.endpoints or servers:
+            budget = _budget(judge, folder, stack)
+        training = _pooled(judge, judge.endpoints, folder, budget) if judge.endpoints else None
+        endpoint = training.endpoint if training else make_endpoint(judge)
+        worker = stack.enter_context(
+            JudgeWorker(make_judge(judge, endpoint, config.seed), judge.concurrency)
+        )
+        other = _pooled(judge, servers, folder, budget) if servers else None
+        if other:
+            stack.callback(lambda: worker.call(other.endpoint.aclose()).result())
+        else:
+            _log.warning(
+                "Held-out pictures are judged by the judge of training: scores that rise there "
+                "too may show how to please it. config.evaluation.judge names another."
+            )
+        grader = make_judge(
+            judge, other.endpoint if other else endpoint, config.seed, two_stage=False
+        )
+        graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
+        if judge.preflight:
+            _try_out(config, worker, training, other, epochs)
+        yield Judges(worker, graders)
+
+
+def make_endpoint(settings: JudgeSettings) -> Endpoint:
+    """The judge in process that the configuration names."""
+    mode = {"embedded": "precise", "embedded-vlm": "vlm"}[settings.endpoint]
+    return EmbeddedJudge(EmbeddedConfig(mode=mode))
+
+
+def make_judge(
+    settings: JudgeSettings, endpoint: Endpoint, seed: int, *, two_stage: bool = True
+) -> TwoStageJudge:
+    """The judge of training, or with `two_stage` false the one that evaluates (stage 1)."""
+    config = JudgeConfig(
+        weights=settings.weights,
+        two_stage=settings.two_stage and two_stage,
+        stage2_weight=settings.stage2_weight,
+        grids=settings.grids,
+        asks=settings.asks,
+        render=settings.render,
+        prompts=settings.prompts or None,
+        seed=seed,
+    )
+    return TwoStageJudge(endpoint, config)
+
+
+def evaluation_calls(config: EvaluationConfig, epochs: int) -> int:
+    """Stage-1 calls of the evaluations of a run: before it, on schedule, and at its end."""
+    times = 1 + epochs // config.every + bool(epochs % config.every)
+    return times * config.pictures
+
+
+def _answers(settings: JudgeSettings, folder: epath.Path) -> AnswerCache:
+    return AnswerCache(settings.cache_path or folder / "judge.sqlite3")
+
+
+def _budget(settings: JudgeSettings, folder: epath.Path, stack: ExitStack) -> Budget:
+    ledger = _answers(settings, folder)
+    stack.callback(ledger.close)
+    kept = ledger if settings.cache else _WrittenAtOnce(ledger)
+    return Budget(settings.max_requests, settings.max_tokens, kept)
+
+
+def _pooled(
+    settings: JudgeSettings,
+    endpoints: Sequence[EndpointConfig],
+    folder: epath.Path,
+    budget: Budget | None,
+) -> _Pooled:
+    from sl_jax.scoring.pool import JudgePool, PoolConfig  # takes seconds to import
+
+    pool = JudgePool(
+        PoolConfig(
+            tuple(endpoints),
+            settings.request,
+            tries=settings.tries,
+            patience=settings.patience,
+            cool_down=settings.cool_down,
+            hedge_after=settings.hedge_after,
+        ),
+        budget,
+    )
+    cached = CachedEndpoint(pool, _answers(settings, folder)) if settings.cache else pool
+    return _Pooled(pool, cached)
+
+
+def _try_out(
+    config: GrpoConfig,
+    worker: JudgeWorker,
+    training: _Pooled | None,
+    other: _Pooled | None,
+    epochs: int,
+) -> None:
+    """Preflights of all servers, and the forecast of those that judge training."""
+    held_out = evaluation_calls(config.evaluation, epochs)
+    if training:
+        reports = _preflight(config, worker, training.pool)
+        _forecast(config, reports, epochs, 0 if other else held_out)
+    if other:
+        _preflight(config, worker, other.pool)
+        _log.info("The evaluation's judge gets %d calls in the run.", held_out)
+
+
+def _preflight(
+    config: GrpoConfig, worker: JudgeWorker, pool: "JudgePool"
+) -> "tuple[EndpointReport, ...]":
+    from sl_jax.scoring.preflight import preflight
+
+    calls = preflight(
+        pool,
+        size=max(max(bucket) for bucket in config.data.buckets),
+        layers=max(config.data.layers),
+        group_size=config.rollout.group_size,
+        render=config.judge.render,
+        prompts=config.judge.prompts or None,
+    )
+    return worker.call(calls).result()
+
+
+def _forecast(
+    config: GrpoConfig, reports: "Sequence[EndpointReport]", epochs: int, held_out: int
+) -> None:
+    from sl_jax.scoring.preflight import forecast
+
+    expected = forecast(
+        reports,
+        groups=config.rollout.groups,
+        group_size=config.rollout.group_size,
+        grids=config.judge.grids if config.judge.two_stage else 0,
+        epochs=epochs,
+        evaluation_calls=held_out,
+    )
+    _log.info("%s", expected.to_text())
