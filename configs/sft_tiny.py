@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
         {
             "base_dim": 16,
             "z_dim": 16,
-            "dim_mult": (1, 2, 4, 4),
+            "dim_mult": (1, 2, 4, 8),
             "num_res_blocks": 1,
             "temperal_downsample": (False, True, True),
             "input_channels": 4,
@@ -35,8 +35,9 @@ def get_config() -> ConfigDict:
     )
     vae.designs = 3_000  # per number of layers
     vae.batch = 16
-    vae.steps = 2_000
-    vae.learning_rate = 1e-3
+    vae.steps = 3_200
+    vae.optimizer = "muon"  # AdamW needs more than ten times as many updates here
+    vae.learning_rate = 2e-3
     vae.warmup_steps = 100
     vae.weight_decay = 1e-4
     vae.clip_norm = 1.0
@@ -57,7 +58,8 @@ def get_config() -> ConfigDict:
     flow.held_out_designs = 256
     flow.batch = 32
     flow.steps = 3_000
-    flow.learning_rate = 1e-3
+    flow.optimizer = "muon"
+    flow.learning_rate = 2e-3
     flow.warmup_steps = 200
     flow.weight_decay = 1e-2
     flow.clip_norm = 1.0

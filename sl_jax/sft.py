@@ -20,7 +20,7 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.pipeline import load_vae
 from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
 from sl_jax.inference.tiny_text import make_tiny_text_encoder
-from sl_jax.models.codec import encode_frames
+from sl_jax.models.codec import encode_frames, to_unit_range
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
@@ -29,6 +29,7 @@ from sl_jax.training.console import set_up_logging
 from sl_jax.training.metrics import MetricsWriter
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.supervised import (
+    Frames,
     Loss,
     Stage,
     StageConfig,
@@ -43,7 +44,7 @@ _log = logging.getLogger("sl_jax")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _TRAIN_SEEDS = 1_000_000  # held-out designs count from 0, so the two never meet
 _VAE_HELD_OUT = 32
-_STATISTICS_FRAMES = 8192
+_STATISTICS_FRAMES = 2048  # flat pictures, and as many layers
 
 
 def main(argv: list[str]) -> None:
@@ -67,18 +68,19 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     vae = Vae(
         VaeConfig.from_dict(settings.architecture.to_dict() | export.unit_statistics(settings))
     )
-    train = _frames(config, _TRAIN_SEEDS, settings.designs)
-    held_out = pools.FramePool(_frames(config, 0, _VAE_HELD_OUT), 1, 0).held_out()
+    pictures, layers = _frames(config, _TRAIN_SEEDS, settings.designs)
+    held_out = Frames(to_unit_range(np.concatenate(_frames(config, 0, _VAE_HELD_OUT))))
     losses = {"frames": reconstruction_loss(vae, settings.kl_weight)}
     stage = _stage(settings, losses, folder, config.seed)
     pixels = np.zeros((1, size, size, 4), np.float32)
     state = stage.run(
         stage.start(fresh_params(vae, jax.random.key(config.seed), pixels)),
-        pools.FramePool(train, settings.batch, config.seed),
-        [held_out],
+        pools.FramePool(pictures, layers, settings.batch, config.seed),
+        [("frames", held_out)],
         "vae",
     )
-    shape = export.with_latent_statistics(vae, state.ema, train[:_STATISTICS_FRAMES])
+    frames = np.concatenate([pictures[:_STATISTICS_FRAMES], layers[:_STATISTICS_FRAMES]])
+    shape = export.with_latent_statistics(vae, state.ema, frames)
     export.save_vae(folder / "export", shape, state.ema, np.float32)
 
 
@@ -118,18 +120,21 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
     _log.info("The checkpoint is in %s.", target)
 
 
-def _frames(config: ConfigDict, first: int, count: int) -> np.ndarray:
-    """Pictures and layers of `count` designs per number of layers, [n, size, size, 4]."""
+def _frames(config: ConfigDict, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures and layers of `count` designs per number of layers, each [n, size, size, 4]."""
     size, seeds = config.data.size, range(first, first + count)
-    drawn = (
-        pools.draw_designs(config.data.family, seeds, size, layers) for layers in config.data.layers
-    )
-    return np.concatenate([pools.with_picture(d).reshape(-1, size, size, 4) for d in drawn])
+    drawn = [
+        pools.with_picture(pools.draw_designs(config.data.family, seeds, size, layers))
+        for layers in config.data.layers
+    ]
+    pictures = np.concatenate([frames[:, 0] for frames in drawn])
+    return pictures, np.concatenate([frames[:, 1:].reshape(-1, size, size, 4) for frames in drawn])
 
 
 def _stage(settings: ConfigDict, losses: Mapping[Any, Loss], workdir: Path, seed: int) -> Stage:
     optimizer = OptimizerConfig(
         learning_rate=settings.learning_rate,
+        name=settings.optimizer,
         weight_decay=settings.weight_decay,
         clip_norm=settings.clip_norm,
         warmup_steps=settings.warmup_steps,

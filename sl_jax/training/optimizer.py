@@ -1,16 +1,24 @@
 """The optimizer that `sft` and `grpo` share."""
 
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
+
+OPTIMIZERS = ("adamw", "muon")
+_ADAM_RMS = 0.2  # root mean square of Adam's updates per unit of learning rate, arXiv 2502.16982
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with gradient clipping.
+    """AdamW or Muon, with gradient clipping.
 
     Attributes:
         learning_rate: peak rate.
+        name: "adamw", or "muon" (https://kellerjordan.github.io/posts/muon), which orthogonalises
+            the updates of kernels, scaled to the size of Adam's; other parameters get AdamW.
         weight_decay: decoupled decay per unit of learning rate.
         clip_norm: bound on the global gradient norm.
         warmup_steps: linear warm-up from zero.
@@ -18,6 +26,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
+    name: str = "adamw"
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
     b1: float = 0.9
@@ -43,13 +52,38 @@ def learning_rate_schedule(config: OptimizerConfig) -> optax.Schedule:
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping by global norm, then AdamW; moments in the dtype of the parameters."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(
-            learning_rate_schedule(config),
-            b1=config.b1,
-            b2=config.b2,
+    """Clipping by global norm, then the optimizer; moments in the dtype of the parameters.
+
+    Raises:
+        ValueError: the optimizer's name is not known.
+    """
+    rate = learning_rate_schedule(config)
+    if config.name == "adamw":
+        optimizer = optax.adamw(rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay)
+    elif config.name == "muon":
+        optimizer = muon(
+            rate,
+            consistent_rms=_ADAM_RMS,
             weight_decay=config.weight_decay,
-        ),
-    )
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            muon_weight_dimension_numbers=_matrices,
+        )
+    else:
+        raise ValueError(f"optimizer {config.name!r} is unknown; please use one of {OPTIMIZERS}")
+    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+
+
+def _matrices(params: Any) -> Any:
+    """What Muon takes as matrices: kernels, and the two factors of adapters.
+
+    They are [in, out], stacked [layers, in, out], or of convolutions [kh, kw, in, out].
+    """
+
+    def dimensions(path: tuple[Any, ...], leaf: Any) -> MuonDimensionNumbers | None:
+        if path[-1].key not in ("kernel", "a", "b"):
+            return None
+        axes = range(leaf.ndim)
+        return MuonDimensionNumbers(tuple(axes[1:-1] if leaf.ndim == 3 else axes[:-1]), axes[-1])
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)

@@ -52,32 +52,47 @@ def indices(seed: int, step: int, batch: int, total: int) -> np.ndarray:
 
 
 class FramePool:
-    """Single RGBA frames for the autoencoder, flipped and transposed at random."""
+    """Single RGBA frames for the autoencoder: half of every batch flat pictures, half layers.
 
-    def __init__(self, frames: np.ndarray, batch: int, seed: int):
-        self._frames = frames
-        self._batch = batch
+    Flat pictures hold the detail that the flow must find its outlines in, and most of the error.
+    """
+
+    def __init__(self, pictures: np.ndarray, layers: np.ndarray, batch: int, seed: int):
+        """`pictures` and `layers` are uint8 [n, H, W, 4], with as many layers or more."""
+        self._sources = (pictures, layers)
+        self._half = batch // 2
         self._seed = seed
 
     def __call__(self, step: int) -> tuple[str, Frames]:
-        chosen = self._frames[indices(self._seed, step, self._batch, len(self._frames))]
         rng = np.random.default_rng((self._seed, step, 1))
-        return "frames", Frames(to_unit_range(np.stack([_augmented(f, rng) for f in chosen])))
+        chosen = [
+            augmented(frames, rng)
+            for source in self._sources
+            for frames in source[rng.integers(len(source), size=(self._half, 4))]
+        ]
+        return "frames", Frames(to_unit_range(np.stack(chosen)))
 
-    def held_out(self) -> tuple[str, Frames]:
-        """Every frame, as it is."""
-        return "frames", Frames(to_unit_range(self._frames))
 
+def augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One frame out of four [4, H, W, 4]: other detail and colours than the designs have.
 
-def _augmented(frame: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One of the eight symmetries of the square.
-
-    Colours stay as they are: exchanging channels makes all of them alike at the start, a saddle
-    at which the network learns mattes and no colour for thousands of updates.
+    An autoencoder must carry pictures that it was not trained on. A quarter of the frames are
+    mosaics of all four at half their size; each frame gets one of the eight symmetries of the
+    square, half of them another order of the colour channels, a quarter the negative colours.
     """
+    frame = frames[0]
+    if rng.random() < 0.25:
+        small = frames[:, ::2, ::2]
+        frame = np.concatenate([np.concatenate(list(pair), 1) for pair in (small[:2], small[2:])])
     if rng.random() < 0.5:
         frame = frame.swapaxes(0, 1)
-    return frame[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
+    frame = frame[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
+    colour, alpha = frame[..., :3], frame[..., 3:]
+    if rng.random() < 0.5:
+        colour = colour[..., rng.permutation(3)]
+    if rng.random() < 0.25:
+        colour = (255 - colour) * (alpha > 0)
+    return np.concatenate([colour, alpha], -1)
 
 
 class LatentPool:
