@@ -68,15 +68,15 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     vae = Vae(
         VaeConfig.from_dict(settings.architecture.to_dict() | export.unit_statistics(settings))
     )
-    pictures, layers = _frames(config, _TRAIN_SEEDS, settings.designs)
-    held_out = Frames(to_unit_range(np.concatenate(_frames(config, 0, _VAE_HELD_OUT))))
+    pictures, layers = pools.pictures_and_layers(config.data, _TRAIN_SEEDS, settings.designs)
+    held_out = pools.pictures_and_layers(config.data, 0, _VAE_HELD_OUT)
     losses = {"frames": reconstruction_loss(vae, settings.kl_weight)}
     stage = _stage(settings, losses, folder, config.seed)
     pixels = np.zeros((1, size, size, 4), np.float32)
     state = stage.run(
         stage.start(fresh_params(vae, jax.random.key(config.seed), pixels)),
         pools.FramePool(pictures, layers, settings.batch, config.seed),
-        [("frames", held_out)],
+        [("frames", Frames(to_unit_range(np.concatenate(held_out))))],
         "vae",
     )
     frames = np.concatenate([pictures[:_STATISTICS_FRAMES], layers[:_STATISTICS_FRAMES]])
@@ -96,11 +96,14 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
     train, held_out = (
         {
             grid: pools.cached_latents(
-                workdir / "latents", encode, config.data, grid.layers, first, count
+                workdir / "latents", encode, config.data, grid.layers, first, count, recolour
             )
             for grid in grids
         }
-        for first, count in ((_TRAIN_SEEDS, settings.designs), (0, settings.held_out_designs))
+        for first, count, recolour in (
+            (_TRAIN_SEEDS, settings.designs, True),
+            (0, settings.held_out_designs, False),
+        )
     )
     model = MMDiT(MMDiTConfig.from_dict(settings.architecture.to_dict()))
     losses = {
@@ -118,17 +121,6 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
     export.save_transformer(target / "transformer", model.config, state.ema, config.export_dtype)
     export.save_pipeline_files(target, settings.mu)
     _log.info("The checkpoint is in %s.", target)
-
-
-def _frames(config: ConfigDict, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures and layers of `count` designs per number of layers, each [n, size, size, 4]."""
-    size, seeds = config.data.size, range(first, first + count)
-    drawn = [
-        pools.with_picture(pools.draw_designs(config.data.family, seeds, size, layers))
-        for layers in config.data.layers
-    ]
-    pictures = np.concatenate([frames[:, 0] for frames in drawn])
-    return pictures, np.concatenate([frames[:, 1:].reshape(-1, size, size, 4) for frames in drawn])
 
 
 def _stage(settings: ConfigDict, losses: Mapping[Any, Loss], workdir: Path, seed: int) -> Stage:

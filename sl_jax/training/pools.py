@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, UInt8
 from tqdm import tqdm
 
 from sl_jax.data.procedural import make_design
@@ -40,6 +40,23 @@ def with_picture(layers: np.ndarray) -> np.ndarray:
     for picture, design in zip(opaque, layers, strict=True):
         picture[0, ..., :3] = recompose(design)
     return np.concatenate([opaque, layers], axis=1)
+
+
+def pictures_and_layers(
+    data: Mapping[str, Any], first: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Frames of `count` designs per number of layers, from seed `first` on: [n, H, W, 4] each.
+
+    Args:
+        data: `family`, `size` and `layers` of the designs.
+        first, count: range of seeds.
+    """
+    size, seeds = data["size"], range(first, first + count)
+    drawn = [
+        with_picture(draw_designs(data["family"], seeds, size, layers)) for layers in data["layers"]
+    ]
+    pictures = np.concatenate([frames[:, 0] for frames in drawn])
+    return pictures, np.concatenate([frames[:, 1:].reshape(-1, size, size, 4) for frames in drawn])
 
 
 def indices(seed: int, step: int, batch: int, total: int) -> np.ndarray:
@@ -78,7 +95,7 @@ def augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
     An autoencoder must carry pictures that it was not trained on. A quarter of the frames are
     mosaics of all four at half their size; each frame gets one of the eight symmetries of the
-    square, half of them another order of the colour channels, a quarter the negative colours.
+    square, and colours as by `recoloured`.
     """
     frame = frames[0]
     if rng.random() < 0.25:
@@ -87,7 +104,17 @@ def augmented(frames: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     if rng.random() < 0.5:
         frame = frame.swapaxes(0, 1)
     frame = frame[:: rng.choice((-1, 1)), :: rng.choice((-1, 1))]
-    colour, alpha = frame[..., :3], frame[..., 3:]
+    return recoloured(frame, rng)
+
+
+def recoloured(
+    frames: UInt8[np.ndarray, "*n h w 4"], rng: np.random.Generator
+) -> UInt8[np.ndarray, "*n h w 4"]:
+    """Half of the time another order of the colour channels, a quarter of the time the negative.
+
+    All frames alike: recoloured layers recompose to the recoloured picture.
+    """
+    colour, alpha = frames[..., :3], frames[..., 3:]
     if rng.random() < 0.5:
         colour = colour[..., rng.permutation(3)]
     if rng.random() < 0.25:
@@ -136,6 +163,7 @@ def cached_latents(
     layers: int,
     first: int,
     count: int,
+    recolour: bool,
 ) -> np.ndarray:
     """Packed latents of procedural designs and their pictures, kept in `folder` once made.
 
@@ -144,14 +172,19 @@ def cached_latents(
         data: `family` and `size` of the designs.
         layers: layers of each design.
         first, count: range of seeds.
+        recolour: whether designs get colours as by `recoloured`.
 
     Returns:
         float16 [count, layers + 1, N, C], the picture first.
     """
-    path = folder / f"{data['family']}_{data['size']}_{layers}_{first}_{count}.npy"
+    kind = "recoloured" if recolour else "plain"
+    path = folder / f"{data['family']}_{data['size']}_{layers}_{first}_{count}_{kind}.npy"
     if path.exists():
         return np.load(path)
     designs = draw_designs(data["family"], range(first, first + count), data["size"], layers)
+    if recolour:
+        rng = np.random.default_rng((first, count, layers))
+        designs = np.stack([recoloured(design, rng) for design in designs])
     latents = np.concatenate(
         [
             _encoded(encode, designs[start : start + _ENCODED])

@@ -2,7 +2,9 @@
 
 import numpy as np
 
-from sl_jax.training.pools import FramePool, augmented, indices
+from sl_jax.data.procedural import make_design
+from sl_jax.imaging import recompose
+from sl_jax.training.pools import FramePool, augmented, indices, recoloured
 
 RNG = np.random.default_rng(0)
 
@@ -47,3 +49,15 @@ def test_augmentation_moves_pixels_and_colours_but_keeps_mattes_and_what_is_invi
         known = (plain, 255 - plain[::-1], mosaic, 255 - mosaic[::-1])
         assert any(np.array_equal(shown, colours) for colours in known)
     assert len(looks) > 60
+
+
+def test_recoloured_layers_recompose_to_the_recoloured_picture():
+    layers = make_design("A", 3, 32, 3).layers
+    opaque = np.concatenate([recompose(layers), np.full((32, 32, 1), 255, np.uint8)], -1)
+    changed = 0
+    for seed in range(20):
+        made = recompose(recoloured(layers, np.random.default_rng(seed)))
+        wanted = recoloured(opaque, np.random.default_rng(seed))[..., :3]
+        assert np.abs(made.astype(int) - wanted).max() <= 1
+        changed += not np.array_equal(wanted, opaque[..., :3])
+    assert changed > 5
