@@ -10,10 +10,11 @@ import sys
 from absl import app, flags
 from etils import epath
 
+from sl_jax.checkpoints.adapters import adapter_digest
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.data import FolderError
 from sl_jax.inference.decomposer import RELEASE, Decomposer, PictureDecomposer, Sampling
-from sl_jax.inference.folder import Job, decompose_pictures, find_pictures, weights_digest
+from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.training.console import set_up_logging
 
@@ -24,7 +25,9 @@ _OUTPUT = flags.DEFINE_string("output", None, "Folder in which every picture get
 _MODEL = flags.DEFINE_string(
     "model", "Qwen/Qwen-Image-Layered", "Folder in the diffusers layout, hub id, or 'tiny'."
 )
-_ADAPTER = flags.DEFINE_string("adapter", None, "PEFT folder; without it the base decomposes.")
+_ADAPTER = flags.DEFINE_string(
+    "adapter", None, "PEFT folder, diffusers LoRA file, work directory, or hub id; else the base."
+)
 _LAYERS = flags.DEFINE_integer("layers", RELEASE.layers, "Number of layers.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", RELEASE.steps, "Sampling steps.", lower_bound=1)
 _SAMPLER = flags.DEFINE_enum(
@@ -125,7 +128,7 @@ def _made_by() -> dict[str, str | None]:
     return {
         "model": _MODEL.value,
         "adapter": _ADAPTER.value,
-        "adapter_sha256": weights_digest(_ADAPTER.value) if _ADAPTER.value else None,
+        "adapter_sha256": adapter_digest(_ADAPTER.value) if _ADAPTER.value else None,
         "prompt": _PROMPT.value,
         "negative_prompt": _NEGATIVE.value,
         "dtype": _DTYPE.value,

@@ -63,7 +63,7 @@ class TensorFiles:
         self.folder = local_path(folder)
         self._where: dict[str, Any] = {}
         with ExitStack() as stack:
-            for file in self._files():
+            for file in weight_files(self.folder):
                 self._open(file, stack)
             self._stack = stack.pop_all()
 
@@ -107,27 +107,33 @@ class TensorFiles:
                 f"{self.folder}: tensor {name} cannot be read: {error}"
             ) from error
 
-    def _files(self) -> list[FilePath]:
-        indices = sorted(self.folder.glob("*.safetensors.index.json"))
-        if indices:
-            weight_map = read_config(self.folder, indices[0].name).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise CheckpointError(f"{indices[0]} holds no object 'weight_map'")
-            names = sorted({str(file) for file in weight_map.values()})
-            absent = [n for n in names if not (self.folder / n).is_file()]
-            if absent:
-                raise CheckpointError(f"{indices[0]} names files that are not there: {absent}")
-            return [self.folder / n for n in names]
-        files = sorted(self.folder.glob("*.safetensors"))
-        if files:
-            return files
-        pickled = sorted(p.name for pattern in _PICKLED for p in self.folder.glob(pattern))
-        if pickled:
-            raise CheckpointError(
-                f"{self.folder} holds only pickled weights ({', '.join(pickled)}), which can run "
-                "code when loaded; please convert them to safetensors"
-            )
-        raise CheckpointError(f"{self.folder} holds no *.safetensors files")
+
+def weight_files(folder: FilePath) -> list[FilePath]:
+    """The safetensors files of one component folder: those of its index, or all.
+
+    Raises:
+        CheckpointError: there are none, or the index names files which are not there.
+    """
+    indices = sorted(folder.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = read_config(folder, indices[0].name).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{indices[0]} holds no object 'weight_map'")
+        names = sorted({str(file) for file in weight_map.values()})
+        absent = [n for n in names if not (folder / n).is_file()]
+        if absent:
+            raise CheckpointError(f"{indices[0]} names files that are not there: {absent}")
+        return [folder / n for n in names]
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files
+    pickled = sorted(p.name for pattern in _PICKLED for p in folder.glob(pattern))
+    if pickled:
+        raise CheckpointError(
+            f"{folder} holds only pickled weights ({', '.join(pickled)}), which can run "
+            "code when loaded; please convert them to safetensors"
+        )
+    raise CheckpointError(f"{folder} holds no *.safetensors files")
 
 
 def local_path(folder: epath.PathLike) -> FilePath:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
 from sl_jax.checkpoints.huggingface import CheckpointError
 
 _log = logging.getLogger(__name__)
+_TREE = "tree"
 
 
 class RunCheckpoints:
@@ -93,3 +95,52 @@ class RunCheckpoints:
     def close(self) -> None:
         """Finishes saving and lets go of the directory."""
         self._manager.close()
+
+
+def find_step(folder: epath.PathLike) -> epath.Path | None:
+    """The newest complete checkpoint of a work directory, or of its `checkpoints`.
+
+    A checkpoint's own folder is found as it is; None if there is no checkpoint.
+    """
+    folder = epath.Path(folder)
+    if (folder / _TREE).is_dir():
+        return folder
+    for parent in (folder / "checkpoints", folder):
+        if parent.is_dir():
+            steps = [p for p in parent.iterdir() if p.name.isdecimal() and (p / _TREE).is_dir()]
+            if steps:
+                return max(steps, key=lambda step: int(step.name))
+    return None
+
+
+def read_entry(step: epath.PathLike, names: Sequence[str]) -> Any:
+    """One entry of a checkpoint's tree as numpy arrays, without the rest of it.
+
+    Args:
+        step: folder of the checkpoint.
+        names: of the entry, the first that the checkpoint has.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or has none of these.
+    """
+    path = (epath.Path(step) / _TREE).absolute()
+    handler = ocp.PyTreeCheckpointHandler()
+    try:
+        tree = handler.metadata(path).tree
+        name = next((name for name in names if name in tree), None)
+        if name is None:
+            raise CheckpointError(
+                f"{step} holds {sorted(tree)}, none of {list(names)}; please pass a checkpoint of "
+                "a run that trains an adapter"
+            )
+        item = {name: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree[name])}
+        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+        restored = handler.restore(
+            path,
+            args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
+        )
+    except (OSError, KeyError, ValueError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{step} is damaged: {error}") from error
+    return restored[name]

@@ -113,6 +113,12 @@ def abstract_params(model: MMDiT) -> Any:
     return jax.eval_shape(init, jax.random.key(0), tokens, condition, text, time)["params"]
 
 
+def parameter_shapes(folder: epath.PathLike) -> Any:
+    """Shapes of the transformer's parameters; of the checkpoint only config.json is read."""
+    config = MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer"))
+    return nn.unbox(abstract_params(MMDiT(config)))
+
+
 def load_vae(folder: epath.PathLike, dtype: Any, sharding: Any = None) -> tuple[Vae, Any]:
     """The autoencoder in a `vae` component folder, whole on every device of `sharding`."""
     dtype = jnp.dtype(dtype)

@@ -1,5 +1,6 @@
-"""Where a model comes from: a folder, the tiny base in this package, or the Hugging Face hub."""
+"""Where models and adapters come from: folders, the tiny base, or the Hugging Face hub."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from etils import epath
@@ -10,12 +11,13 @@ from sl_jax.checkpoints.huggingface import CheckpointError
 TINY = "tiny"
 
 
-def resolve_model(name: str) -> epath.Path:
+def resolve_model(name: str, files: Sequence[str] | None = None) -> epath.Path:
     """The checkpoint folder that `name` means.
 
     Args:
         name: a folder (local or gs://), "tiny" for the packaged tiny base, or a hub id such as
             "Qwen/Qwen-Image-Layered", which is downloaded into the hub's cache.
+        files: patterns of the files that are needed, where not all are: "transformer/*".
 
     Raises:
         CheckpointError: none of these.
@@ -30,10 +32,26 @@ def resolve_model(name: str) -> epath.Path:
             f"model {name!r} is no checkpoint: {folder / 'model_index.json'} does not exist; "
             "please pass a folder in the diffusers layout, a hub id, or 'tiny'"
         )
-    return epath.Path(_downloaded(name))
+    patterns = None if files is None else ["model_index.json", *files]
+    return _downloaded(name, allow_patterns=patterns)
 
 
-def _downloaded(name: str) -> str:
+def download(name: str, folder: str = "") -> epath.Path:
+    """JSON and safetensors files of one folder of a hub repository, without folders inside it.
+
+    Raises:
+        CheckpointError: they cannot be fetched.
+    """
+    inside = f"{folder}/" if folder else ""
+    local = _downloaded(
+        name,
+        allow_patterns=[f"{inside}*.json", f"{inside}*.safetensors"],
+        ignore_patterns=[f"{inside}*/*"],
+    )
+    return local / folder if folder else local
+
+
+def _downloaded(name: str, **patterns: list[str] | None) -> epath.Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -42,8 +60,8 @@ def _downloaded(name: str) -> str:
     )
 
     try:
-        return snapshot_download(name)
+        return epath.Path(snapshot_download(name, **patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"model {name!r} is no local folder and could not be fetched from the hub: {error}"
+            f"{name!r} is no local folder and could not be fetched from the hub: {error}"
         ) from error

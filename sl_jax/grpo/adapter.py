@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from sl_jax.checkpoints.adapters import load_adapter
 from sl_jax.checkpoints.huggingface import CheckpointError
-from sl_jax.checkpoints.peft import load_peft
 from sl_jax.checkpoints.pipeline import abstract_params, make_model, shard_adapter
 from sl_jax.grpo.config import ConfigError, GrpoConfig
 from sl_jax.models.lora import Adapter, init_adapter, target_paths
@@ -20,8 +20,8 @@ def first_adapter(
 ) -> Callable[[Any], Adapter]:
     """Base parameters → the adapter to start from, laid out like them.
 
-    `config.init_adapter` names a PEFT folder, whose rank and targets then count; without it the
-    adapter is a fresh one of `config.lora`.
+    `config.init_adapter` names any adapter that `checkpoints.adapters.locate_adapter` finds, whose
+    rank and targets then count; without it the adapter is a fresh one of `config.lora`.
 
     Args:
         config: of the run.
@@ -40,7 +40,7 @@ def first_adapter(
         raise CheckpointError(f"{folder / 'transformer' / 'config.json'}: {error}") from error
     if config.init_adapter:
         try:
-            return partial(shard_adapter, load_peft(config.init_adapter, shapes))
+            return partial(shard_adapter, load_adapter(config.init_adapter, shapes))
         except CheckpointError as error:
             raise ConfigError(f"config.init_adapter: {error}") from error
     try:

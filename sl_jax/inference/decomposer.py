@@ -14,8 +14,15 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from PIL import Image
 
-from sl_jax.checkpoints.peft import load_peft
-from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline, shard_adapter
+from sl_jax.checkpoints.adapters import load_adapter
+from sl_jax.checkpoints.pipeline import (
+    ComputeConfig,
+    Pipeline,
+    abstract_params,
+    load_pipeline,
+    make_model,
+    shard_adapter,
+)
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data.pictures import area_size, longest_side_size, resize_to
 from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
@@ -75,7 +82,8 @@ class Decomposer:
 
         Args:
             model: a folder in the diffusers layout, a hub id, or "tiny".
-            adapter: folder of a PEFT adapter; None decomposes with the base.
+            adapter: PEFT folder, diffusers LoRA file, work directory of a run, or hub id; see
+                `checkpoints.adapters.locate_adapter`. None decomposes with the base.
             prompt: for all pictures.
             negative_prompt: used where guidance is not 1.
             dtype: "bfloat16" or "float32".
@@ -85,13 +93,17 @@ class Decomposer:
             CheckpointError: model or adapter are missing or damaged, or do not fit each other.
         """
         folder = resolve_model(model)
-        # First: the text encoder is gone from memory before the model is loaded.
-        prompts = encode_prompts(folder, [prompt, negative_prompt], dtype=dtype)
         layout = Layout(make_mesh(mesh or MeshConfig()))
-        pipeline = load_pipeline(folder, ComputeConfig(dtype, remat="none"), layout)
+        compute = ComputeConfig(dtype, remat="none")
         loaded = None
-        if adapter is not None:
-            loaded = shard_adapter(load_peft(adapter, pipeline.params), pipeline.params)
+        if adapter is not None:  # Before the model, which takes long: it may not fit.
+            shapes = layout.abstract(abstract_params(make_model(folder, compute, layout)))
+            loaded = load_adapter(adapter, shapes)
+        # The text encoder is gone from memory before the model is loaded.
+        prompts = encode_prompts(folder, [prompt, negative_prompt], dtype=dtype)
+        pipeline = load_pipeline(folder, compute, layout)
+        if loaded is not None:
+            loaded = shard_adapter(loaded, pipeline.params)
         return PictureDecomposer(Decomposer(pipeline), prompts, loaded, layout)
 
     def __call__(

@@ -222,12 +222,6 @@ def _settled(entry: Entry, job: Job, outcome: Outcome) -> bool:
     return True
 
 
-def weights_digest(folder: epath.PathLike) -> str:
-    """SHA-256, in hexadecimal, of the safetensors in a folder; it tells retrained weights apart."""
-    parts = sorted(epath.Path(folder).glob("*.safetensors"))
-    return hashlib.sha256("".join(map(_digest, parts)).encode()).hexdigest()
-
-
 def _digest(path: epath.Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

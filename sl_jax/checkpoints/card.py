@@ -1,0 +1,231 @@
+"""What stands beside an exported adapter: a model card, and a script that runs it in PyTorch."""
+
+from string import Template
+from typing import NamedTuple
+
+from etils import epath
+
+
+class CardSettings(NamedTuple):
+    """How the adapter is to be sampled; see `inference.decomposer.Sampling`."""
+
+    layers: int
+    steps: int
+    size: int
+    prompt: str
+
+
+def write_card(
+    folder: epath.PathLike, form: str, base_model: str, settings: CardSettings, trained: bool
+) -> None:
+    """Writes `README.md` and `infer.py`.
+
+    Args:
+        folder: with the adapter's files.
+        form: "peft" or "diffusers".
+        base_model: name of the model that the adapter is for.
+        settings: recommended for inference, and the script's defaults.
+        trained: whether it comes from a run of this package, which the card then tells.
+    """
+    folder = epath.Path(folder)
+    values = {
+        **settings._asdict(),
+        "base": base_model,
+        "form": form,
+        "evaluations": 2 * settings.steps - 1,
+        "origin": _TRAINED if trained else "",
+        "loading": Template(_LOADING[form]).substitute(base=base_model).strip(),
+        "library": {"peft": "peft", "diffusers": "diffusers"}[form],
+    }
+    (folder / "README.md").write_text(Template(_CARD).substitute(values))
+    quoted = {name: repr(value) for name, value in values.items()}
+    (folder / "infer.py").write_text(Template(_SCRIPT).substitute(quoted))
+
+
+_TRAINED = """
+It was trained by reinforcement learning (Flow-GRPO) from a judge of the layers, with `sl_jax`.
+"""
+_LOADING = {
+    "peft": """
+from peft import PeftModel
+
+pipe = QwenImageLayeredPipeline.from_pretrained("$base")
+pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "FOLDER")
+""",
+    "diffusers": """
+pipe = QwenImageLayeredPipeline.from_pretrained("$base")
+pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
+""",
+}
+
+_CARD = """---
+base_model: $base
+library_name: $library
+pipeline_tag: image-to-image
+tags:
+  - lora
+  - layer-decomposition
+---
+
+# LoRA adapter for $base
+
+It splits a picture into RGBA layers, back to front.
+$origin
+## Inference
+
+| setting | value |
+| --- | --- |
+| sampler | Heun, $steps steps ($evaluations evaluations of the model) |
+| guidance | 1.0, that is none |
+| size | longest side $size pixels, sides rounded to multiples of 16 |
+| layers | $layers |
+| prompt | "$prompt", or a caption of the picture |
+| picture | RGB, transparency flattened over white |
+
+The sampler matters: diffusers' pipeline has Euler only, which garbles the layers of such adapters.
+`infer.py` has the loop:
+
+```bash
+pip install torch transformers peft "diffusers==0.42.*"
+python infer.py PICTURE OUTPUT_FOLDER
+```
+
+To load the adapter elsewhere:
+
+```python
+from diffusers import QwenImageLayeredPipeline
+$loading
+```
+"""
+
+_SCRIPT = '''"""Splits a picture into RGBA layers with the adapter in this folder, by Heun's method.
+
+    python infer.py PICTURE OUTPUT_FOLDER
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import QwenImageLayeredPipeline
+from PIL import Image
+
+HERE = Path(__file__).resolve().parent
+BASE, PROMPT = $base, $prompt
+LAYERS, STEPS, SIZE = $layers, $steps, $size
+CELL = 16  # pixels per token, along each side
+
+
+def load(base=BASE, device="cpu", dtype=torch.bfloat16):
+    """The base's pipeline with the adapter."""
+    pipe = QwenImageLayeredPipeline.from_pretrained(base, processor=None, torch_dtype=dtype)
+    if (HERE / "adapter_config.json").exists():
+        from peft import PeftModel
+
+        pipe.transformer = PeftModel.from_pretrained(pipe.transformer, HERE)
+    else:
+        pipe.load_lora_weights(str(HERE), weight_name="pytorch_lora_weights.safetensors")
+    return pipe.to(device)
+
+
+def resized(image, size=SIZE):
+    """The picture over white, with its longest side at `size`, in whole cells."""
+    canvas = Image.new("RGBA", image.size, "white")
+    canvas.alpha_composite(image.convert("RGBA"))
+    zoom = size / max(image.size)
+    sides = [max(round(side * zoom / CELL), 1) * CELL for side in image.size]
+    return canvas.convert("RGB").resize(sides, Image.Resampling.LANCZOS)
+
+
+def heun(velocity, x, sigmas):
+    """Integrates dx/dsigma = velocity(x, sigma) with a second evaluation at each step's end."""
+    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+        width = following - sigma
+        slope = velocity(x, sigma)
+        if following > 0:
+            slope = (slope + velocity(x + width * slope, following)) / 2
+        x = x + width * slope
+    return x
+
+
+def fold(frames):
+    """Latents [F, 16, 2h, 2w] as tokens [1, F*h*w, 64]."""
+    count, channels, height, width = frames.shape
+    cells = frames.reshape(count, channels, height // 2, 2, width // 2, 2)
+    return cells.permute(0, 2, 4, 1, 3, 5).reshape(1, -1, 4 * channels)
+
+
+def unfold(tokens, height, width):
+    """The inverse of `fold`; height and width in tokens."""
+    cells = tokens.reshape(-1, height, width, tokens.shape[-1] // 4, 2, 2)
+    return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(cells), -1, 2 * height, 2 * width)
+
+
+@torch.no_grad()
+def decompose(pipe, image, layers=LAYERS, steps=STEPS, prompt=PROMPT, seed=42, noise=None):
+    """RGBA images, back to front; `image` comes from `resized`."""
+    model, vae, device, dtype = pipe.transformer, pipe.vae, pipe.device, pipe.dtype
+    statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=device)
+    mean, deviation = statistics[:, :, None, None]
+    height, width = image.height // CELL, image.width // CELL
+
+    pixels = torch.from_numpy(np.array(image.convert("RGBA"))).to(device).permute(2, 0, 1)
+    encoded = vae.encode((pixels / 127.5 - 1).to(dtype)[None, :, None]).latent_dist.mode()
+    condition = fold((encoded[:, :, 0].float() - mean) / deviation)
+    text, mask = pipe.encode_prompt(prompt, device=device)
+    grid = np.linspace(1.0, 0.0, steps + 1)[:-1]
+    pipe.scheduler.set_timesteps(sigmas=grid, mu=(height * width / 256) ** 0.5, device=device)
+
+    def velocity(x, sigma):
+        return model(
+            hidden_states=torch.cat([x, condition], dim=1).to(dtype),
+            timestep=sigma.reshape(1).to(device, dtype),
+            encoder_hidden_states=text,
+            encoder_hidden_states_mask=mask,
+            img_shapes=[[(1, height, width)] * (layers + 2)],
+            additional_t_cond=torch.zeros(1, dtype=torch.long, device=device),
+            return_dict=False,
+        )[0][:, : x.shape[1]].float()
+
+    if noise is None:  # drawn on the CPU, so that a seed means the same everywhere
+        shape = (1, (layers + 1) * height * width, condition.shape[-1])
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    tokens = heun(velocity, noise.to(device), pipe.scheduler.sigmas)
+    frames = unfold(tokens, height, width)[1:] * deviation + mean  # the first is the whole picture
+    images = []
+    for frame in frames:
+        decoded = vae.decode(frame[None, :, None].to(dtype), return_dict=False)[0][0, :, 0]
+        levels = ((decoded.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        images.append(Image.fromarray(levels.permute(1, 2, 0).cpu().numpy()))
+    return images
+
+
+def main():
+    """Writes layer_0.png, the background, and so on, and composite.png."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("picture", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--base", default=BASE)
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--size", type=int, default=SIZE)
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    flags = parser.parse_args()
+    pipe = load(flags.base, flags.device, getattr(torch, flags.dtype))
+    image = resized(Image.open(flags.picture), flags.size)
+    images = decompose(pipe, image, flags.layers, flags.steps, flags.prompt, flags.seed)
+    flags.output.mkdir(parents=True, exist_ok=True)
+    composite = Image.new("RGBA", image.size, (0, 0, 0, 0))
+    for index, layer in enumerate(images):
+        layer.save(flags.output / f"layer_{index}.png")
+        composite.alpha_composite(layer)
+    composite.save(flags.output / "composite.png")
+
+
+if __name__ == "__main__":
+    main()
+'''

@@ -1,0 +1,117 @@
+"""Single safetensors files, with the metadata in their headers and 16-bit floats.
+
+For adapters, which are small and may lie on a remote store, and for rewriting the shards of a large
+model tensor by tensor. Whole component folders are `checkpoints.huggingface`'s.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import BinaryIO, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from safetensors import SafetensorError, deserialize
+from safetensors.numpy import save
+
+from sl_jax.checkpoints.huggingface import CheckpointError
+
+FLOATS: Mapping[str, np.dtype] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+_LENGTH_BYTES = 8
+
+
+class TensorFile(NamedTuple):
+    """The content of a safetensors file.
+
+    Attributes:
+        tensors: every tensor of 16 or 32-bit floats.
+        others: name → dtype of tensors of any other type, which are not read.
+        metadata: texts of the header.
+    """
+
+    tensors: dict[str, np.ndarray]
+    others: dict[str, str]
+    metadata: dict[str, str]
+
+
+class Entry(NamedTuple):
+    """Where one tensor lies, in bytes behind the header."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+class Header(NamedTuple):
+    """A header as it stands in the file, and what it says: entries in the order of their bytes."""
+
+    content: bytes
+    entries: list[Entry]
+    metadata: dict[str, str]
+
+
+def read_tensors(path: epath.PathLike) -> TensorFile:
+    """Reads a whole file, local or remote.
+
+    Raises:
+        CheckpointError: it is missing, truncated or damaged.
+    """
+    path = epath.Path(path)
+    tensors: dict[str, np.ndarray] = {}
+    others: dict[str, str] = {}
+    try:
+        with path.open("rb") as file:
+            metadata = read_header(file, path).metadata
+        for name, found in deserialize(path.read_bytes()):
+            if found["dtype"] in FLOATS:
+                flat = np.frombuffer(found["data"], FLOATS[found["dtype"]])
+                tensors[name] = flat.reshape(found["shape"])
+            else:
+                others[name] = found["dtype"]
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path} is missing, truncated or damaged: {error}") from error
+    return TensorFile(tensors, others, metadata)
+
+
+def read_header(file: BinaryIO, path: epath.PathLike) -> Header:
+    """Reads the header at the start of an open file; the file then stands at the first tensor.
+
+    Args:
+        file: opened in binary mode.
+        path: of the file, for errors.
+
+    Raises:
+        CheckpointError: there is no such header.
+    """
+    size = file.seek(0, 2)
+    file.seek(0)
+    prefix = file.read(_LENGTH_BYTES)
+    length = int.from_bytes(prefix, "little")
+    if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+        raise CheckpointError(f"{path} is truncated, or no safetensors file")
+    text = file.read(length)
+    try:
+        content = json.loads(text)
+        metadata = content.pop("__metadata__", None) or {}
+        entries = [
+            Entry(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
+            for name, entry in content.items()
+        ]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} has no safetensors header: {error}") from error
+    ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
+    return Header(prefix + text, ordered, metadata)
+
+
+def write_tensors(
+    path: epath.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes a file, local or remote; the format is PyTorch's for those who ask the metadata."""
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    path.write_bytes(save(arrays, {"format": "pt", **(metadata or {})}))
