@@ -106,7 +106,7 @@ def _parts(
     layout = Layout(make_mesh(config.mesh))
     first = first_adapter(config, model, layout)
     left = config.epochs - (checkpoints.latest or 0)
-    with open_judges(config, folder, left) as judges, closing(stream):
+    with open_judges(config, folder, left, len(examples)) as judges, closing(stream):
         captions = [record.caption for part in (index, held_out) for record in part]
         prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
         pipeline = load_pipeline(model, config.compute, layout)

@@ -204,6 +204,7 @@ def test_a_longer_run_goes_on_from_an_adapter_of_another(trainer, finished, tmp_
 @pytest.mark.slow
 def test_mistakes_end_in_one_line(trainer, tmp_path):
     (tmp_path / "empty").mkdir()
+    server = {"judge__endpoints": ("http://127.0.0.1:9/v1",), "judge__model": "m"}
     cases = [
         (("--config.rollout.groops=3",), {}, "did you mean config.rollout.groups?"),
         (("surplus",), {}, "arguments ['surplus'] are not understood"),
@@ -212,6 +213,8 @@ def test_mistakes_end_in_one_line(trainer, tmp_path):
         ((), {"data__eval_fraction": 1e-9}, "no held-out pictures"),
         ((), {"lora__targets": ("to_nothing",)}, "config.lora.targets"),
         ((), {"model": tmp_path / "empty"}, "model_index.json does not exist"),
+        ((), server, "no endpoint of the judge pool can judge"),
+        ((), server | {"judge__key_env": "NO_SUCH_KEY"}, "environment variable NO_SUCH_KEY"),
     ]
     processes = []
     for number, (extra, settings, _) in enumerate(cases):

@@ -55,7 +55,9 @@ class _WrittenAtOnce:
 
 
 @contextmanager
-def open_judges(config: GrpoConfig, folder: epath.Path, epochs: int) -> Iterator[Judges]:
+def open_judges(
+    config: GrpoConfig, folder: epath.Path, epochs: int, held_out: int
+) -> Iterator[Judges]:
     """The judges, once they are known to work, until the block ends.
 
     Servers get one real call of each kind first, and what judging will cost is logged.
@@ -64,6 +66,7 @@ def open_judges(config: GrpoConfig, folder: epath.Path, epochs: int) -> Iterator
         config: of the run.
         folder: its work directory, for the file of answers.
         epochs: still to come, for the forecast.
+        held_out: pictures of an evaluation, for the forecast.
 
     Raises:
         KeyMissingError: a variable that should hold a key does not.
@@ -94,7 +97,8 @@ def open_judges(config: GrpoConfig, folder: epath.Path, epochs: int) -> Iterator
         )
         graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
         if judge.preflight:
-            _try_out(config, worker, training, other, epochs)
+            graded = held_out * evaluations(config.evaluation, epochs)
+            _try_out(config, worker, training, other, epochs, graded)
         yield Judges(worker, graders)
 
 
@@ -121,10 +125,9 @@ def make_judge(
     return TwoStageJudge(endpoint, config)
 
 
-def evaluation_calls(config: EvaluationConfig, epochs: int) -> int:
-    """Stage-1 calls of the evaluations of a run: before it, on schedule, and at its end."""
-    times = 1 + epochs // config.every + bool(epochs % config.every)
-    return times * config.pictures
+def evaluations(config: EvaluationConfig, epochs: int) -> int:
+    """How many evaluations a run makes: before it, on schedule, and at its end."""
+    return 1 + epochs // config.every + bool(epochs % config.every)
 
 
 def _answers(settings: JudgeSettings, folder: epath.Path) -> AnswerCache:
@@ -167,15 +170,15 @@ def _try_out(
     training: _Pooled | None,
     other: _Pooled | None,
     epochs: int,
+    graded: int,
 ) -> None:
-    """Preflights of all servers, and the forecast of those that judge training."""
-    held_out = evaluation_calls(config.evaluation, epochs)
+    """Preflights of all servers, and the forecast; `graded` pictures are judged in evaluations."""
     if training:
         reports = _preflight(config, worker, training.pool)
-        _forecast(config, reports, epochs, 0 if other else held_out)
+        _forecast(config, reports, epochs, 0 if other else graded)
     if other:
         _preflight(config, worker, other.pool)
-        _log.info("The evaluation's judge gets %d calls in the run.", held_out)
+        _log.info("The evaluation's judge gets %d calls in the run.", graded)
 
 
 def _preflight(
@@ -195,7 +198,7 @@ def _preflight(
 
 
 def _forecast(
-    config: GrpoConfig, reports: "Sequence[EndpointReport]", epochs: int, held_out: int
+    config: GrpoConfig, reports: "Sequence[EndpointReport]", epochs: int, graded: int
 ) -> None:
     from sl_jax.scoring.preflight import forecast
 
@@ -205,6 +208,6 @@ def _forecast(
         group_size=config.rollout.group_size,
         grids=config.judge.grids if config.judge.two_stage else 0,
         epochs=epochs,
-        evaluation_calls=held_out,
+        evaluation_calls=graded,
     )
     _log.info("%s", expected.to_text())

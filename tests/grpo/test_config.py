@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
+from sl_jax.scoring.endpoint_config import EndpointConfig
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 
@@ -90,6 +91,19 @@ def test_rewards_may_have_options():
         ("judge.weights", (1.0, 2.0), "5 non-negative numbers"),
         ("judge.stage2_weight", 2.0, "0…1"),
         ("judge.min_valid", 1.5, "a share from 0 to 1"),
+        ("judge.max_requests", 10, "only servers heed; please name config.judge.endpoints"),
+        ("judge.max_tokens", 0, "more than 0"),
+        ("judge.hedge_after", -1.0, "more than 0"),
+        ("judge.asks", 0, "at least 1"),
+        ("judge.prompts", "nowhere", "holds candidate.md and grid.md"),
+        ("judge.recorded_pictures", -1, "0 or more"),
+        ("judge.render.layout", "pile", "one of 'sheet', 'separate'"),
+        ("judge.render.tile_size", 2, "at least 16 pixels"),
+        ("judge.request.temperature", -1.0, "0 or more"),
+        ("judge.request.structured", "xml", "one of 'auto'"),
+        ("judge.request.timeout", 0.0, "seconds above 0"),
+        ("judge.cool_down.longest", 0.5, "at least first"),
+        ("judge.endpoints", "http://a/v1", "a tuple"),
         ("judge.two_stage", "yes", "True or False"),
         ("rewards", (("applause", 1.0),), "one of ['all_blank_veto'"),
         ("rewards", (("recomposition_veto", 1.0),), "at least one that scores"),
@@ -181,6 +195,64 @@ def test_batches_that_the_mesh_does_not_divide(field, mesh, devices, parts):
     name = field.replace("__", ".")
     assert f"config.{name} is 2; please use a multiple of data × fsdp = {parts}" in str(error.value)
     assert f"{devices} devices" in str(error.value)
+
+
+URL = "http://host:8000/v1"
+
+
+def test_endpoints_are_urls_or_mappings_and_inherit_model_and_key():
+    own = {"url": "http://b/v1", "model": "other", "concurrency": 3, "requests_per_minute": 60}
+    mapping = _mapping(
+        judge__endpoints=[URL, own], judge__model="m", judge__key_env="KEY", judge__max_requests=9
+    )
+    first, second = from_mapping(mapping, 1).judge.endpoints
+    assert first == EndpointConfig(URL, "m", "KEY")
+    assert second == EndpointConfig("http://b/v1", "other", "KEY", 3, 60)
+    assert from_mapping(mapping, 1).judge.models == ("m", "other")
+    graders = from_mapping(_mapping(evaluation__judge=({"url": URL, "model": "g"},)), 1)
+    assert graders.evaluation.judge == (EndpointConfig(URL, "g"),)
+    assert graders.judge.models == ("embedded",)
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "said"),
+    [
+        (URL, "[0].model of http://host:8000/v1 is empty: please name it"),
+        ({"model": "m"}, "[0].url is missing; please give a text"),
+        ({"url": "host:8000", "model": "m"}, "[0].url: the address of a judge should look like"),
+        ({"url": "http://h:x/v1", "model": "m"}, "[0].url: the address of a judge should look"),
+        ({"url": URL, "model": "m", "concurrency": 0}, "[0].concurrency of http://host:8000/v1 is"),
+        ({"url": URL, "model": "m", "tokens_per_minute": 0}, "[0].tokens_per_minute of"),
+        ({"url": URL, "model": "m", "speed": 3}, "[0].speed is unknown (its value is 3)"),
+        (7, "[0] is 7; please give its fields: concurrency"),
+    ],
+)
+def test_wrong_endpoints_are_named_by_number_and_field(endpoint, said):
+    with pytest.raises(ConfigError) as error:
+        from_mapping(_mapping(judge__endpoints=(endpoint,)), 1)
+    assert f"config.judge.endpoints{said}" in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["key_env", "api_key", "password"])
+def test_a_key_that_was_put_into_the_configuration_is_not_repeated(field):
+    endpoint = {"url": URL, "model": "m", field: "sk-s3cret-0123456789"}
+    with pytest.raises(ConfigError) as error:
+        from_mapping(_mapping(judge__endpoints=(endpoint,)), 1)
+    assert field in str(error.value) and "s3cret" not in str(error.value)
+
+
+def test_endpoints_of_one_name():
+    with pytest.raises(
+        ConfigError, match=r"config\.judge\.endpoints are called .* a name of its own"
+    ):
+        from_mapping(_mapping(judge__endpoints=(URL, URL), judge__model="m"), 1)
+
+
+def test_answers_are_kept_on_a_local_disk():
+    fields = {"judge__endpoints": (URL,), "judge__model": "m", "workdir": "gs://bucket/run"}
+    with pytest.raises(ConfigError, match=r"config\.judge\.cache_path.*a file on a local disk"):
+        from_mapping(_mapping(**fields), 1)
+    assert from_mapping(_mapping(**fields, judge__cache_path="/tmp/judge.sqlite3"), 1)
 
 
 def test_everything_wrong_is_said_at_once():

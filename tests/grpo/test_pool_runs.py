@@ -2,13 +2,11 @@
 
 import collections
 import runpy
-import threading
 import time
 from pathlib import Path
 
 import jax
 import pytest
-import uvicorn
 from safetensors.numpy import load_file
 
 from sl_jax import train
@@ -17,16 +15,14 @@ from sl_jax.data import write_designs
 from sl_jax.grpo.config import from_mapping
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.parallel.mesh import make_mesh
-from sl_jax.scoring import BudgetError, EmbeddedJudge
+from sl_jax.scoring import BudgetError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.records import read_records
-from sl_jax.scoring.server import JudgeServer
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training.metrics import read_metrics
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 EPOCHS = 2
-TOKEN = "a-token-of-the-test"
 SETTINGS = {
     "epochs": EPOCHS,
     "data.buckets": ((32, 32),),
@@ -52,58 +48,6 @@ SETTINGS = {
     "judge.patience": 0.5,
     "judge.min_valid": 1.0,
 }
-
-
-class Judge(EmbeddedJudge):
-    """The embedded judge, counting what it is asked, and told when to die."""
-
-    def __init__(self):
-        super().__init__()
-        self.asked = collections.Counter()
-        self.dies_after, self.die = None, lambda: None
-
-    async def answer(self, request):
-        self.asked[request.digest()] += 1
-        if self.dies_after is not None and self.asked.total() > self.dies_after:
-            self.die()
-        return await super().answer(request)
-
-
-class Served:
-    """A judge on loopback, on a thread of its own; it may be stopped, and started again."""
-
-    def __init__(self, port=0):
-        self.judge, self.port = Judge(), port
-        self.judge.die = self.stop
-        self.start()
-
-    def start(self):
-        self.judge.dies_after = None
-        server = JudgeServer(self.judge, TOKEN)
-        config = uvicorn.Config(server.app, port=self.port, log_level="critical", lifespan="off")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    def stop(self):
-        """Connections break; nobody listens any more."""
-        self.server.should_exit = self.server.force_exit = True
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}/v1"
-
-
-@pytest.fixture
-def servers():
-    started = [Served(), Served()]
-    yield started
-    for served in started:
-        served.stop()
-        served.thread.join(10)
 
 
 class Runner:
@@ -136,7 +80,7 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner(random_checkpoint, tmp_path_factory):
+def runner(random_checkpoint, judge_token, tmp_path_factory):
     one = jax.devices()[:1]
     cache = str(tmp_path_factory.mktemp("programs"))
     settings = {
@@ -148,7 +92,7 @@ def runner(random_checkpoint, tmp_path_factory):
     before = {name: jax.config.values[name] for name in settings}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "make_mesh", lambda config: make_mesh(config, one))
-        patch.setenv("TEST_JUDGE_TOKEN", TOKEN)
+        patch.setenv("TEST_JUDGE_TOKEN", judge_token)
         for name, value in settings.items():
             jax.config.update(name, value)
         yield Runner(random_checkpoint, tmp_path_factory.mktemp("runs"))
@@ -195,7 +139,7 @@ def _latest(workdir):
 
 @pytest.mark.slow
 def test_served_judges_train_the_adapter_that_the_one_in_process_does(
-    runner, whole, servers, tmp_path, caplog
+    runner, whole, servers, judge_token, tmp_path, caplog
 ):
     """Though one of them dies in the middle, and whatever is asked again is asked elsewhere."""
     caplog.set_level("INFO", "sl_jax")
@@ -219,8 +163,8 @@ def test_served_judges_train_the_adapter_that_the_one_in_process_does(
     assert any("config.evaluation.judge names another" in text for text in said)
     for path in workdir.rglob("*"):
         if path.is_file():
-            assert TOKEN.encode() not in path.read_bytes(), path
-    assert TOKEN not in "".join(said)
+            assert judge_token.encode() not in path.read_bytes(), path
+    assert judge_token not in "".join(said)
 
 
 @pytest.mark.slow

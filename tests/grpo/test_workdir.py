@@ -7,6 +7,7 @@ import pytest
 
 from sl_jax.grpo import workdir
 from sl_jax.grpo.config import ConfigError, DataConfig, GrpoConfig
+from sl_jax.scoring.endpoint_config import EndpointConfig
 
 
 def _config(folder, **changes):
@@ -56,6 +57,7 @@ def test_another_configuration_is_refused_and_overwrites_nothing(tmp_path):
         ("mesh", {"fsdp": 1, "data": -1}),
         ("learner", {"micro_batch": 4}),
         ("judge", {"concurrency": 2, "max_wait": 5.0}),
+        ("judge", {"max_requests": 9, "key_env": "KEY", "cache": False, "hedge_after": 2.0}),
         ("compute", {"remat": "none"}),
     ],
 )
@@ -64,6 +66,19 @@ def test_a_run_may_be_moved_and_watched_differently(tmp_path, part, changes):
     workdir.claim(config)
     workdir.record(config)
     workdir.claim(dataclasses.replace(_nested(config, part, **changes), epochs=9))
+
+
+def test_servers_may_come_and_go_but_not_the_models_that_judge(tmp_path):
+    def with_servers(*servers):
+        return _nested(_config(tmp_path), "judge", endpoints=tuple(servers))
+
+    config = with_servers(EndpointConfig("http://a/v1", "m"), EndpointConfig("http://b/v1", "m"))
+    workdir.claim(config)
+    workdir.record(config)
+    workdir.claim(with_servers(EndpointConfig("http://c/v1", "m", "KEY", 3)))
+    for other in (with_servers(EndpointConfig("http://a/v1", "n")), _config(tmp_path)):
+        with pytest.raises(ConfigError, match=r"config\.judge\.endpoints\.model: \['m'\] there"):
+            workdir.claim(other)
 
 
 def test_neighbours_of_free_fields_are_not_free(tmp_path):

@@ -245,6 +245,27 @@ def test_patience_ends_when_nothing_is_up(servers):
     assert 0.5 < time.monotonic() - started < 10
 
 
+def test_it_tells_why_nobody_answers_until_somebody_does(servers):
+    down = True
+    pair = [servers(lambda _: "500" if down else None) for _ in range(2)]
+
+    async def work(pool):
+        nonlocal down
+        assert pool.trouble is None
+        asked = asyncio.create_task(ask(pool, 1))
+        while pool.trouble is None:
+            await asyncio.sleep(0.01)
+        told = pool.trouble
+        down = False
+        await asked
+        assert pool.trouble is None
+        return told
+
+    told = run(make_pool(pair, tries=50), work)
+    assert told.startswith("no judge has been up for 0 s (s0: HTTP 500")
+    assert "s1: HTTP 500" in told
+
+
 def test_refusals_are_not_retried(servers):
     async def refuse(writer, content):
         return await good.send(writer, 400, '{"error": {"code": "content_filter"}}')

@@ -1,5 +1,9 @@
 """Rewards beyond the judge."""
 
+import ast
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -90,6 +94,26 @@ def test_a_reward_that_is_not_a_number_makes_the_candidate_invalid():
     scores = Rewards([("judge", 1.0), (f"{__name__}.undecided", 1.0)])(_group(), _judged())
     np.testing.assert_array_equal(scores.valid, [False, True, True, False])
     assert np.isnan(scores.reward[0])
+
+
+def test_the_example_of_the_readme_works(tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(# my_rewards\.py.*?)```", readme, re.DOTALL)
+    assert len(code.splitlines()) <= 10
+    (listed,) = re.findall(r"--config\.rewards='(.*?)'", readme, re.DOTALL)
+    (tmp_path / "my_rewards.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    specs = ast.literal_eval(listed)
+    assert [name for name, _ in specs] == [
+        *("judge", "my_rewards.used_layers", "recomposition_veto", "all_blank_veto")
+    ]
+    group = _group()
+    used = Rewards([("my_rewards.used_layers", 1.0)])(group, _judged()).reward
+    count = len(group.candidates[0])
+    np.testing.assert_allclose(used[:3], [1, 1 / count, 1])
+    weight = dict(specs)["my_rewards.used_layers"]
+    both = Rewards(specs)(group, _judged())
+    assert both.reward[0] == pytest.approx(0.9 + weight)  # no veto objects to the truth
 
 
 def test_wrong_lists_are_refused():

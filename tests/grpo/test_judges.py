@@ -1,0 +1,122 @@
+"""The judges of a run as the configuration names them."""
+
+import json
+import logging
+
+import pytest
+
+from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings, RolloutConfig
+from sl_jax.grpo.judges import evaluations, open_judges
+from sl_jax.scoring import BudgetError, EmbeddedJudge, cases
+from sl_jax.scoring.cache import CacheError
+from sl_jax.scoring.endpoint_config import EndpointConfig
+from sl_jax.scoring.keys import KeyMissingError
+from sl_jax.scoring.types import Group
+
+URL = "http://127.0.0.1:9/v1"  # nobody listens
+QUIET = {"preflight": False}
+
+
+def _config(evaluation=(), **judge):
+    return GrpoConfig(
+        "run",
+        "tiny",
+        4,
+        rollout=RolloutConfig(group_size=2),
+        judge=JudgeSettings(**judge),
+        evaluation=EvaluationConfig(every=3, judge=evaluation),
+    )
+
+
+def _group(name="g", seed=0):
+    built = cases.built_cases(32)[seed]
+    return Group(name, built.source, (built.clean, built.flawed))
+
+
+@pytest.fixture
+def served(servers, judge_token, monkeypatch):
+    """A served judge, with the endpoint that leads to it."""
+    monkeypatch.setenv("TEST_JUDGE_TOKEN", judge_token)
+    servers[0].endpoint = EndpointConfig(servers[0].url, "embedded-precise", "TEST_JUDGE_TOKEN")
+    return servers[0]
+
+
+def test_in_process_nothing_is_written_or_tried(tmp_path, caplog):
+    with open_judges(_config(), tmp_path, 4, 10) as judges:
+        both = judges.training.submit(_group()).result(60)
+        one = judges.evaluation.submit(_group()).result(60)
+        assert isinstance(judges.training.endpoint, EmbeddedJudge)
+    assert both.two_stage and not one.two_stage and both.stage1.tolist() == one.stage1.tolist()
+    assert list(tmp_path.iterdir()) == []
+    assert "config.evaluation.judge names another" in caplog.text
+
+
+def test_training_and_evaluation_share_servers_answers_and_budget(served, tmp_path):
+    config = _config(endpoints=(served.endpoint,), max_requests=3, **QUIET)
+    with open_judges(config, tmp_path, 4, 10) as judges:
+        assert judges.training.endpoint is judges.evaluation.endpoint
+        first = judges.training.submit(_group()).result(60)
+        again = judges.evaluation.submit(_group()).result(60)
+        assert first.stage1.tolist() == again.stage1.tolist() and first.valid.all()
+        assert all(call.cached for call in again.calls)
+        with pytest.raises(BudgetError, match="3 of max_requests = 3"):
+            judges.evaluation.submit(_group(name="h", seed=1)).result(60)
+    assert served.judge.asked.total() == 3
+    with open_judges(config, tmp_path, 4, 10) as judges:  # restarted
+        judges.training.submit(_group()).result(60)
+        with pytest.raises(BudgetError):
+            judges.training.submit(_group(name="h", seed=1)).result(60)
+    assert served.judge.asked.total() == 3
+
+
+def test_another_judge_may_evaluate(served, tmp_path, caplog):
+    with open_judges(
+        _config((served.endpoint,), max_requests=2, **QUIET), tmp_path, 4, 10
+    ) as judges:
+        assert judges.training.submit(_group()).result(60).endpoints == ("embedded:precise",)
+        found = judges.evaluation.submit(_group()).result(60)
+        assert found.endpoints == (served.endpoint.label,) and not found.two_stage
+        with pytest.raises(BudgetError):
+            judges.evaluation.submit(_group(name="h", seed=1)).result(60)
+    assert "names another" not in caplog.text
+
+
+def test_without_a_cache_the_budget_still_holds_over_restarts(served, tmp_path):
+    config = _config(endpoints=(served.endpoint,), max_requests=6, cache=False, **QUIET)
+    for _ in range(2):
+        with open_judges(config, tmp_path, 4, 10) as judges:
+            assert judges.training.submit(_group()).result(60).valid.all()
+    assert served.judge.asked.total() == 6
+    with open_judges(config, tmp_path, 4, 10) as judges, pytest.raises(BudgetError):
+        judges.training.submit(_group()).result(60)
+
+
+def test_servers_are_tried_and_the_cost_is_forecast(served, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sl_jax")
+    config = _config(endpoints=(served.endpoint,), model="m")
+    with open_judges(config, tmp_path, 4, 10):
+        assert served.judge.asked.total() == 2
+    assert "ready (JSON by schema)" in caplog.text
+    # 32 groups of 2 and a grid, 4 epochs; 10 pictures before, at epochs 3 and 4.
+    assert "96 calls and" in caplog.text and "414 calls" in caplog.text
+
+
+def test_what_cannot_be_used_is_said(tmp_path, monkeypatch):
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    servers = (EndpointConfig(URL, "m", "NO_SUCH_KEY"),)
+    with (
+        pytest.raises(KeyMissingError, match="NO_SUCH_KEY"),
+        open_judges(_config(endpoints=servers), tmp_path, 4, 10),
+    ):
+        pass
+    (tmp_path / "judge.sqlite3").write_text(json.dumps("no database, whatever its name says" * 9))
+    with (
+        pytest.raises(CacheError, match=r"judge\.sqlite3"),
+        open_judges(_config(endpoints=(EndpointConfig(URL, "m"),)), tmp_path, 4, 10),
+    ):
+        pass
+
+
+def test_evaluations_are_counted():
+    config = EvaluationConfig(every=3)
+    assert [evaluations(config, epochs) for epochs in (0, 1, 3, 4, 6)] == [1, 2, 2, 3, 3]
