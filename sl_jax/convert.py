@@ -80,7 +80,8 @@ def to_peft(flags: argparse.Namespace) -> None:
     base = flags.base_model or found.base_model or _BASE
     _WRITERS[flags.format](flags.output, found.modules, base, found.layers)
     settings = CardSettings(RELEASE.layers, RELEASE.steps, RELEASE.size, DEFAULT_PROMPT)
-    write_card(flags.output, flags.format, base, settings, trained=found.layers is not None)
+    trained = found.layers is not None and found.base_model is not None
+    write_card(flags.output, flags.format, base, settings, trained)
     print(f"{len(found.modules)} adapted modules, README.md and infer.py: {flags.output}")
 
 

@@ -4,7 +4,6 @@ All of them by a local or remote path, the first two also from the Hugging Face 
 """
 
 import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +11,7 @@ from etils import epath
 from flax import traverse_util
 
 from sl_jax.checkpoints import diffusers_lora, peft
-from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.huggingface import CheckpointError, read_config
 from sl_jax.checkpoints.lora_modules import (
     LoraModule,
     refuse,
@@ -139,7 +138,7 @@ def read_adapter(name: epath.PathLike) -> AdapterModules:
     refuse(name, problems)
     told = None
     if source.kind == "peft":
-        told = json.loads((source.path / peft.CONFIG).read_text()).get("base_model_name_or_path")
+        told = read_config(source.path, peft.CONFIG).get("base_model_name_or_path")
     return AdapterModules(modules, None, told)
 
 
@@ -164,11 +163,10 @@ def _run_adapter(step: epath.Path) -> Adapter:
 
 def _run_model(step: epath.Path) -> str | None:
     """The model that the configuration of a run names; None outside a work directory."""
-    path = step.parent.parent / "config.json"
-    if not path.exists():
+    folder = step.parent.parent
+    if step.parent.name != "checkpoints" or not (folder / "config.json").exists():
         return None
-    config = json.loads(path.read_text())
-    return config.get("model") if isinstance(config, dict) else None
+    return read_config(folder).get("model")
 
 
 def save_adapter_checkpoint(folder: epath.PathLike, adapter: Adapter) -> None:

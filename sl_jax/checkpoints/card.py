@@ -119,7 +119,7 @@ CELL = 16  # pixels per token, along each side
 
 def load(base=BASE, device="cpu", dtype=torch.bfloat16):
     """The base's pipeline with the adapter."""
-    pipe = QwenImageLayeredPipeline.from_pretrained(base, processor=None, torch_dtype=dtype)
+    pipe = QwenImageLayeredPipeline.from_pretrained(base, processor=None, dtype=dtype)
     if (HERE / "adapter_config.json").exists():
         from peft import PeftModel
 

@@ -120,7 +120,8 @@ def _outputs(
     params = load_params(folder / "transformer", MMDIT, shapes)
     variables = shard_adapter(loaded, params).variables()
     run = jax.jit(lambda p, collections: _velocity(model, p, collections, inputs))
-    base, ours = (np.asarray(run(params, v), np.float32) for v in ({}, variables))
+    idle = {**variables, "lora_scale": jax.tree.map(jnp.zeros_like, variables["lora_scale"])}
+    base, ours = (np.asarray(run(params, v), np.float32) for v in (idle, variables))
     for leaf in jax.tree.leaves(params):
         leaf.delete()
     return base, ours
@@ -157,7 +158,7 @@ def _peer_output(
 
     kind = getattr(torch, dtype)
     place = folder if isinstance(adapter, AdapterSource) else adapter / "transformer"
-    model = QwenImageTransformer2DModel.from_pretrained(place, torch_dtype=kind).eval()
+    model = QwenImageTransformer2DModel.from_pretrained(place, dtype=kind).eval()
     if isinstance(adapter, AdapterSource):
         model = _with_adapter(model, adapter).eval()
     tokens = np.concatenate([inputs.latents, inputs.condition], axis=1)
