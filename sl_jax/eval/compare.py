@@ -14,6 +14,7 @@ from sl_jax.eval.layerd import EditScores, layerd_scores
 from sl_jax.eval.reference_free import ReferenceFree, reference_free
 from sl_jax.eval.report import Column, Table
 from sl_jax.eval.stable_layers import LayerL1, layer_l1
+from sl_jax.scoring import CRITERIA
 
 
 @dataclass(frozen=True)
@@ -24,20 +25,24 @@ class Measurement:
       picture, model: whose it is; one picture may be measured for several L and seeds.
       layers: L of the reference, or the L that was asked for where there is none.
       seed: of the sampler.
-      free: reference-free measures.
+      free: reference-free measures; None if they were not asked for.
       layer_l1, layerd: reference-based measures; None without a reference, and layerd also where
         prediction or reference has fewer than two layers, which LayerD's own script leaves out.
       reward: the judge's stage-1 score, 0..1; nan if nobody judged.
+      criteria: the judge's criteria, 0..1, in the order of `scoring.CRITERIA`; empty if unknown.
+      wins: share of two grids, one per order, that it won against the base; nan if not compared.
     """
 
     picture: str
     model: str
     layers: int
     seed: int
-    free: ReferenceFree
+    free: ReferenceFree | None
     layer_l1: LayerL1 | None = None
     layerd: tuple[EditScores, ...] | None = None
     reward: float = math.nan
+    criteria: tuple[float, ...] = ()
+    wins: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,11 @@ def _layer_l1(name: str) -> Callable[[Measurement], float]:
 
 
 def _free(name: str) -> Callable[[Measurement], float]:
-    return lambda m: getattr(m.free, name)
+    return lambda m: getattr(m.free, name) if m.free else math.nan
+
+
+def _criterion(index: int) -> Callable[[Measurement], float]:
+    return lambda m: m.criteria[index] if m.criteria else math.nan
 
 
 def _layerd(name: str, edits: int) -> Callable[[Measurement], float]:
@@ -68,8 +77,15 @@ LAYER_L1 = (
     Metric(Column("Background (Pred 0)", 4, "lower"), _layer_l1("background")),
     Metric(Column("Order-free mean L1", 4, "lower"), _layer_l1("order_free")),
 )
-REFERENCE_FREE = (
+JUDGE = (
     Metric(Column("Judge score", 3, "higher"), lambda m: m.reward),
+    *(
+        Metric(Column(name.replace("_", " ").capitalize(), 3, "higher"), _criterion(index))
+        for index, name in enumerate(CRITERIA)
+    ),
+)
+WIN_RATE = Metric(Column("Win rate", 3, "higher"), lambda m: m.wins)
+REFERENCE_FREE = (
     Metric(Column("Recomposition PSNR, dB", 2, "higher"), _free("psnr")),
     Metric(Column("Recomposition L1", 4, "lower"), _free("recomposition_l1")),
     Metric(Column("Blank layers", 3), _free("blank_rate")),
@@ -85,7 +101,7 @@ def layerd_metrics(edits: int) -> tuple[Metric, ...]:
     return (
         Metric(Column("RGB L1", 4, "lower"), _layerd("rgb_l1", edits)),
         Metric(Column("Alpha IoU", 4, "higher"), _layerd("alpha_iou", edits)),
-        Metric(Column("Cost", 4, "lower"), _layerd("cost", edits)),
+        Metric(Column("LayerD cost", 4, "lower"), _layerd("cost", edits)),
     )
 
 
@@ -146,8 +162,11 @@ def comparison_tables(
     _check_unique(measurements)
     tables = [_per_layer_l1(measurements, models), _layerd_table(measurements, models, edits)]
     tables.append(_table("Without a reference", measurements, models, REFERENCE_FREE, _FREE_NOTE))
+    tables.append(_table("Judge", measurements, models, JUDGE, _JUDGE_NOTE))
     others = [model for model in models if model != base]
     if base is not None and others:
+        note = _WINS_NOTE.format(base)
+        tables.append(_table(f"Win rate against {base}", measurements, others, [WIN_RATE], note))
         tables += _difference_tables(measurements, others, base, max(edits))
     return tuple(table for table in tables if table is not None)
 
@@ -164,6 +183,8 @@ def flat_records(
             "layers": m.layers,
             "seed": m.seed,
             "reward": m.reward,
+            **dict(zip(CRITERIA, m.criteria, strict=False)),
+            "win_rate": m.wins,
         }
         if m.layer_l1:
             record |= {
@@ -174,7 +195,7 @@ def flat_records(
         for level in m.layerd or ():
             for name in ("cost", "rgb_l1", "alpha_iou"):
                 record[f"layerd_{name}_{level.edits}"] = getattr(level, name)
-        records.append(record | dataclasses.asdict(m.free))
+        records.append(record | (dataclasses.asdict(m.free) if m.free else {}))
     return tuple(records)
 
 
@@ -189,6 +210,11 @@ _LAYERD_NOTE = (
 _FREE_NOTE = (
     "Sanity checks, not goals: all content in the background recomposes perfectly. Spare blank "
     "layers are normal."
+)
+_JUDGE_NOTE = "Stage 1: each decomposition judged on its own, 0 to 1."
+_WINS_NOTE = (
+    "Judged side by side with {} in two grids, one for each order; a tie counts as half, and 0.5 "
+    "is a draw. Stacks of different length are filled up with transparent layers."
 )
 _DIFFERENCE_NOTE = "Paired differences over equal pictures, layer counts and seeds."
 
@@ -223,10 +249,12 @@ def _table(
     models: Sequence[str],
     metrics: Sequence[Metric],
     note: str,
-) -> Table:
+) -> Table | None:
+    """Columns that nobody has a number for are left out; None if that leaves nothing."""
     measured = [m for m in metrics if not all(math.isnan(m.of(x)) for x in measurements)]
+    rows = _rows(measurements, models, measured)
     columns = (Column("Model"), *(metric.column for metric in measured), _PICTURES)
-    return Table(title, columns, tuple(_rows(measurements, models, measured)), note)
+    return Table(title, columns, tuple(rows), note) if rows else None
 
 
 def _difference_tables(
@@ -235,19 +263,20 @@ def _difference_tables(
     tables = []
     for title, metrics in (
         ("reference-based", (*LAYER_L1, *layerd_metrics(edits))),
-        ("without a reference", REFERENCE_FREE),
+        ("without a reference", (*REFERENCE_FREE, *JUDGE)),
     ):
         of_all = {metric: _grids(measurements, [base, *others], metric) for metric in metrics}
         kept = [m for m, grids in of_all.items() if not all(np.isnan(g).all() for g in grids)]
         if not kept:
             continue
-        rows = tuple(
-            (model, *(paired_difference(of_all[m][index], of_all[m][0]) for m in kept))
-            for index, model in enumerate(others, 1)
-        )
+        rows = []
+        for index, model in enumerate(others, 1):
+            cells = [paired_difference(of_all[m][index], of_all[m][0]) for m in kept]
+            rows.append((model, *cells, _covered(cells)))
         signed = (dataclasses.replace(m.column, better="", signed=True) for m in kept)
-        columns = (Column("Model"), *signed)
-        tables.append(Table(f"Difference from {base}, {title}", columns, rows, _DIFFERENCE_NOTE))
+        columns = (Column("Model"), *signed, _PICTURES)
+        name = f"Difference from {base}, {title}"
+        tables.append(Table(name, columns, tuple(rows), _DIFFERENCE_NOTE))
     return tables
 
 
@@ -262,10 +291,15 @@ def _rows(
     grids = [_grids(measurements, models, metric) for metric in metrics]
     for index, model in enumerate(models):
         cells = [interval(grid[index]) for grid in grids]
-        pictures = max((cell.count for cell in cells), default=0)
-        if pictures:
-            rows.append((model, *cells, pictures))
+        if any(cell.count for cell in cells):
+            rows.append((model, *cells, _covered(cells)))
     return rows
+
+
+def _covered(cells: Sequence[Interval]) -> int | str:
+    """How many pictures stand behind a row, from the least to the most if its cells differ."""
+    counts = sorted({cell.count for cell in cells})
+    return counts[0] if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def _grids(

@@ -74,8 +74,7 @@ def test_tables_of_a_comparison():
     assert [row[0] for row in difference.rows] == ["truth"]
     assert difference.rows[0][1].mean == pytest.approx(-l1[4][2].mean)
     assert difference.rows[0][1].high < 0 and difference.columns[1].signed
-    free = tables["Without a reference"]
-    assert "Judge score" not in [column.name for column in free.columns]  # nobody judged
+    assert difference.rows[0][-1] == 4 and difference.columns[-1].name == "Pictures"
     page = render_html(
         Report("T", tables=tuple(tables.values()), records=flat_records(measurements))
     )
@@ -104,13 +103,30 @@ def test_seeds_are_averaged_within_their_picture_and_paired_by_seed():
     tables = comparison_tables(measurements, "base")
     assert [table.title for table in tables] == [
         "Without a reference",
+        "Judge",
         "Difference from base, without a reference",
     ]
-    base, tuned = tables[0].rows
+    base, tuned = tables[1].rows
     assert base[1].mean == pytest.approx((0.3 + 0.5) / 2) and base[-1] == 2
     assert tuned[1].mean == pytest.approx(0.6)
-    (difference,) = tables[1].rows
-    assert difference[1].mean == pytest.approx(0.1) and difference[1].count == 1
+    (difference,) = tables[2].rows
+    place = [column.name for column in tables[2].columns].index("Judge score")
+    assert difference[place].mean == pytest.approx(0.1) and difference[place].count == 1
+
+
+def test_what_some_pictures_lack_shows_in_the_count():
+    free = measured(pictures=1)[0].free
+    measurements = [
+        Measurement("a", "base", 2, 0, free, reward=0.5, criteria=(0.1, 0.2, 0.3, 0.4, 0.5)),
+        Measurement("b", "base", 2, 0, free, reward=0.7),
+        Measurement("a", "tuned", 2, 0, None, wins=0.75),
+        Measurement("b", "tuned", 2, 0, free, wins=0.25),
+    ]
+    tables = {table.title: table for table in comparison_tables(measurements, "base")}
+    assert [row[-1] for row in tables["Judge"].rows] == ["1 to 2"]
+    assert [row[-1] for row in tables["Without a reference"].rows] == [2, 1]
+    (wins,) = tables["Win rate against base"].rows
+    assert wins[:1] == ("tuned",) and wins[1].mean == 0.5 and wins[-1] == 2
 
 
 def test_records_are_flat():

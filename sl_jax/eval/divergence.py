@@ -1,0 +1,42 @@
+"""Signs, in the log of a run, that the reward rises and the decompositions get worse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REWARD = "judge/reward_mean"
+_WATCHED = {
+    "evaluation/psnr": ("recomposition PSNR", 0.5, "dB"),
+    "evaluation/reward": ("the evaluation judge's score", 0.01, "points"),
+}
+
+
+def divergence(records: Sequence[Mapping[str, Any]], least_rise: float = 0.01) -> tuple[str, ...]:
+    """What fell on held-out pictures while the training reward rose; empty if all is well.
+
+    The reward is averaged over the first and the last quarter of its records; held-out metrics are
+    compared between the first evaluation and the last. PSNR counts as fallen by more than 0.5 dB,
+    the judge's score by more than 0.01.
+
+    Args:
+      records: from `training.metrics.read_metrics`.
+      least_rise: rise of the training reward that counts.
+    """
+    rewards = [r[REWARD] for r in records if r.get(REWARD) is not None]
+    quarter = max(1, len(rewards) // 4)
+    if len(rewards) < 2:
+        return ()
+    rise = (sum(rewards[-quarter:]) - sum(rewards[:quarter])) / quarter
+    if rise <= least_rise:
+        return ()
+    found = []
+    for name, (what, tolerated, unit) in _WATCHED.items():
+        values = [r[name] for r in records if r.get(name) is not None]
+        if len(values) > 1 and values[0] - values[-1] > tolerated:
+            found.append(
+                f"the training reward rose by {rise:.3f}, and {what} on held-out pictures fell "
+                f"from {values[0]:.4g} to {values[-1]:.4g} {unit}: the judge may be learning less "
+                "than the policy that pleases it; please look at the example decompositions"
+            )
+    return tuple(found)

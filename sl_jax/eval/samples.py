@@ -1,0 +1,290 @@
+"""What an evaluation looks at: pictures, designs with their true layers, procedural designs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from sl_jax import imaging
+from sl_jax.data import FolderError, LayeredFolder, Skipped
+from sl_jax.data.pictures import (
+    PictureError,
+    longest_side_size,
+    open_picture,
+    picture_size,
+    resize_to,
+)
+from sl_jax.data.procedural import FAMILIES, MAX_LAYERS, make_design
+from sl_jax.eval.options import EvaluationError
+from sl_jax.eval.stacks import LIMITS, StackError, check_alpha
+from sl_jax.inference.folder import Entry, find_pictures
+
+PROCEDURAL = "procedural"
+_PROCEDURAL_WANTED = (
+    "please write procedural:FAMILY:COUNT[:LAYERS[:SIZE[:FIRST]]], such as procedural:B:256:3,4:64"
+)
+
+
+class Sample(NamedTuple):
+    """A picture in memory.
+
+    Attributes:
+      source: what every system is shown.
+      reference: its true layers, straight RGBA, back to front; None if they are not known.
+    """
+
+    source: UInt8[np.ndarray, "h w 3"]
+    reference: UInt8[np.ndarray, "l h w 4"] | None
+
+
+@dataclass(frozen=True)
+class EvalPicture:
+    """One picture of an evaluation.
+
+    Attributes:
+      index: its place, counted from 0; added to the sampler's seed.
+      name: unique; folders and tables call it so.
+      size: (height, width) at which it is decomposed.
+      original: (height, width) as it is stored.
+      layers: number of its true layers; None if they are not known.
+      digest: changes with its content, name and size.
+      open: reads it. Raises `PictureError` if that is no longer possible.
+    """
+
+    index: int
+    name: str
+    size: tuple[int, int]
+    original: tuple[int, int]
+    layers: int | None
+    digest: str
+    open: Callable[[], Sample]
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """The pictures of an evaluation, and what was left out, each with its reason."""
+
+    where: str
+    pictures: tuple[EvalPicture, ...]
+    skipped: tuple[Skipped, ...] = ()
+
+    @property
+    def has_references(self) -> bool:
+        """Whether true layers are known; a kind of data has them for all or for none."""
+        return self.pictures[0].layers is not None
+
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Numbers of true layers that occur, ascending."""
+        return tuple(sorted({p.layers for p in self.pictures if p.layers is not None}))
+
+
+def open_data(where: str, side: int | None = None, limit: int | None = None) -> EvalData:
+    """Finds the pictures to evaluate on.
+
+    Args:
+      where: `procedural:FAMILY:COUNT[:LAYERS[:SIZE[:FIRST]]]`, where LAYERS are one or more
+        numbers to take in turn (3), SIZE the side in pixels (64), and FIRST the first seed (0); a
+        folder of designs NAME/0000.png, … (LayerD layout); or a picture, a folder of pictures, or
+        a pattern.
+      side: pixels of the longest side, sides being multiples of 16; None keeps the pictures' own
+        size.
+      limit: take the first so many.
+
+    Raises:
+      FolderError: there is nothing to evaluate on.
+      EvaluationError: a procedural specification is wrong.
+    """
+    if where.partition(":")[0] == PROCEDURAL:
+        data = _procedural(where, side)
+    elif _is_layered(epath.Path(where).expanduser()):
+        data = _layered(where, side)
+    else:
+        data = _flat(where, side)
+    return dataclasses.replace(data, pictures=data.pictures[:limit]) if limit else data
+
+
+def own_side(where: str) -> int | None:
+    """The side that a procedural specification names; None for other data."""
+    return _parsed(where).size if where.partition(":")[0] == PROCEDURAL else None
+
+
+class _Designs(NamedTuple):
+    family: str
+    count: int
+    layers: tuple[int, ...]
+    size: int
+    first: int
+
+
+def _parsed(where: str) -> _Designs:
+    parts = where.split(":")[1:]
+    family, *rest = [*parts, *("", "0", "3", "64", "0")[len(parts) :]]
+    try:
+        count, layers, size, first = rest
+        found = _Designs(
+            family, int(count), tuple(map(int, layers.split(","))), int(size), int(first)
+        )
+    except ValueError as error:
+        raise EvaluationError(f"data {where!r}: {error}; {_PROCEDURAL_WANTED}") from error
+    for wrong, text in (
+        (family not in FAMILIES, f"families are {', '.join(sorted(FAMILIES))}"),
+        (found.count < 1, "COUNT is 1 or more"),
+        (min(found.layers) < 1 or max(found.layers) > MAX_LAYERS, f"LAYERS are 1 to {MAX_LAYERS}"),
+        (found.size < 16, "SIZE is 16 or more"),
+        (found.first < 0, "FIRST is 0 or more"),
+    ):
+        if wrong:
+            raise EvaluationError(f"data {where!r}: {text}; {_PROCEDURAL_WANTED}")
+    return found
+
+
+def _procedural(where: str, side: int | None) -> EvalData:
+    designs = _parsed(where)
+    size = _frame(designs.size, designs.size, side)
+    pictures = []
+    for index in range(designs.count):
+        layers = designs.layers[index % len(designs.layers)]
+        seed = designs.first + index
+        pictures.append(
+            EvalPicture(
+                index=index,
+                name=f"{designs.family}-{seed:06d}",
+                size=size,
+                original=(designs.size, designs.size),
+                layers=layers,
+                digest=_digest(designs.family, seed, designs.size, layers, size),
+                open=functools.partial(
+                    _open_procedural, designs.family, seed, designs.size, layers, size
+                ),
+            )
+        )
+    return EvalData(where, tuple(pictures))
+
+
+def _open_procedural(
+    family: str, seed: int, own: int, layers: int, size: tuple[int, int]
+) -> Sample:
+    return _with_reference(make_design(family, seed, own, layers).layers, size)
+
+
+def _is_layered(root: epath.Path) -> bool:
+    return root.is_dir() and any((child / "0000.png").exists() for child in root.iterdir())
+
+
+def _layered(where: str, side: int | None) -> EvalData:
+    folder = LayeredFolder.scan(where, limits=LIMITS)
+    skipped, records = list(folder.skipped), []
+    with ThreadPoolExecutor() as pool:
+        checked = pool.map(lambda record: _opaque_layer(record.paths), folder.records)
+        for record, problem in zip(folder.records, checked, strict=True):
+            if problem:
+                skipped.append(Skipped(record.name, problem))
+            else:
+                records.append(record)
+    if not records:
+        raise FolderError(f"no usable design in {where}: {skipped[0].name}: {skipped[0].reason}")
+    pictures = []
+    for index, record in enumerate(records):
+        size = _frame(record.height, record.width, side)
+        pictures.append(
+            EvalPicture(
+                index=index,
+                name=record.name,
+                size=size,
+                original=(record.height, record.width),
+                layers=len(record.paths),
+                digest=_digest(record.name, record.content_hash, size),
+                open=lambda record=record, size=size: _with_reference(folder.read(record), size),
+            )
+        )
+    return EvalData(where, tuple(pictures), tuple(skipped))
+
+
+def _opaque_layer(paths: Sequence[str]) -> str:
+    """Why the layers above the background cannot be used; "" if they can."""
+    try:
+        for path in paths[1:]:
+            check_alpha(path)
+    except StackError as error:
+        return str(error)
+    return ""
+
+
+def _with_reference(layers: np.ndarray, size: tuple[int, int]) -> Sample:
+    """True layers at a size, and the picture that they are together at that size."""
+    reference = np.stack([resize_to(layer, size) for layer in layers])
+    return Sample(imaging.recompose(reference), reference)
+
+
+def _flat(where: str, side: int | None) -> EvalData:
+    entries = find_pictures(where)
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(_inspected, entries))
+    pictures, skipped = [], []
+    for entry, result in zip(entries, found, strict=True):
+        if isinstance(result, Skipped):
+            skipped.append(result)
+            continue
+        (height, width), content = result
+        size = _frame(height, width, side)
+        pictures.append(
+            EvalPicture(
+                index=len(pictures),
+                name=entry.name,
+                size=size,
+                original=(height, width),
+                layers=None,
+                digest=_digest(entry.name, content, size),
+                open=functools.partial(_open_flat, entry.path, size),
+            )
+        )
+    if not pictures:
+        raise FolderError(f"no usable picture in {where}: {skipped[0].name}: {skipped[0].reason}")
+    return EvalData(where, tuple(pictures), tuple(skipped))
+
+
+def _inspected(entry: Entry) -> tuple[tuple[int, int], str] | Skipped:
+    try:
+        size = picture_size(entry.path, LIMITS, decode=True)
+        with entry.path.open("rb") as file:
+            return size, hashlib.file_digest(file, "sha256").hexdigest()
+    except PictureError as error:
+        return Skipped(entry.path.name, error.reason)
+    except OSError as error:
+        return Skipped(entry.path.name, error.strerror or str(error))
+
+
+def _open_flat(path: os.PathLike[str], size: tuple[int, int]) -> Sample:
+    return Sample(resize_to(open_picture(path, LIMITS), size), None)
+
+
+def _frame(height: int, width: int, side: int | None) -> tuple[int, int]:
+    return (height, width) if side is None else longest_side_size(height, width, side)
+
+
+def _digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def grouped(
+    pictures: Sequence[EvalPicture], key: Callable[[EvalPicture], object], batch: int
+) -> Iterator[list[EvalPicture]]:
+    """Lists of at most `batch` pictures of equal key, in the order in which keys first appear."""
+    groups: dict[object, list[EvalPicture]] = {}
+    for picture in pictures:
+        groups.setdefault(key(picture), []).append(picture)
+    for group in groups.values():
+        for start in range(0, len(group), batch):
+            yield group[start : start + batch]

@@ -1,0 +1,244 @@
+"""Who decomposes: a model with or without adapters, ready-made layers, and the baselines."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from sl_jax.checkpoints.adapters import load_adapter
+from sl_jax.checkpoints.pipeline import (
+    ComputeConfig,
+    load_pipeline,
+    parameter_shapes,
+    shard_adapter,
+)
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.data.pictures import longest_side_size, resize_to
+from sl_jax.eval.baselines import BASELINES, Baseline
+from sl_jax.eval.options import SamplerChoice
+from sl_jax.eval.samples import EvalPicture, Sample
+from sl_jax.eval.stacks import StackError, read_stack
+from sl_jax.inference.decomposer import Decomposer, PictureDecomposer, Sampling
+from sl_jax.inference.prompts import PromptEmbeddings, encode_prompts
+from sl_jax.models.lora import Adapter
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+
+_HASHED_BYTES = 2**20
+_COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
+
+
+class Task(NamedTuple):
+    """One picture to decompose into so many layers."""
+
+    picture: EvalPicture
+    sample: Sample
+    layers: int
+
+
+class Unmade(NamedTuple):
+    """No layers, and why."""
+
+    reason: str
+
+
+Layers = UInt8[np.ndarray, "l h w 4"]
+Make = Callable[[Sequence[Task]], Sequence[Layers | Unmade]]
+
+
+@dataclass(frozen=True)
+class System:
+    """Something that turns pictures into layers.
+
+    Attributes:
+      name: as tables call it.
+      kind: layers of models are costly, and kept; those of the others are made when needed.
+      settings: all that decides its layers besides picture, seed and number of layers.
+      make: layers for each task, or why there are none. Tasks of one call have one size and one
+        number of layers.
+      batch: tasks per call.
+    """
+
+    name: str
+    kind: Literal["model", "layers", "baseline"]
+    settings: Mapping[str, Any]
+    make: Make
+    batch: int = 1
+
+
+def baseline_systems() -> list[System]:
+    """The decompositions that need no model."""
+    return [
+        System(name, "baseline", {"kind": "baseline"}, _each(baseline))
+        for name, baseline in BASELINES.items()
+    ]
+
+
+def _each(baseline: Baseline) -> Make:
+    return lambda tasks: [baseline(task.sample.source, task.layers) for task in tasks]
+
+
+def ready_made(name: str, folder: str) -> System:
+    """Layers that another program wrote: FOLDER/PICTURE/0000.png, … for each picture.
+
+    They may have the size at which the picture is decomposed here, its own, or one in proportion;
+    what has another number of layers than asked for is taken as it is.
+    """
+    root = epath.Path(folder).expanduser()
+
+    def make(tasks: Sequence[Task]) -> list[Layers | Unmade]:
+        return [_ready(root / task.picture.name, task.picture) for task in tasks]
+
+    return System(name, "layers", {"kind": "layers", "folder": folder}, make)
+
+
+def _ready(folder: epath.Path, picture: EvalPicture) -> Layers | Unmade:
+    try:
+        layers = read_stack(folder)
+    except StackError as error:
+        return Unmade(f"{folder}: {error}")
+    given = layers.shape[1:3]
+    if given == picture.size:
+        return layers
+    shown_at = longest_side_size(*given, max(picture.size))
+    if picture.size == shown_at or given == picture.original:
+        return np.stack([resize_to(layer, picture.size) for layer in layers])
+    sizes = (f"{width}×{height}" for height, width in (given, picture.original))
+    return Unmade("{}: its layers are {}, and the picture is {}".format(folder, *sizes))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A model and how it is sampled.
+
+    Attributes:
+      model: a folder in the diffusers layout, a hub id, or "tiny".
+      prompt, negative_prompt: for all pictures.
+      guidance, normalize: of classifier-free guidance, see `inference.decomposer.Guidance`.
+      dtype: "bfloat16" or "float32".
+      seed: of the first picture's noise; the next has seed + 1.
+      batch: pictures at a time; rounded up to the number of shards of the batch.
+    """
+
+    model: str
+    prompt: str
+    negative_prompt: str = " "
+    guidance: float = 1.0
+    normalize: bool = True
+    dtype: str = "bfloat16"
+    seed: int = 42
+    batch: int = 1
+
+
+class Model:
+    """A model with its adapters; weights are loaded once, when the first layers are made."""
+
+    def __init__(self, config: ModelConfig, adapters: Mapping[str, str]):
+        """`adapters`: where each is, by name; see `checkpoints.adapters.locate_adapter`."""
+        self._config = config
+        self._where = dict(adapters)
+        self._loaded: _Loaded | None = None
+
+    def system(self, name: str, adapter: str | None, sampler: SamplerChoice, told: Any) -> System:
+        """The base (no adapter), or one adapter, with one sampler.
+
+        Args:
+          name: as tables call it.
+          adapter: one of the names of adapters.
+          sampler: how it is sampled.
+          told: hash of the adapter's weights, for the settings.
+        """
+        config = self._config
+        settings = {
+            "kind": "model",
+            "adapter_sha256": told,
+            "sampler": sampler.method,
+            "steps": sampler.steps,
+            "guidance": config.guidance,
+            "cfg_normalize": config.normalize,
+            "prompt": config.prompt,
+            "negative_prompt": config.negative_prompt if config.guidance != 1 else None,
+            "dtype": config.dtype,
+        }
+
+        def make(tasks: Sequence[Task]) -> list[Layers]:
+            sampling = Sampling(
+                layers=tasks[0].layers,
+                steps=sampler.steps,
+                sampler=sampler.method,
+                size=max(tasks[0].picture.size),
+                guidance=config.guidance,
+                normalize=config.normalize,
+            )
+            keys = jax.vmap(jax.random.key)(
+                jnp.asarray([config.seed + task.picture.index for task in tasks])
+            )
+            frames = np.stack([_opaque(task.sample.source) for task in tasks])
+            return list(
+                self._decomposer(adapter).decompose(frames, keys, sampling, batch=config.batch)
+            )
+
+        return System(name, "model", settings, make, config.batch)
+
+    def _decomposer(self, adapter: str | None) -> PictureDecomposer:
+        if self._loaded is None:
+            self._loaded = _load(self._config, self._where)
+        decomposer, prompts, adapters, layout = self._loaded
+        return PictureDecomposer(decomposer, prompts, adapters[adapter], layout)
+
+
+class _Loaded(NamedTuple):
+    decomposer: Decomposer
+    prompts: PromptEmbeddings
+    adapters: dict[str | None, Adapter | None]
+    layout: Layout
+
+
+def _load(config: ModelConfig, where: Mapping[str, str]) -> _Loaded:
+    """Everything on the devices of this process; what may not fit is read before the weights."""
+    folder = resolve_model(config.model)
+    shapes = parameter_shapes(folder)
+    adapters = {name: load_adapter(path, shapes) for name, path in where.items()}
+    layout = Layout(make_mesh(MeshConfig(), jax.local_devices()))
+    texts = [config.prompt, config.negative_prompt]
+    prompts = encode_prompts(folder, texts, dtype=config.dtype)
+    pipeline = load_pipeline(folder, ComputeConfig(config.dtype, remat="none"), layout)
+    placed = {name: shard_adapter(adapter, pipeline.params) for name, adapter in adapters.items()}
+    return _Loaded(Decomposer(pipeline), prompts, {None: None, **placed}, layout)
+
+
+def _opaque(source: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 4"]:
+    return np.concatenate([source, np.full_like(source[..., :1], 255)], axis=-1)
+
+
+def checkpoint_digest(model: str) -> str:
+    """SHA-256 (hex) of names, sizes, heads and tails of a checkpoint's files.
+
+    It changes with any training, and does not read forty gigabytes.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+    """
+    folder = resolve_model(model)
+    digest = hashlib.sha256()
+    for component in _COMPONENTS:
+        inside = folder / component
+        for path in sorted(inside.iterdir()) if inside.is_dir() else ():
+            if path.is_dir():
+                continue
+            with path.open("rb") as file:
+                size = file.seek(0, 2)
+                file.seek(0)
+                head = file.read(_HASHED_BYTES)
+                file.seek(max(size - _HASHED_BYTES, 0))
+                tail = file.read(_HASHED_BYTES)
+            parts = f"{component}/{path.name} {size}\n".encode(), head, tail
+            digest.update(hashlib.sha256(b"".join(parts)).digest())
+    return digest.hexdigest()
