@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from etils import epath
@@ -66,9 +66,9 @@ class JudgeChoice:
             ) from error
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def name(self) -> str:
         """What decides the scores: servers may come and go, their model may not."""
-        return {"judge": self.model or self.endpoints[0]}
+        return self.model or self.endpoints[0]
 
     def servers(self) -> tuple[EndpointConfig, ...]:
         """The servers, each with its share of the concurrency.

@@ -11,7 +11,8 @@ from typing import NamedTuple
 from sl_jax.flow.sampler import OdeMethod
 
 REFERENCE_BASED = ("stable_layers", "layerd")
-JUDGED = ("judge", "win_rate")
+WIN_RATE = "win_rate"
+JUDGED = ("judge", WIN_RATE)
 PROTOCOLS = (*REFERENCE_BASED, "reference_free", *JUDGED)
 SAMPLERS: tuple[OdeMethod, ...] = ("heun", "euler")
 _UNTOLD = frozenset({"adapter", "checkpoints", "layers", "outputs"})  # names that say nothing

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,39 +38,48 @@ class Record:
 
     Attributes:
       picture, system: whose it is.
-      digest: of the picture.
       layers: L of the reference, or the L that was asked for.
-      seed: of the noise.
+      stamp: of the layers that were measured, see `systems.System.stamp`.
       scores: by protocol, as JSON values; None where a protocol does not apply.
+      wins: by name of a base, share of the grids won against it, and the stamp of its layers.
     """
 
     picture: str
     system: str
-    digest: str
     layers: int
-    seed: int
+    stamp: str = ""
     scores: Mapping[str, Any] = field(default_factory=dict)
+    wins: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def lacking(self, protocols: Sequence[str]) -> tuple[str, ...]:
         """The protocols that have not been run."""
         return tuple(name for name in protocols if name not in self.scores)
 
-    def measurement(self, protocols: Sequence[str]) -> Measurement:
+    def won(self, base: str, stamp: str) -> float | None:
+        """Share of the grids won against those layers of a base; None if it is unknown."""
+        found = self.wins.get(base)
+        return found["rate"] if found and found["stamp"] == stamp else None
+
+    def with_win(self, base: str, stamp: str, rate: float) -> Record:
+        """The record with a comparison added."""
+        wins = {**self.wins, base: {"rate": rate, "stamp": stamp}}
+        return dataclasses.replace(self, wins=wins)
+
+    def measurement(
+        self, protocols: Sequence[str], seed: int = 0, wins: float | None = None
+    ) -> Measurement:
         """The numbers of some protocols, as tables take them."""
         scores = {name: self.scores.get(name) for name in protocols}
         free, l1 = scores.get("reference_free"), scores.get("stable_layers")
         layerd, judged = scores.get("layerd"), scores.get("judge") or {}
-        wins = scores.get("win_rate")
         return Measurement(
             picture=self.picture,
             model=self.system,
             layers=self.layers,
-            seed=self.seed,
+            seed=seed,
             free=ReferenceFree(**free) if free else None,
-            layer_l1=LayerL1(**{k: _tuples(v) for k, v in l1.items()}) if l1 else None,
-            layerd=tuple(EditScores(**{k: _tuples(v) for k, v in e.items()}) for e in layerd)
-            if layerd
-            else None,
+            layer_l1=LayerL1(**_tuples(l1)) if l1 else None,
+            layerd=tuple(EditScores(**_tuples(edits)) for edits in layerd) if layerd else None,
             reward=judged.get("reward", math.nan),
             criteria=tuple(judged.get("criteria", ())),
             wins=math.nan if wins is None else wins,
@@ -170,15 +179,18 @@ def _conflicts(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[
         if found["pictures"][index] != wanted["pictures"][index]:
             yield f"data: picture {index} is another one, or has another size"
             break
-    yield from _fields(found["common"], wanted["common"], "")
+    yield from _fields(found, wanted, ("num_layers",))
     if found["judge"] and wanted["judge"]:
-        yield from _fields(found["judge"], wanted["judge"], "judge.")
+        yield from _fields(found, wanted, ("judge",))
     for name in sorted(found["systems"].keys() & wanted["systems"].keys()):
-        yield from _fields(found["systems"][name], wanted["systems"][name], f"{name}.")
+        ours, theirs = wanted["systems"][name], found["systems"][name]
+        yield from _fields(theirs, ours, sorted(ours.keys() | theirs.keys()), f"{name}: ")
 
 
-def _fields(found: Mapping[str, Any], wanted: Mapping[str, Any], of: str) -> Iterator[str]:
-    for name in sorted(found.keys() | wanted.keys()):
+def _fields(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], names: Iterable[str], of: str = ""
+) -> Iterator[str]:
+    for name in names:
         if found.get(name) != wanted.get(name):
             yield f"{of}{name}: {found.get(name)!r} there, {wanted.get(name)!r} here"
 
@@ -200,5 +212,7 @@ def _plain(value: Any) -> Any:
 
 
 def _tuples(value: Any) -> Any:
-    """JSON's lists as the tuples that they were."""
+    """A mapping whose values have JSON's lists as the tuples that they were."""
+    if isinstance(value, Mapping):
+        return {name: _tuples(inner) for name, inner in value.items()}
     return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -56,7 +56,6 @@ class Evaluated:
       measurements: of every system and picture.
       base: name of the system that others are compared with.
       systems: all of them, in the order of tables.
-      protocols: that were run.
       adapters: names and places, for the curves of their runs.
       left_out: what is missing.
       details: settings, by name.
@@ -67,7 +66,6 @@ class Evaluated:
     measurements: tuple[Measurement, ...]
     base: str
     systems: tuple[System, ...]
-    protocols: tuple[str, ...]
     layers: Callable[[System, EvalPicture, Sample], np.ndarray | None]
     adapters: tuple[Named, ...] = ()
     left_out: tuple[LeftOut, ...] = ()

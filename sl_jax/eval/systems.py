@@ -13,7 +13,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 
-from sl_jax.checkpoints.adapters import load_adapter
+from sl_jax.checkpoints.adapters import adapter_digest, load_adapter
 from sl_jax.checkpoints.pipeline import (
     ComputeConfig,
     load_pipeline,
@@ -64,6 +64,7 @@ class System:
       make: layers for each task, or why there are none. Tasks of one call have one size and one
         number of layers.
       batch: tasks per call.
+      stamp: for a picture, what changes when its layers do; results of other layers do not count.
     """
 
     name: str
@@ -71,6 +72,7 @@ class System:
     settings: Mapping[str, Any]
     make: Make
     batch: int = 1
+    stamp: Callable[[EvalPicture], str] = lambda picture: ""
 
 
 def baseline_systems() -> list[System]:
@@ -89,14 +91,27 @@ def ready_made(name: str, folder: str) -> System:
     """Layers that another program wrote: FOLDER/PICTURE/0000.png, … for each picture.
 
     They may have the size at which the picture is decomposed here, its own, or one in proportion;
-    what has another number of layers than asked for is taken as it is.
+    what has another number of layers than asked for is taken as it is. Files that change are
+    measured again.
     """
     root = epath.Path(folder).expanduser()
 
     def make(tasks: Sequence[Task]) -> list[Layers | Unmade]:
         return [_ready(root / task.picture.name, task.picture) for task in tasks]
 
-    return System(name, "layers", {"kind": "layers", "folder": folder}, make)
+    def stamp(picture: EvalPicture) -> str:
+        return _stamp(root / picture.name)
+
+    return System(name, "layers", {"kind": "layers"}, make, stamp=stamp)
+
+
+def _stamp(folder: epath.Path) -> str:
+    """Changes with the files of a folder: their names, sizes and times."""
+    if not folder.is_dir():
+        return ""
+    files = sorted((path.name, path.stat()) for path in folder.iterdir())
+    told = "".join(f"{name} {status.length} {status.mtime}\n" for name, status in files)
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _ready(folder: epath.Path, picture: EvalPicture) -> Layers | Unmade:
@@ -144,21 +159,26 @@ class Model:
         """`adapters`: where each is, by name; see `checkpoints.adapters.locate_adapter`."""
         self._config = config
         self._where = dict(adapters)
+        self._digests: dict[str | None, str] = {}
         self._loaded: _Loaded | None = None
 
-    def system(self, name: str, adapter: str | None, sampler: SamplerChoice, told: Any) -> System:
-        """The base (no adapter), or one adapter, with one sampler.
+    def system(self, name: str, adapter: str | None, sampler: SamplerChoice) -> System:
+        """One adapter, or the base without any, with one sampler.
 
         Args:
           name: as tables call it.
-          adapter: one of the names of adapters.
+          adapter: one of the names of adapters; None for the base.
           sampler: how it is sampled.
-          told: hash of the adapter's weights, for the settings.
+
+        Raises:
+          CheckpointError: the model or the adapter is missing or damaged.
         """
         config = self._config
         settings = {
             "kind": "model",
-            "adapter_sha256": told,
+            "checkpoint_sha256": self._digest(None),
+            "adapter_sha256": self._digest(adapter) if adapter else None,
+            "seed": config.seed,
             "sampler": sampler.method,
             "steps": sampler.steps,
             "guidance": config.guidance,
@@ -186,6 +206,16 @@ class Model:
             )
 
         return System(name, "model", settings, make, config.batch)
+
+    def _digest(self, adapter: str | None) -> str:
+        """Of an adapter, or of the model itself, each computed once."""
+        if adapter not in self._digests:
+            self._digests[adapter] = (
+                adapter_digest(self._where[adapter])
+                if adapter
+                else checkpoint_digest(self._config.model)
+            )
+        return self._digests[adapter]
 
     def _decomposer(self, adapter: str | None) -> PictureDecomposer:
         if self._loaded is None:

@@ -70,11 +70,11 @@ def test_shards():
 
 
 def test_judges():
-    assert JudgeChoice(("embedded",)).settings == {"judge": "embedded"}
+    assert JudgeChoice(("embedded",)).name == "embedded"
     urls = ("http://one:8000/v1", "http://two:8000/v1")
     several = JudgeChoice(urls, "vlm", concurrency=5)
     assert [server.concurrency for server in several.servers()] == [3, 3]
-    assert several.settings == JudgeChoice(urls[:1], "vlm").settings  # servers may come and go
+    assert several.name == JudgeChoice(urls[:1], "vlm").name  # servers may come and go
     for wrong in ((), ("embedded", "http://a/v1"), ("http://a/v1",), ("embeded",)):
         with pytest.raises(EvaluationError, match="judge"):
             JudgeChoice(wrong)

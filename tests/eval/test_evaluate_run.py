@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,6 +153,29 @@ def test_a_restart_makes_only_what_is_missing(designs, tmp_path):
     assert list(tmp_path.rglob("*.partial")) == []
 
 
+def test_layers_that_change_are_measured_again(designs, worse, tmp_path):
+    made = tmp_path / "made"
+    _copy(worse, made)
+    judge = JudgeChoice(("embedded",))
+    systems = (Named("made", str(made)), Named("truth", str(designs)))
+    settings = config(
+        designs, tmp_path / "out", layers=systems, protocols=("win_rate",), judge=judge, limit=1
+    )
+
+    def wins(settings: EvaluationConfig) -> dict[str, float]:
+        evaluate(settings)
+        title = f"Win rate against {settings.base or 'made'}"
+        rows = table(tmp_path / "out", title)
+        return {row["Model"]: row["Win rate"]["mean"] for row in rows}
+
+    assert wins(settings)["truth"] == 1.0
+    assert wins(replace(settings, base="truth"))["made"] == 0.0
+    first = sorted(designs.iterdir())[0]
+    write_stack(made / first.name, read_stack(first))
+    assert wins(settings)["truth"] == 0.5
+    assert wins(replace(settings, base="truth"))["made"] == 0.5
+
+
 def test_a_damaged_record_is_made_again(designs, tmp_path, caplog):
     evaluate(config(designs, tmp_path), [Counted().system()])
     path = sorted((tmp_path / "results" / "model").iterdir())[1]
@@ -172,10 +196,10 @@ def test_a_change_of_settings_is_refused_by_field(designs, tmp_path):
     lines = str(told.value).splitlines()[1:]
     assert [line.split(":")[0].strip() for line in lines] == [
         "num_layers",
-        "judge.judge",
-        "model.sampler",
+        "judge",
+        "model",
     ]
-    assert "'heun' there, 'euler' here" in lines[-1]
+    assert "model: sampler: 'heun' there, 'euler' here" in lines[-1]
     with pytest.raises(EvaluationError, match="data: picture 0 is another one"):
         evaluate(config(designs, tmp_path, size=16), [])
     assert counted.made == []
