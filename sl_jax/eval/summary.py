@@ -134,7 +134,7 @@ def evaluation_report(evaluated: Evaluated, shown: int = 50) -> Report:
         ranked = f" from those that {second} improves most on {first} to those it spoils most"
         chosen += f"{ranked if evaluated.improvements() else ''}."
     return Report(
-        title=f"Layer decomposition: {' and '.join(dict.fromkeys((second, first)))}",
+        title=f"Layer decomposition: {' against '.join(dict.fromkeys((second, first)))}",
         summary=_opening(evaluated),
         facts=_facts(evaluated),
         tables=(
@@ -155,10 +155,8 @@ def _opening(evaluated: Evaluated) -> str:
     text = f"{len(evaluated.systems)} systems on {len(data.pictures)} pictures from {data.where}, "
     text += "with the same noise for every model."
     if missing:
-        text += (
-            f"\n\n{missing} pictures or decompositions are left out. Every table says how many "
-            "pictures it covers; the last one names what is missing, and why."
-        )
+        text += f"\n\nLeft out: {missing}. Every table says how many pictures it covers; the last "
+        text += "one names what is missing, and why."
     return text
 
 
