@@ -205,7 +205,7 @@ _L1_NOTE = (
 )
 _LAYERD_NOTE = (
     "LayerD protocol (arXiv 2509.25134): layers grouped and aligned in order, with up to so many "
-    "merges of neighbouring layers on either side."
+    "merges of neighbouring layers on either side. Stacks of a single layer do not count."
 )
 _FREE_NOTE = (
     "Sanity checks, not goals: all content in the background recomposes perfectly. Spare blank "

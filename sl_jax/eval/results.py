@@ -87,10 +87,14 @@ class Record:
 
 
 class ResultFolder:
-    """Reads and writes the results of one evaluation; several processes may share a folder."""
+    """Reads and writes the results of one evaluation.
+
+    Several processes may share a folder if they work on different pictures.
+    """
 
     def __init__(self, folder: epath.PathLike):
         self.folder = epath.Path(folder).expanduser()
+        self._known: dict[tuple[str, str], Record] = {}  # a remote folder answers slowly
 
     def claim(self, settings: Mapping[str, Any]) -> None:
         """Makes the folder this evaluation's, or finds out that it is another one's.
@@ -125,11 +129,14 @@ class ResultFolder:
 
     def read(self, system: str, picture: str) -> Record | None:
         """A record; None if there is none, or a damaged one, which warns."""
+        if (system, picture) in self._known:
+            return self._known[system, picture]
         path = self._path(system, picture)
         if not path.exists():
             return None
         try:
-            return Record(**json.loads(path.read_text()))
+            record = self._known[system, picture] = Record(**json.loads(path.read_text()))
+            return record
         except (ValueError, TypeError) as error:
             _log.warning("%s is damaged (%s); it is made again", path, error)
             return None
@@ -138,7 +145,9 @@ class ResultFolder:
         """Puts a record in place at once."""
         path = self._path(record.system, record.picture)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_json(path, dataclasses.asdict(record))
+        content = _plain(dataclasses.asdict(record))
+        _write_json(path, content)
+        self._known[record.system, record.picture] = Record(**content)
 
     def read_layers(self, system: str, picture: str) -> np.ndarray:
         """Layers that were kept, uint8 [L, H, W, 4].

@@ -22,7 +22,7 @@ from sl_jax.eval.options import (
     allowed_protocols,
 )
 from sl_jax.eval.report import write_report
-from sl_jax.eval.results import ResultFolder
+from sl_jax.eval.results import ResultFolder, file_name
 from sl_jax.eval.samples import EvalData, open_data, own_side
 from sl_jax.eval.summary import Evaluated, LeftOut, evaluation_report, summary_text
 from sl_jax.eval.systems import Model, ModelConfig, System, baseline_systems, ready_made
@@ -208,8 +208,8 @@ def _systems(config: EvaluationConfig, further: Sequence[System]) -> tuple[Syste
     if not found:
         raise EvaluationError("nothing to evaluate; please pass --model, or --layers DIR")
     found += baseline_systems() if config.baselines else []
-    counts = collections.Counter(system.name for system in found)
-    twice = [name for name, count in counts.items() if count > 1]
+    counts = collections.Counter(file_name(system.name) for system in found)
+    twice = [s.name for s in found if counts[file_name(s.name)] > 1]
     if twice:
         raise EvaluationError(f"two systems are called {twice[0]!r}; please name them NAME=PATH")
     return tuple(found)

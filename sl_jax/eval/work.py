@@ -182,11 +182,26 @@ class Work:
                 fresh.append(picture)
         for batch in grouped(fresh, lambda p: (p.size, self._plan.asked(p)), system.batch):
             tasks = [task for picture in batch if (task := self._task(picture))]
-            for task, layers in zip(tasks, system.make(tasks) if tasks else (), strict=True):
-                if isinstance(layers, Unmade):
-                    self._leave_out(system.name, task.picture.name, layers.reason)
-                else:
+            made = list(zip(tasks, system.make(tasks) if tasks else (), strict=True))
+            for task, layers in made:
+                self._keep(system, task, layers)
+            for task, layers in made:
+                if not isinstance(layers, Unmade):
                     yield _Made(task.picture, task, layers)
+
+    def _keep(self, system: System, task: Task, layers: np.ndarray | Unmade) -> None:
+        """Saves what a model made at once: whatever happens then, it is not made again."""
+        picture = task.picture
+        if isinstance(layers, Unmade):
+            self._leave_out(system.name, picture.name, layers.reason)
+        elif system.kind == "model":
+            self._results.write_layers(system.name, picture.name, layers)
+            self._results.write(self._empty(system, task))
+
+    def _empty(self, system: System, task: Task) -> Record:
+        picture = task.picture
+        layers = picture.layers or task.layers
+        return Record(picture.name, system.name, layers, system.stamp(picture))
 
     def _task(self, picture: EvalPicture) -> Task | None:
         try:
@@ -201,14 +216,7 @@ class Work:
         if task is None:
             return
         layers = self._kept(system, picture) if made.layers is None else made.layers
-        if system.kind == "model" and made.layers is not None:
-            self._results.write_layers(system.name, picture.name, layers)
-        record = self.record(system, picture) or Record(
-            picture=picture.name,
-            system=system.name,
-            layers=picture.layers or task.layers,
-            stamp=system.stamp(picture),
-        )
+        record = self.record(system, picture) or self._empty(system, task)
         scores = dict(record.scores)
         for protocol in record.lacking(self._alone):
             if protocol == "judge":

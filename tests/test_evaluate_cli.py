@@ -1,0 +1,104 @@
+"""The evaluate command: mistakes, and a whole evaluation that is killed and started again."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import sl_jax
+from sl_jax import imaging
+from sl_jax.checkpoints.peft import save_peft
+from sl_jax.checkpoints.pipeline import parameter_shapes
+from sl_jax.data.procedural import make_design
+from sl_jax.eval.stacks import read_stack
+from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
+
+COMMAND = [sys.executable, "-m", "sl_jax.evaluate"]
+COUNT = 4
+
+
+def _run(*flags: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*COMMAND, *map(str, flags)], capture_output=True, text=True, timeout=1200
+    )
+
+
+@pytest.fixture(scope="module")
+def adapter(random_checkpoint, tmp_path_factory) -> Path:
+    """A PEFT folder of a run, beside the run's log; its update is not zero."""
+    shapes = parameter_shapes(random_checkpoint)
+    fresh = init_adapter(jax.random.key(3), shapes, LoRAConfig(rank=4, alpha=8.0))
+    moved = jax.tree.map(lambda x: x + 0.2, fresh.lora)
+    run = tmp_path_factory.mktemp("tuned")
+    save_peft(run / "adapter", Adapter(moved, fresh.lora_scale), str(random_checkpoint))
+    lines = [{"step": step, "judge/reward_mean": step / 10} for step in range(3)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return run / "adapter"
+
+
+def test_mistakes_are_said_before_anything_is_loaded(tmp_path):
+    told = _run("--data=procedural:B:4", "--model=tiny", f"--output={tmp_path}/o", "--sampler=rk4")
+    assert told.returncode == 1
+    assert told.stderr.strip().splitlines()[-1] == (
+        "EvaluationError: sampler 'rk4' is unknown; known are heun, euler"
+    )
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_an_evaluation_from_start_to_page(random_checkpoint, adapter, tmp_path):
+    output = tmp_path / "out"
+    flags = (
+        *(f"--data=procedural:B:{COUNT}:2:32", f"--model={random_checkpoint}", "--judge=embedded"),
+        *(f"--adapter=tuned={adapter}", "--sampler=heun:2,euler:2", "--dtype=float32"),
+        *(f"--output={output}", "--batch_size=4", "--seed=5"),
+    )
+    killed = subprocess.Popen([*COMMAND, *flags], stderr=subprocess.DEVNULL)
+    finished = output / "results" / "base, heun 2"
+    deadline = time.monotonic() + 1000
+    while len(list(finished.glob("*.json"))) < COUNT:
+        assert killed.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    before = {path: path.read_bytes() for path in (output / "layers").rglob("*.png")}
+    times = {
+        path: path.stat().st_mtime_ns for path in (output / "layers" / finished.name).rglob("*.png")
+    }
+    assert len(times) == 2 * COUNT
+
+    done = _run(*flags)
+    assert done.returncode == 0, done.stderr
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+    assert all(path.read_bytes() == content for path, content in before.items())
+    report = json.loads((output / "report.json").read_text())
+    tables = {table["title"]: table["rows"] for table in report["tables"]}
+    models = ["base, heun 2", "base, euler 2", "tuned, heun 2", "tuned, euler 2"]
+    for title in ("Per-layer L1", "Without a reference", "Judge"):
+        assert [row["Model"] for row in tables[title]][:4] == models
+        assert {row["Pictures"] for row in tables[title]} == {COUNT}
+    assert len(tables["Win rate against base, heun 2"]) == 3 + 3
+    assert [curve["title"] for curve in report["curves"]] == ["tuned: Training reward"]
+    assert all(name in done.stdout for name in models)
+
+    picture = imaging.recompose(make_design("B", 1, 32, 2).layers)
+    decompose = sl_jax.Decomposer.from_pretrained(
+        str(random_checkpoint), str(adapter), dtype="float32"
+    )
+    made = decompose(Image.fromarray(picture), layers=2, seed=6, steps=2, sampler="heun", size=32)
+    kept = read_stack(output / "layers" / "tuned, heun 2" / "B-000001")
+    gap = np.abs(np.stack([np.asarray(layer) for layer in made]).astype(int) - kept)
+    assert gap.max() <= 1
+    for name in models[:2]:
+        assert np.abs(kept.astype(int) - read_stack(output / "layers" / name / "B-000001")).max()
+
+    again = _run(*flags[:-1], "--seed=6")
+    assert again.returncode == 1
+    assert "seed: 5 there, 6 here" in again.stderr
