@@ -5,8 +5,9 @@ model tensor by tensor. Whole component folders are `checkpoints.huggingface`'s.
 """
 
 import json
-from collections.abc import Mapping
-from typing import BinaryIO, NamedTuple
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,12 +15,22 @@ from etils import epath
 from safetensors import SafetensorError, deserialize
 from safetensors.numpy import save
 
-from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.errors import CheckpointError
 
 FLOATS: Mapping[str, np.dtype] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(jnp.bfloat16),
+}
+# All types of which tensors are read from the folders of models.
+NUMBERS: Mapping[str, np.dtype] = {
+    **FLOATS,
+    "F64": np.dtype(np.float64),
+    "F8_E4M3": np.dtype(jnp.float8_e4m3fn),
+    "F8_E5M2": np.dtype(jnp.float8_e5m2),
+    "BOOL": np.dtype(np.bool_),
+    **{f"I{bits}": np.dtype(f"i{bits // 8}") for bits in (8, 16, 32, 64)},
+    **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
 }
 _LENGTH_BYTES = 8
 
@@ -87,15 +98,32 @@ def read_header(file: BinaryIO, path: epath.PathLike) -> Header:
         path: of the file, for errors.
 
     Raises:
-        CheckpointError: there is no such header.
+        CheckpointError: there is no such header, or the file is truncated or damaged.
     """
-    size = file.seek(0, 2)
-    file.seek(0)
-    prefix = file.read(_LENGTH_BYTES)
+
+    def read(begin: int, end: int) -> bytes:
+        file.seek(begin)
+        return file.read(end - begin)
+
+    return parse_header(read, file.seek(0, 2), path)
+
+
+def parse_header(read: Callable[[int, int], Any], size: int, path: epath.PathLike) -> Header:
+    """Reads the header of a file, and checks that its tensors fill the file.
+
+    Args:
+        read: gives the bytes from, up to.
+        size: bytes of the file.
+        path: of the file, for errors.
+
+    Raises:
+        CheckpointError: the file is truncated or damaged; names the tensor concerned.
+    """
+    prefix = bytes(read(0, _LENGTH_BYTES))
     length = int.from_bytes(prefix, "little")
     if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
-        raise CheckpointError(f"{path} is truncated, or no safetensors file")
-    text = file.read(length)
+        raise CheckpointError(f"{path} is truncated or damaged: it has no safetensors header")
+    text = bytes(read(_LENGTH_BYTES, _LENGTH_BYTES + length))
     try:
         content = json.loads(text)
         metadata = content.pop("__metadata__", None) or {}
@@ -103,10 +131,35 @@ def read_header(file: BinaryIO, path: epath.PathLike) -> Header:
             Entry(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
             for name, entry in content.items()
         ]
+        ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
+        problem = _misfit(ordered, size - _LENGTH_BYTES - length)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{path} has no safetensors header: {error}") from error
-    ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
+        raise CheckpointError(
+            f"{path} is truncated or damaged: it has no safetensors header ({error})"
+        ) from error
+    if problem:
+        raise CheckpointError(
+            f"{path} is truncated or damaged: {problem}; please fetch the file again"
+        )
     return Header(prefix + text, ordered, metadata)
+
+
+def _misfit(entries: Sequence[Entry], size: int) -> str | None:
+    """How tensors, ordered, do not fill `size` bytes one after another; None if they do."""
+    place = 0
+    for name, dtype, shape, begin, end in entries:
+        count = math.prod(shape)
+        known = NUMBERS.get(dtype)
+        if begin != place:
+            return f"tensor {name} begins at byte {begin}, where {place} was to come"
+        if end < begin or (known is not None and end - begin != count * known.itemsize):
+            return f"tensor {name}, {dtype} {shape}, cannot have {end - begin} bytes"
+        if end > size:
+            return f"tensor {name} ends at byte {end}, and there are {size}"
+        place = end
+    if place != size:
+        return f"{size - place} bytes belong to no tensor"
+    return None
 
 
 def write_tensors(

@@ -6,7 +6,8 @@ from pathlib import Path
 from etils import epath
 
 import sl_jax
-from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.byte_ranges import import_problem, is_remote
+from sl_jax.checkpoints.errors import CheckpointError
 
 TINY = "tiny"
 
@@ -15,19 +16,29 @@ def resolve_model(name: str, files: Sequence[str] | None = None) -> epath.Path:
     """The checkpoint folder that `name` means.
 
     Args:
-        name: a folder (local or gs://), "tiny" for the packaged tiny base, or a hub id such as
-            "Qwen/Qwen-Image-Layered", which is downloaded into the hub's cache.
+        name: a local folder; a remote one (gs://…), of which nothing is downloaded here; "tiny" for
+            the packaged tiny base; or a hub id such as "Qwen/Qwen-Image-Layered", which is
+            downloaded into the hub's cache, with the token that the hub's client finds.
         files: patterns of the files that are needed, where not all are: "transformer/*".
 
     Raises:
-        CheckpointError: none of these.
+        CheckpointError: none of these, or the store's package is not installed.
     """
     if name == TINY:
         return epath.Path(Path(sl_jax.__file__).parent / "assets" / TINY)
-    folder = epath.Path(name)
-    if (folder / "model_index.json").exists():
+    folder = epath.Path(name).expanduser()
+    try:
+        found = (folder / "model_index.json").exists()
+    except ImportError as error:
+        raise import_problem(name, error) from error
+    if found:
         return folder
-    if folder.exists() or name.startswith(("/", ".", "gs://")) or name.count("/") != 1:
+    if (
+        is_remote(name)
+        or folder.exists()
+        or name.startswith(("/", ".", "~"))
+        or name.count("/") != 1
+    ):
         raise CheckpointError(
             f"model {name!r} is no checkpoint: {folder / 'model_index.json'} does not exist; "
             "please pass a folder in the diffusers layout, a hub id, or 'tiny'"

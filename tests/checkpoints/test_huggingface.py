@@ -12,11 +12,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from bucket import Bucket
+from etils.epath import backend
 from flax import traverse_util
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
-from sl_jax.checkpoints import huggingface
+from sl_jax.checkpoints import huggingface, loading
+from sl_jax.checkpoints.byte_ranges import RemoteFile
 from sl_jax.checkpoints.huggingface import (
     CheckpointError,
     TensorFiles,
@@ -37,6 +40,7 @@ BOXED = abstract_params(MMDiT(CONFIG))
 SHAPES = nn.unbox(BOXED)
 STEM = "diffusion_pytorch_model"
 INDEX = f"{STEM}.safetensors.index.json"
+LAST = "transformer_blocks.2.txt_mod.1.bias"
 
 
 def flat(tree):
@@ -62,6 +66,12 @@ def folder(request, params, tmp_path, monkeypatch):
     save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
     assert (tmp_path / INDEX).exists() == request.param
     return tmp_path
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """gs:// is `tmp_path`."""
+    return Bucket.install(tmp_path, monkeypatch)
 
 
 def edit_tensors(folder, change):
@@ -110,52 +120,103 @@ def test_sharded_arrays_hold_the_values(folder, params, sharded):
     assert loaded["txt_norm"]["scale"].sharding.is_fully_replicated
 
 
-def test_every_byte_is_read_once_and_in_slices(folder, sharded, monkeypatch):
-    reads = Counter()
-    largest = Counter()
+@pytest.fixture
+def reads(monkeypatch):
+    """Bytes asked of each tensor."""
+    counted = Counter()
     read = TensorFiles.read
 
     def spy(files, name, index=()):
         part = read(files, name, index)
-        reads[name] += part.nbytes
-        largest[name] = max(largest[name], part.nbytes)
+        counted[name] += part.nbytes
         return part
 
     monkeypatch.setattr(TensorFiles, "read", spy)
-    load_params(folder, MMDIT, sharded)
+    return counted
+
+
+def tensor_bytes(folder):
     with TensorFiles(folder) as files:
-        wanted = {name: 4 * math.prod(files.shape(name)) for name in files.names()}
-    assert reads == wanted
-    name = "transformer_blocks.2.img_mlp.net.0.proj.weight"
-    assert largest[name] == wanted[name] / 8
-    assert largest["transformer_blocks.1.img_mod.1.bias"] == 6 * 32 * 4 / 2
+        return {name: 4 * math.prod(files.shape(name)) for name in files.names()}
 
 
-def test_one_process_reads_its_own_shards_only(folder, sharded, monkeypatch):
-    """As on a host with two of the eight devices."""
-    kernel = sharded["blocks"]["attn"]["to_q"]["kernel"]
-    part = {"blocks": {"attn": {"to_q": {"kernel": kernel}}}}
-    others = [n for n in _names() if not n.endswith("attn.to_q.weight")]
-    indices = list(kernel.sharding.devices_indices_map(kernel.shape).values())[:2]
-    rows = {}
+@pytest.mark.parametrize(
+    ("mesh", "turns"),
+    [
+        # How often the rows of img_mlp.net.0.proj are passed, one shard at a time.
+        (MeshConfig(fsdp=8), 8),
+        (MeshConfig(fsdp=1, tensor=8), 1),
+        (MeshConfig(fsdp=4, tensor=2), 4),
+        (MeshConfig(data=8, fsdp=1), 1),
+    ],
+)
+def test_shards_of_rows_are_read_once(folder, params, reads, mesh, turns):
+    """Mapped memory that holds parts of rows is passed once for every part of them."""
+    loaded = load_params(folder, MMDIT, Layout(make_mesh(mesh)).abstract(BOXED))
+    wanted = tensor_bytes(folder)
+    for name in (f"transformer_blocks.{i}.img_mlp.net.0.proj.weight" for i in range(3)):
+        assert reads[name] == turns * wanted[name]
+    assert reads["transformer_blocks.0.img_mlp.net.0.proj.bias"] == 4 * 128
+    assert_equal_trees(loaded, params)
 
-    def assemble(shape, sharding, callback):
-        for index in indices:
-            rows[index[1].start] = callback(index)
-        return jnp.zeros(shape)
 
-    bytes_read = []
-    read = TensorFiles.read
+class _OneHost:
+    """As on a host with some of the eight devices: the parts that it would hold, by bounds."""
 
-    def spy(files, name, index=()):
-        result = read(files, name, index)
-        bytes_read.append(result.nbytes)
-        return result
+    def __init__(self, monkeypatch, devices):
+        self.buffers = {}
+        places, filled = loading._places, loading.Loader._filled
 
-    monkeypatch.setattr(jax, "make_array_from_callback", assemble)
-    monkeypatch.setattr(TensorFiles, "read", spy)
-    load_params(folder, MMDIT, part, unused=tuple(others))
-    assert sum(bytes_read) == math.prod(kernel.shape) * 4 / 4
+        def own(shape, sharding):
+            every = places(shape, sharding)
+            return {
+                b: [d for d in ds if d in devices]
+                for b, ds in every.items()
+                if set(ds) & set(devices)
+            }
+
+        def noted(loader, source, leaf, group):
+            found = filled(loader, source, leaf, group)
+            self.buffers.update({(source.names, bounds): found[bounds] for bounds in found})
+            return dict(found)
+
+        monkeypatch.setattr(loading, "_places", own)
+        monkeypatch.setattr(loading.Loader, "_filled", noted)
+        monkeypatch.setattr(
+            jax, "make_array_from_single_device_arrays", lambda shape, *_: jnp.zeros(shape)
+        )
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)])
+def test_one_process_reads_the_bytes_of_its_own_shards(tmp_path, params, bucket, monkeypatch, mesh):
+    """Two of eight devices: a quarter of the bytes in shares that are exchanged afterwards."""
+    save_params(tmp_path / "bucket" / "model", named_tensors(MMDIT, params), CONFIG.to_dict())
+    leaves = flat(Layout(make_mesh(mesh)).abstract(BOXED))
+    path = ("blocks", "img_mlp", "net_0", "proj", "kernel")
+    source = MMDIT.source(path, leaves[path].shape)
+    rows = loading.by_rows(source, leaves[path].shape, leaves[path].sharding)
+    host = _OneHost(monkeypatch, jax.devices()[2:4])
+    with TensorFiles("gs://bucket/model") as files, loading.Loader(files, [], True) as loader:
+        bucket.asked.clear()
+        loader._placed(source, leaves[path], rows)
+    size = math.prod(leaves[path].shape) * 4
+    assert sum(end - begin for _, begin, end in bucket.asked) == size / 4
+    whole = flat(params)[path]
+    for (_, bounds), buffer in host.buffers.items():
+        np.testing.assert_array_equal(buffer, whole[tuple(slice(*ends) for ends in bounds)])
+    assert sum(buffer.nbytes for buffer in host.buffers.values()) == size / 4
+
+
+def test_exchanged_shares_are_the_shards(folder, params, sharded, reads):
+    leaves = flat(sharded)
+    wanted = tensor_bytes(folder)
+    with TensorFiles(folder) as files, loading.Loader(files, [], True) as loader:
+        for path, leaf in leaves.items():
+            array = loader.load(MMDIT.source(path, leaf.shape), leaf)
+            assert array.sharding == leaf.sharding
+            np.testing.assert_array_equal(array, flat(params)[path])
+    linear = [name for name in wanted if name.endswith("weight") and "norm" not in name]
+    assert {name: reads[name] for name in linear} == {name: wanted[name] for name in linear}
 
 
 def _names():
@@ -235,6 +296,85 @@ def test_a_truncated_file_is_named(folder, keep):
         load_params(folder, MMDIT, SHAPES)
 
 
+def rewrite_header(file, change):
+    """Changes the header's content, and leaves the tensors as they are."""
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + length :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda h: h[LAST]["data_offsets"].__setitem__(1, 10**9),
+            r"tensor {}, .*cannot have \d+ b",
+        ),
+        (lambda h: h[LAST].update(shape=[10**6]), "tensor {}, .*cannot have"),
+        (lambda h: h.update({LAST: h.pop(LAST) | {"dtype": "F64"}}), "tensor {}, .*cannot have"),
+        (lambda h: h.pop(LAST), "tensor .* begins at byte .* was to come"),
+        (lambda h: h[LAST].update(data_offsets=[0, 128]), "tensor .* begins at byte .*to come"),
+        (lambda h: h[LAST].update(data_offsets=[3]), "no safetensors header"),
+        (lambda h: h[LAST].pop("dtype"), "no safetensors header"),
+        (lambda h: h.update({LAST: 3}), "no safetensors header"),
+    ],
+)
+def test_a_damaged_header_names_file_and_tensor(tmp_path, params, change, message):
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    file = tmp_path / f"{STEM}.safetensors"
+    rewrite_header(file, change)
+    wanted = f"{file} is truncated or damaged: .*{message.format(re.escape(LAST))}"
+    with pytest.raises(CheckpointError, match=wanted):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+def test_bytes_that_belong_to_no_tensor(folder):
+    victim = sorted(folder.glob("*.safetensors"))[0]
+    victim.write_bytes(victim.read_bytes() + bytes(3))
+    with pytest.raises(CheckpointError, match=f"{victim.name}.*: 3 bytes belong to no tensor"):
+        load_params(folder, MMDIT, SHAPES)
+
+
+def test_the_tensor_that_a_truncated_file_lacks_is_named(folder):
+    victim = sorted(folder.glob("*.safetensors"))[0]
+    header = json.loads(victim.read_bytes()[8:].split(b"}}", 1)[0] + b"}}")
+    header.pop("__metadata__", None)
+    last = max(header, key=lambda name: header[name]["data_offsets"])
+    victim.write_bytes(victim.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=f"{victim.name}.*tensor {re.escape(last)} ends at"):
+        load_params(folder, MMDIT, SHAPES)
+
+
+def test_numbers_that_are_not_finite_are_no_damage(tmp_path, params):
+    odd = jax.tree.map(np.copy, params)
+    flat(odd)[("proj_out", "bias")][:3] = np.nan, np.inf, -np.inf
+    save_params(tmp_path, named_tensors(MMDIT, odd), CONFIG.to_dict())
+    assert_equal_trees(load_params(tmp_path, MMDIT, SHAPES), odd)
+
+
+def test_types_that_are_not_read_are_named(tmp_path, params):
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    rewrite_header(
+        tmp_path / f"{STEM}.safetensors", lambda header: header[LAST].update(dtype="F4_NEW")
+    )
+    with pytest.raises(CheckpointError, match=f"{re.escape(LAST)} is of type F4_NEW"):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
+def test_an_index_that_disagrees_with_the_files(tmp_path, params, monkeypatch):
+    monkeypatch.setattr(huggingface, "_MAX_SHARD_BYTES", 40_000)
+    save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
+    index = json.loads((tmp_path / INDEX).read_text())
+    file = index["weight_map"]["proj_out.bias"]
+    index["weight_map"]["no.such"] = file
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"{file} lacks tensor no.such"):
+        load_params(tmp_path, MMDIT, SHAPES)
+
+
 def test_an_index_that_names_absent_files(tmp_path, params, monkeypatch):
     monkeypatch.setattr(huggingface, "_MAX_SHARD_BYTES", 40_000)
     save_params(tmp_path, named_tensors(MMDIT, params), CONFIG.to_dict())
@@ -296,6 +436,72 @@ def test_writing_again_leaves_nothing_of_the_earlier_weights(folder, params, mon
 def test_remote_weights_ask_for_a_copy():
     with pytest.raises(CheckpointError, match=r"gs://bucket/model.* copy the folder to a local"):
         local_path("gs://bucket/model")
+
+
+@pytest.mark.parametrize("shards", [True, False])
+def test_remote_folders(tmp_path, params, sharded, bucket, monkeypatch, shards):
+    """No file is fetched whole, and no byte twice."""
+    if shards:
+        monkeypatch.setattr(huggingface, "_MAX_SHARD_BYTES", 40_000)
+    save_params(tmp_path / "bucket/model", named_tensors(MMDIT, params), CONFIG.to_dict())
+    assert read_config("gs://bucket/model") == read_config(tmp_path / "bucket/model")
+    with TensorFiles("gs://bucket/model") as files:
+        sizes = {f.name: f.stat().st_size for f in (tmp_path / "bucket/model").iterdir()}
+        assert len(files.names()) == len(_names())
+    bucket.asked.clear()
+    assert_equal_trees(load_params("gs://bucket/model", MMDIT, sharded), params)
+    weights = [a for a in bucket.asked if a[0].endswith(".safetensors")]
+    assert sum(end - begin for _, begin, end in weights) == sum(
+        size for name, size in sizes.items() if name.endswith(".safetensors")
+    )
+    assert max(end - begin for _, begin, end in weights) <= max(
+        tensor_bytes(tmp_path / "bucket/model").values()
+    )
+
+
+def test_without_a_file_system_that_reads_ranges(tmp_path, params, bucket, monkeypatch):
+    """As with TensorFlow's files, which are opened and sought."""
+    save_params(tmp_path / "bucket/model", named_tensors(MMDIT, params), CONFIG.to_dict())
+    init = RemoteFile.__init__
+
+    def bare(file, path):
+        init(file, path)
+        file._store = None
+
+    monkeypatch.setattr(RemoteFile, "__init__", bare)
+    assert_equal_trees(load_params("gs://bucket/model", MMDIT, SHAPES), params)
+
+
+def test_remote_answers_that_are_cut_short(tmp_path, params, bucket):
+    save_params(tmp_path / "bucket/model", named_tensors(MMDIT, params), CONFIG.to_dict())
+    with TensorFiles("gs://bucket/model") as files:
+        bucket.cut = 4
+        message = rf"gs://bucket/model/{STEM}.safetensors is truncated: of tensor proj_out.bias"
+        with pytest.raises(CheckpointError, match=message):
+            files.read("proj_out.bias")
+
+
+def test_a_store_without_its_package(monkeypatch):
+    def absent(name, **_):
+        raise ImportError(f"no file system for {name}")
+
+    monkeypatch.setattr("fsspec.filesystem", absent)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    for call in (resolve_model, TensorFiles):
+        with pytest.raises(CheckpointError, match="please pip install gcsfs"):
+            call("gs://bucket/model")
+    backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_a_whole_remote_pipeline(random_checkpoint, tmp_path, bucket):
+    shutil.copytree(random_checkpoint, tmp_path / "bucket/deep/model")
+    folder = resolve_model("gs://bucket/deep/model")
+    compute, layout = ComputeConfig("float32"), Layout(make_mesh(MeshConfig()))
+    remote, local = (load_pipeline(f, compute, layout) for f in (folder, random_checkpoint))
+    assert_equal_trees(remote.params, local.params)
+    assert_equal_trees(remote.vae_params, local.vae_params)
+    with pytest.raises(CheckpointError, match="is no checkpoint"):
+        resolve_model("gs://bucket/none")
 
 
 def test_temporal_tensors_of_the_autoencoder_are_passed_over(random_checkpoint):

@@ -1,0 +1,91 @@
+"""Byte ranges of files: of local ones as views of mapped memory, of remote ones as requests."""
+
+import os
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+
+from sl_jax.checkpoints.errors import CheckpointError
+
+
+class ByteRanges(Protocol):
+    """A file that may be read by several threads at once.
+
+    Attributes:
+        path: of the file.
+        size: its bytes.
+    """
+
+    path: epath.Path
+    size: int
+
+    def read(self, begin: int, end: int) -> UInt8[np.ndarray, " n"]:
+        """Bytes `begin` up to, not with, `end`, or as many of them as there are; not writable."""
+        ...
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is on a remote store (gs://…, s3://…)."""
+    return "://" in os.fspath(path)
+
+
+def open_ranges(path: epath.PathLike) -> ByteRanges:
+    """Opens a local or remote file.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    return RemoteFile(path) if is_remote(path) else LocalFile(path)
+
+
+class LocalFile:
+    """A file of this machine. Ranges cost nothing until they are looked at."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        self.size = Path(path).stat().st_size
+        # An empty file cannot be mapped.
+        self._bytes = np.memmap(path, np.uint8, "r") if self.size else np.zeros(0, np.uint8)
+
+    def read(self, begin: int, end: int) -> UInt8[np.ndarray, " n"]:
+        """As `ByteRanges.read`."""
+        return self._bytes[begin:end].view(np.ndarray)
+
+
+class RemoteFile:
+    """A file on a remote store, through etils.epath: by fsspec, or by TensorFlow if installed."""
+
+    def __init__(self, path: epath.PathLike):
+        self.path = epath.Path(path)
+        with self.path.open("rb") as file:
+            self.size = file.seek(0, os.SEEK_END) or file.tell()
+            # fsspec's files know their file system, which fetches exactly the range asked for;
+            # the files themselves read ahead, and not from several threads.
+            self._store = getattr(file, "fs", None)
+
+    def read(self, begin: int, end: int) -> UInt8[np.ndarray, " n"]:
+        """As `ByteRanges.read`."""
+        begin, end = min(begin, self.size), min(end, self.size)
+        if begin == end:
+            return np.zeros(0, np.uint8)
+        if self._store is not None:
+            return np.frombuffer(
+                self._store.cat_file(os.fspath(self.path), start=begin, end=end), np.uint8
+            )
+        with self.path.open("rb") as file:
+            file.seek(begin)
+            return np.frombuffer(file.read(end - begin), np.uint8)
+
+
+def import_problem(path: epath.PathLike, error: ImportError) -> CheckpointError:
+    """The error of a store whose Python package is not installed, with the package to install."""
+    packages = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
+    scheme = os.fspath(path).partition("://")[0]
+    return CheckpointError(
+        f"{path} cannot be read without another package ({error}); please pip install "
+        f"{packages.get(scheme, 'the fsspec file system of ' + scheme)}, or copy the folder to a "
+        "local disk"
+    )
