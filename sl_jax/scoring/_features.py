@@ -34,6 +34,8 @@ class Penalties(NamedTuple):
 
     Attributes:
       recomposition: ⟨|S − R|⟩ over the channels.
+      unlike: mean of |S − R| where objects show: things that look like nothing in the source.
+      stained: the same where the background shows.
       missing: ⟨max(0, |S − R| − 0.06)⟩ times the number of blank objects.
       noise: roughness (difference from the 3 × 3 mean) of layers beyond that of the source and of
         matte edges nearby, summed over layers; n + 20·n² of it, which makes light of a little.
@@ -61,6 +63,8 @@ class Penalties(NamedTuple):
     """
 
     recomposition: float
+    unlike: float
+    stained: float
     missing: float
     noise: float
     partial: float
@@ -147,6 +151,8 @@ def penalties(seen: Seen) -> Penalties:
     mass = scene.mattes.mean((1, 2))
     return Penalties(
         recomposition=float(error.mean()),
+        unlike=_mean_under(error, 1 - scene.front[0]),
+        stained=_mean_under(error, scene.front[0]),
         missing=missing,
         noise=_noise(scene),
         partial=partial,
@@ -215,6 +221,11 @@ def _scene(seen: Seen) -> tuple[_Scene, Plane]:
         blank=np.exp(-np.square(alphas[1:].mean((1, 2)) / 0.01)),
     )
     return scene, np.abs(seen.source - seen.recomposition).mean(-1)
+
+
+def _mean_under(error: Plane, weight: Plane) -> float:
+    """Mean of `error` where `weight` is; less than that where it is on hardly a pixel."""
+    return float((error * weight).sum() / (weight.sum() + 0.01 * weight.size))
 
 
 def _noise(scene: _Scene) -> float:

@@ -44,8 +44,22 @@ def _behind_cut_off(layers: np.ndarray) -> np.ndarray:
     return flawed
 
 
+def _other_colours(layers: np.ndarray) -> np.ndarray:
+    flawed = layers.copy()
+    flawed[1:, ..., :3] = layers[1:, ..., [1, 2, 0]]
+    return flawed
+
+
+def _negative_background(layers: np.ndarray) -> np.ndarray:
+    flawed = layers.copy()
+    flawed[0, ..., :3] = 255 - layers[0, ..., :3]
+    return flawed
+
+
 _ANSWERS = [
     ("recomposition", cases.blank_with_missing, 0.02),
+    ("unlike", _other_colours, 0.1),
+    ("stained", _negative_background, 0.2),
     ("missing", cases.blank_with_missing, 0.02),
     ("noise", cases.noise_layer, 0.05),
     ("partial", cases.color_bleed, 0.2),
@@ -75,6 +89,12 @@ def test_a_penalty_answers_to_its_flaw(name, flaw, least):
 def test_every_penalty_is_tested_and_small_on_a_clean_design():
     assert {name for name, *_ in _ANSWERS} == set(Penalties._fields)
     assert max(_penalties(_CLEAN)) < 0.05
+
+
+def test_objects_and_background_answer_for_themselves():
+    clean = _penalties(_CLEAN)
+    assert _penalties(_negative_background(_CLEAN)).unlike < clean.unlike + 0.02
+    assert _penalties(_other_colours(_CLEAN)).stained < clean.stained + 0.02
 
 
 def test_penalties_are_continuous():
