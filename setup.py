@@ -28,9 +28,11 @@ JUDGE = [
 ]
 TRAINING = [
     *JUDGE,
+    "array_record>=0.8",
     "flax>=0.12",
     "grain>=0.2.15",
     "huggingface_hub>=1",
+    "importlib_resources",
     "jax>=0.10,<0.13",
     "jinja2",
     "markupsafe",
@@ -38,6 +40,7 @@ TRAINING = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11",
     "psd-tools>=1.26",
+    "pyarrow",
     "safetensors",
     "tensorboardX",
     "tensorflow-datasets>=4.9.8",

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 from jaxtyping import UInt8
 
 from sl_jax import imaging
-from sl_jax.data import FolderError, LayeredFolder, Skipped
+from sl_jax.data import FolderError, Skipped
+from sl_jax.data.paired import is_paired, open_paired
 from sl_jax.data.pictures import (
     PictureError,
     longest_side_size,
@@ -95,9 +95,10 @@ def open_data(where: str, side: int | None = None, limit: int | None = None) -> 
 
     Args:
       where: `procedural:FAMILY:COUNT[:LAYERS[:SIZE[:FIRST]]]`, where LAYERS are one or more
-        numbers to take in turn (3), SIZE the side in pixels (64), and FIRST the first seed (0); a
-        folder of designs NAME/0000.png, … (LayerD layout); or a picture, a folder of pictures, or
-        a pattern.
+        numbers to take in turn (3), SIZE the side in pixels (64), and FIRST the first seed (0);
+        designs with layers as `data.paired.open_paired` finds them: a folder of designs
+        NAME/0000.png, … (LayerD layout), Photoshop documents, `crello#SPLIT`; or a picture, a
+        folder of pictures, or a pattern.
       side: pixels of the longest side, sides being multiples of 16; None keeps the pictures' own
         size.
       limit: take the first so many.
@@ -108,8 +109,8 @@ def open_data(where: str, side: int | None = None, limit: int | None = None) -> 
     """
     if where.partition(":")[0] == PROCEDURAL:
         data = _procedural(where, side)
-    elif _is_layered(epath.Path(where).expanduser()):
-        data = _layered(where, side)
+    elif is_paired(where):
+        data = _paired(where, side)
     else:
         data = _flat(where, side)
     return dataclasses.replace(data, pictures=data.pictures[:limit]) if limit else data
@@ -179,34 +180,30 @@ def _open_procedural(
     return _with_reference(make_design(family, seed, own, layers).layers, size)
 
 
-def _is_layered(root: epath.Path) -> bool:
-    return root.is_dir() and any((child / "0000.png").exists() for child in root.iterdir())
-
-
-def _layered(where: str, side: int | None) -> EvalData:
-    folder = LayeredFolder.scan(where, limits=LIMITS)
-    skipped, records = list(folder.skipped), []
+def _paired(where: str, side: int | None) -> EvalData:
+    found = open_paired(where, limits=LIMITS)
+    skipped, designs = list(found.skipped), []
     with ThreadPoolExecutor() as pool:
-        checked = pool.map(lambda record: _opaque_layer(record.paths), folder.records)
-        for record, problem in zip(folder.records, checked, strict=True):
+        checked = pool.map(lambda design: _opaque_layer(design.files), found)
+        for design, problem in zip(found, checked, strict=True):
             if problem:
-                skipped.append(Skipped(record.name, problem))
+                skipped.append(Skipped(design.name, problem))
             else:
-                records.append(record)
-    if not records:
+                designs.append(design)
+    if not designs:
         raise FolderError(f"no usable design in {where}: {skipped[0].name}: {skipped[0].reason}")
     pictures = []
-    for index, record in enumerate(records):
-        size = _frame(record.height, record.width, side)
+    for index, design in enumerate(designs):
+        size = _frame(design.height, design.width, side)
         pictures.append(
             EvalPicture(
                 index=index,
-                name=record.name,
+                name=design.name,
                 size=size,
-                original=(record.height, record.width),
-                layers=len(record.paths),
-                digest=_digest(record.name, record.content_hash, size),
-                open=lambda record=record, size=size: _with_reference(folder.read(record), size),
+                original=(design.height, design.width),
+                layers=design.layers,
+                digest=_digest(design.name, design.content_hash, size),
+                open=lambda design=design, size=size: _with_reference(design.read(), size),
             )
         )
     return EvalData(where, tuple(pictures), tuple(skipped))

@@ -1,0 +1,156 @@
+"""Layers of Photoshop documents, read as full-canvas RGBA."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+from psd_tools import PSDImage
+from psd_tools.api.adjustments import AdjustmentLayer
+from psd_tools.constants import BlendMode
+
+from sl_jax.data.canvas import as_stack
+from sl_jax.data.pictures import PictureError, PictureLimits
+
+_DEFAULT_LIMITS = PictureLimits()
+_PLAIN = (BlendMode.NORMAL, BlendMode.PASS_THROUGH)
+
+
+class PsdInfo(NamedTuple):
+    """A document that can be used.
+
+    Attributes:
+      height, width: of the canvas in pixels.
+      layers: number of layers that `open_psd` returns.
+      content_hash: SHA-256 of the file, in hexadecimal.
+    """
+
+    height: int
+    width: int
+    layers: int
+    content_hash: str
+
+
+def open_psd(
+    path: str | os.PathLike[str], limits: PictureLimits = _DEFAULT_LIMITS
+) -> UInt8[np.ndarray, "layers height width 4"]:
+    """The visible layers of a document, back to front, the background first (`canvas.as_stack`).
+
+    Groups are opened; their opacity counts for what is inside. Masks of pixels, clipping and shapes
+    are drawn as psd-tools draws them. A document whose layers do not simply lie over one another
+    (another blend mode than Normal, an adjustment) is refused: no stack of plain layers is
+    that picture.
+
+    Args:
+      path: local or remote (gs://…).
+      limits: what to refuse.
+
+    Returns:
+      uint8 [L, H, W, 4], straight RGBA.
+
+    Raises:
+      PictureError: the document cannot be read or has no such layers; says why.
+    """
+    return _layers(path, _read(path, limits), limits)
+
+
+def psd_info(path: str | os.PathLike[str], limits: PictureLimits = _DEFAULT_LIMITS) -> PsdInfo:
+    """What `open_psd` would return, after it has been tried.
+
+    Raises:
+      PictureError: as `open_psd`.
+    """
+    content = _read(path, limits)
+    layers = _layers(path, content, limits)
+    return PsdInfo(*layers.shape[1:3], len(layers), hashlib.sha256(content).hexdigest())
+
+
+def _read(path: str | os.PathLike[str], limits: PictureLimits) -> bytes:
+    try:
+        content = epath.Path(path).read_bytes()
+    except OSError as error:
+        raise PictureError(path, error.strerror or str(error)) from error
+    if len(content) > limits.max_bytes:
+        raise PictureError(path, f"{len(content)} bytes; the limit max_bytes is {limits.max_bytes}")
+    return content
+
+
+def _layers(path: str | os.PathLike[str], content: bytes, limits: PictureLimits) -> np.ndarray:
+    try:
+        document = PSDImage.open(io.BytesIO(content))
+        _check_canvas(path, document, limits)
+        size = document.height, document.width
+        drawn = [_drawn(layer, opacity, size) for layer, opacity in _leaves(document, 1.0)]
+    except PictureError:
+        raise
+    except _Refused as error:
+        raise PictureError(path, str(error)) from error
+    except _PARSER_ERRORS as error:
+        raise PictureError(path, f"no readable Photoshop document: {error}") from error
+    if not drawn:
+        raise PictureError(path, "it has no visible layers")
+    return as_stack(drawn, size)
+
+
+class _Refused(ValueError):
+    """A layer that no plain layer stands for."""
+
+
+# What the parser raises on hostile bytes. There is no common base class below Exception.
+_PARSER_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
+    *(MemoryError, NotImplementedError, OSError, TypeError, ValueError),
+)
+
+
+def _check_canvas(path: str | os.PathLike[str], document: Any, limits: PictureLimits) -> None:
+    pixels, short = document.width * document.height, min(document.width, document.height)
+    if pixels > limits.max_pixels or short < limits.min_side:
+        raise PictureError(path, f"its canvas of {document.width}x{document.height} is no picture")
+
+
+def _leaves(group: Any, opacity: float) -> Iterator[tuple[Any, float]]:
+    """Visible layers without children, back to front, with the opacity of their groups."""
+    for layer in group:
+        if not layer.visible or layer.clipping:  # clipped ones are drawn with their base
+            continue
+        if layer.blend_mode not in _PLAIN:
+            raise _Refused(f"layer {layer.name!r} blends as {layer.blend_mode.name.lower()}")
+        if isinstance(layer, AdjustmentLayer):
+            raise _Refused(f"layer {layer.name!r} adjusts those below ({layer.kind})")
+        if layer.is_group():
+            yield from _leaves(layer, opacity * layer.opacity / 255)
+        else:
+            yield layer, opacity
+
+
+def _drawn(
+    layer: Any, opacity: float, size: tuple[int, int]
+) -> UInt8[np.ndarray, "height width 4"]:
+    """One layer on the whole canvas; `opacity` is that of its groups."""
+    height, width = size
+    canvas = Image.new("RGBA", (width, height))
+    plain = layer.kind == "pixel" and not (
+        layer.has_mask()
+        or layer.has_vector_mask()
+        or layer.has_effects()
+        or layer.has_clip_layers()
+    )
+    if plain:
+        picture = layer.topil(apply_icc=False) if layer.has_pixels() else None
+        if picture is not None:
+            canvas.paste(picture.convert("RGBA"), (layer.left, layer.top))
+        opacity *= layer.opacity / 255 * layer.fill_opacity / 255
+    else:
+        picture = layer.composite(viewport=(0, 0, width, height), force=True, apply_icc=False)
+        canvas = canvas if picture is None else picture.convert("RGBA")
+    pixels = np.array(canvas)
+    pixels[..., 3] = np.rint(pixels[..., 3] * opacity)
+    return pixels

@@ -1,0 +1,258 @@
+"""TFDS datasets as data: any with an `image` as flat pictures, Crello also with its layers.
+
+They are read without TensorFlow, from array_record files, by position and from many threads.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from PIL import Image
+
+from sl_jax.data._walk import Skipped
+from sl_jax.data.buckets import Bucket, nearest_bucket
+from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
+from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, shown
+
+TFDS, CRELLO = "tfds", "crello"
+_IMAGE = "image"
+_DEFAULT_LIMITS = PictureLimits()
+_CAPTIONS = ("caption", "text", "prompt", "title")
+_WANTED = (
+    "please write crello, crello#SPLIT, crello:FOLDER#SPLIT (a folder of Crello's parquet files, "
+    "or TFDS's folder of datasets), or tfds:NAME#SPLIT for a TFDS dataset with an image"
+)
+
+
+class Named(NamedTuple):
+    """What `crello:FOLDER#SPLIT` or `tfds:NAME#SPLIT` says.
+
+    Attributes:
+      kind: "crello" or "tfds".
+      name: folder of Crello ("" for the usual one), or name of the dataset.
+      split: "train" by default.
+    """
+
+    kind: str
+    name: str
+    split: str
+
+    def __str__(self) -> str:
+        inside = f":{self.name}" if self.name else ""
+        return f"{self.kind}{inside}#{self.split}"
+
+
+def parse_named(where: str | os.PathLike[str]) -> Named | None:
+    """The dataset that `where` names; None if it is a path.
+
+    Raises:
+      FolderError: it begins like the name of a dataset, but is none.
+    """
+    text = os.fspath(where)
+    head, _, split = text.partition("#")
+    kind, _, name = head.partition(":")
+    if kind not in (TFDS, CRELLO) or (kind == CRELLO and name.startswith("//")):
+        return None
+    if kind == TFDS and not name:
+        raise FolderError(f"{shown(text)} names no dataset; {_WANTED}")
+    return Named(kind, name, split or "train")
+
+
+def scan_tfds(
+    where: str,
+    buckets: Sequence[Bucket],
+    *,
+    limits: PictureLimits = _DEFAULT_LIMITS,
+    threads: int | None = None,
+) -> PictureIndex:
+    """Indexes the `image` of every example of a TFDS split, as `scan_folder` does a folder's files.
+
+    The result is the same kind of index; `open_record` opens its paths. A text feature named
+    caption, text, prompt or title is the caption. Every picture is decoded once.
+
+    Args:
+      where: `crello…` or `tfds:NAME…`, see `parse_named`.
+      buckets: static shapes.
+      limits: what counts as absurd and is skipped.
+      threads: number of reading threads; default: one a core, at most 32.
+
+    Raises:
+      FolderError: there is no such dataset or split, it has no `image`, or no usable picture.
+    """
+    named = parse_named(where)
+    if named is None:
+        raise FolderError(f"{shown(where)} names no dataset; {_WANTED}")
+    source = open_split(named)
+    inspect = functools.partial(_inspect, str(named), limits)
+    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 32)) as pool:
+        results = list(pool.map(inspect, range(len(source))))
+    first: dict[str, PictureRecord] = {}
+    skipped = list(left_out(named))
+    for result in results:
+        if isinstance(result, Skipped):
+            skipped.append(result)
+            continue
+        content_hash, height, width, caption, path = result
+        if content_hash in first:
+            kept = first[content_hash].name
+            skipped.append(Skipped(path, f"same content as {shown(kept)}"))
+            continue
+        bucket = nearest_bucket(buckets, height, width)
+        first[content_hash] = PictureRecord(
+            path, path, content_hash, height, width, bucket, caption
+        )
+    if not first:
+        reason = f": {skipped[0].reason}" if skipped else ""
+        raise FolderError(f"no usable picture among the {len(source)} of {named}{reason}")
+    return PictureIndex(str(named), tuple(first.values()), tuple(skipped), limits=limits)
+
+
+def open_record(
+    path: str, limits: PictureLimits = _DEFAULT_LIMITS
+) -> UInt8[np.ndarray, "height width 3"]:
+    """Opens what a record of an index names: a file, or an example of a TFDS split.
+
+    Raises:
+      PictureError: as `open_picture`.
+    """
+    head, at, number = path.rpartition("@")
+    named = parse_named(head) if at and number.isdecimal() else None
+    if named is None:
+        return open_picture(path, limits)
+    return _flat(path, read_example(named, int(number))[_IMAGE], limits)
+
+
+def read_example(named: Named, position: int) -> dict[str, Any]:
+    """One decoded example.
+
+    Raises:
+      PictureError: it cannot be read any more.
+    """
+    try:
+        return open_split(named)[position]
+    except _READ_ERRORS as error:
+        raise PictureError(f"{named}@{position}", f"cannot be read: {error}") from error
+
+
+# What array_record, protobuf and Pillow raise on damaged records.
+_READ_ERRORS = (OSError, ValueError, IndexError, KeyError, RuntimeError, SyntaxError)
+
+
+@functools.lru_cache(maxsize=8)
+def open_split(named: Named) -> Any:
+    """A random-access source of decoded examples; made or downloaded first if need be.
+
+    Raises:
+      FolderError: there is no such dataset or split, or it has no `image`.
+    """
+    builder = _builder(named)
+    if named.split not in builder.info.splits:
+        known = ", ".join(builder.info.splits) or "none"
+        raise FolderError(f"{named} is no split of its dataset, which has {known}; {_WANTED}")
+    if _IMAGE not in builder.info.features:
+        raise FolderError(f"{named} has no feature {_IMAGE!r}, but {sorted(builder.info.features)}")
+    return builder.as_data_source(named.split)
+
+
+def left_out(named: Named) -> tuple[Skipped, ...]:
+    """What was left out when a dataset was made here."""
+    if named.kind != CRELLO:
+        return ()
+    from sl_jax.data.crello import skipped_designs
+
+    return skipped_designs(_crello_folder(named.name), named.split)
+
+
+def _builder(named: Named) -> Any:
+    import tensorflow_datasets as tfds
+
+    if named.kind == CRELLO:
+        return tfds.builder_from_directory(_crello_folder(named.name))
+    try:
+        builder = tfds.builder(named.name, try_gcs=False, file_format="array_record")
+        builder.download_and_prepare()
+    except (tfds.core.DatasetNotFoundError, ValueError, ImportError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise FolderError(f"{named} cannot be opened ({first}); {_WANTED}") from error
+    return builder
+
+
+@functools.lru_cache(maxsize=8)
+def _crello_folder(name: str) -> epath.Path:
+    from sl_jax.data.crello import HUB_ID, prepare_crello
+
+    folder = epath.Path(name).expanduser()
+    if not name:
+        return prepare_crello(HUB_ID)
+    if not folder.is_dir():
+        raise FolderError(f"no folder {shown(name)}; {_WANTED}")
+    for place in (folder, folder / "data"):
+        if place.is_dir() and any(p.suffix == ".parquet" for p in place.iterdir()):
+            return prepare_crello(name, folder / "tfds")
+    return prepare_crello(HUB_ID, folder)
+
+
+def _inspect(
+    where: str, limits: PictureLimits, position: int
+) -> tuple[str, int, int, str, str] | Skipped:
+    path = f"{where}@{position}"
+    named = parse_named(where)
+    try:
+        example = read_example(named, position)
+        picture = _flat(path, example[_IMAGE], limits)
+    except PictureError as error:
+        return Skipped(path, error.reason)
+    return content_hash(picture), *picture.shape[:2], caption_of(example), path
+
+
+def content_hash(pixels: UInt8[np.ndarray, "*shape"]) -> str:
+    """SHA-256 of a picture's or a stack's shape and pixels, in hexadecimal."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def caption_of(example: dict[str, Any]) -> str:
+    """The text of the first feature that may be a caption; "" if there is none."""
+    for name in _CAPTIONS:
+        value = example.get(name)
+        if isinstance(value, bytes | str):
+            return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
+    return ""
+
+
+def _flat(path: str, pixels: Any, limits: PictureLimits) -> UInt8[np.ndarray, "height width 3"]:
+    """A decoded feature as `open_picture` would return it: checked, RGB, alpha over white."""
+    pixels = np.asarray(pixels)
+    if pixels.ndim != 3 or pixels.dtype != np.uint8 or pixels.shape[2] not in (1, 3, 4):
+        raise PictureError(path, f"its image is {pixels.dtype} {pixels.shape}, not 8-bit pixels")
+    check_size(path, pixels.shape[0], pixels.shape[1], limits)
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, 2)
+    if pixels.shape[2] == 4:
+        canvas = Image.new("RGB", pixels.shape[1::-1], (255, 255, 255))
+        canvas.paste(Image.fromarray(pixels[..., :3]), mask=Image.fromarray(pixels[..., 3]))
+        return np.array(canvas)
+    return pixels
+
+
+def check_size(path: str, height: int, width: int, limits: PictureLimits) -> None:
+    """Refuses sizes outside of the limits.
+
+    Raises:
+      PictureError: says which limit.
+    """
+    short, long = sorted((height, width))
+    for wrong, limit in (
+        (height * width > limits.max_pixels, f"max_pixels is {limits.max_pixels}"),
+        (short < limits.min_side, f"min_side is {limits.min_side}"),
+        (long > short * limits.max_aspect, f"max_aspect is {limits.max_aspect:g}"),
+    ):
+        if wrong:
+            raise PictureError(path, f"{width}x{height} pixels; the limit {limit}")
