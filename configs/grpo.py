@@ -42,7 +42,7 @@ def _production() -> ConfigDict:
     rollout.batch_groups = 8
     rollout.group_size = 8  # unmeasured; peers use 8 to 24
     rollout.steps = 10  # paper: Flow-GRPO trains with 10
-    rollout.shift = None  # the checkpoint's own rule
+    rollout.shift = placeholder(float)  # the checkpoint's own rule
     rollout.dynamics = "flow_sde"  # paper
     rollout.noise_level = 1.2  # peer: verl-omni's Qwen-Image recipes; flow_grpo's default is 0.7
     rollout.window_size = 2  # peer: Flow-GRPO-Fast
@@ -166,6 +166,12 @@ def _production() -> ConfigDict:
     compute.dtype = "bfloat16"
     compute.attention = "auto"
     compute.remat = "block"
+
+    distributed = config.distributed = ConfigDict()
+    distributed.join = "auto"  # TPU pods, SLURM and others are found; "on", "off"
+    distributed.coordinator = ""  # or HOST:PORT of process 0, the same in all
+    distributed.processes = placeholder(int)
+    distributed.process = placeholder(int)  # this one, from 0
     return config
 
 

@@ -23,7 +23,8 @@ from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, trainin
 from sl_jax.eval.report import write_html
 from sl_jax.grpo import workdir as work
 from sl_jax.grpo.adapter import first_adapter
-from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
+from sl_jax.grpo.batches import rows_here, same_pictures
+from sl_jax.grpo.config import ConfigError, GrpoConfig, distributed_part, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.judges import open_judges
 from sl_jax.grpo.judging import JudgeUnavailableError, Judging
@@ -34,7 +35,9 @@ from sl_jax.grpo.report import run_report
 from sl_jax.grpo.rollout import Rollout
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
+from sl_jax.parallel.joining import joined
 from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.parallel.processes import ALONE, ProcessError, Processes, to_everywhere
 from sl_jax.scoring import BudgetError, Rewards
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.keys import KeyMissingError
@@ -49,6 +52,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 _EXPECTED = (
     *(ConfigError, CheckpointError, FolderError),
     *(KeyMissingError, PreflightError, CacheError, JudgeUnavailableError, BudgetError),
+    ProcessError,
 )
 
 
@@ -57,8 +61,10 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
+    config = _CONFIG.value.to_dict()
     try:
-        run(from_mapping(_CONFIG.value.to_dict(), len(jax.devices())))
+        with joined(distributed_part(config)) as processes:
+            run(from_mapping(config, jax.device_count()), processes)
     except _EXPECTED as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
@@ -66,26 +72,33 @@ def main(argv: list[str]) -> None:
         sys.exit(130)
 
 
-def run(config: GrpoConfig) -> None:
+def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
     """One run, from wherever its work directory stands."""
-    folder = work.claim(config)
+    folder = work.claim(config, processes)
     report, adapter = folder / "report.html", folder / "adapter"
     with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
-        if (checkpoints.latest or 0) >= config.epochs and report.exists():
-            print(f"This run is finished: {config.epochs} epochs. Report: {report}")
+        finished = (checkpoints.latest or 0) >= config.epochs and report.exists()
+        if processes.from_main("looking for a report", finished):
+            if processes.is_main:
+                print(f"This run is finished: {config.epochs} epochs. Report: {report}")
             return
-        with _parts(config, folder, checkpoints) as (parts, first):
-            work.record(config)
-            report.unlink(missing_ok=True)  # of a shorter run, which this one prolongs
+        with _parts(config, folder, checkpoints, processes) as (parts, first):
+            with processes.together("recording the configuration"):
+                if processes.is_main:
+                    work.record(config)
+                    report.unlink(missing_ok=True)  # of a shorter run, which this one prolongs
             outcome = train(parts, first)
-        save_peft(adapter, outcome.state.ema, config.model)
-        write_html(run_report(config, folder, outcome.before, outcome.after), report)
-    print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
+            average = to_everywhere(outcome.state.ema, parts.layout.mesh)
+        with processes.together("writing adapter and report"):
+            if processes.is_main:
+                save_peft(adapter, average, config.model)
+                write_html(run_report(config, folder, outcome.before, outcome.after), report)
+                print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
 
 
 @contextmanager
 def _parts(
-    config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints
+    config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints, processes: Processes
 ) -> Iterator[tuple[Parts, Callable[[], Adapter]]]:
     """Everything that training needs, with the maker of the adapter to start from.
 
@@ -101,29 +114,35 @@ def _parts(
         eval_fraction=data.eval_fraction,
     )
     examples = EvalSet(held_out, layers=data.layers, count=config.evaluation.pictures)
-    stream = TrainStream(index, groups=rollout.batch_groups, layers=data.layers, seed=config.seed)
-    model = resolve_model(config.model)
     layout = Layout(make_mesh(config.mesh))
+    groups, rows = rollout.batch_groups, rows_here(config, layout, processes).held
+    stream = TrainStream(index, groups=groups, layers=data.layers, seed=config.seed, slots=rows)
+    same_pictures((index, held_out), processes)
+    model = resolve_model(config.model)
     first = first_adapter(config, model, layout)
     left = config.epochs - (checkpoints.latest or 0)
-    with open_judges(config, folder, left, len(examples)) as judges, closing(stream):
+    judging = open_judges(config, folder, left, len(examples), processes)
+    with judging as judges, closing(stream):
         captions = [record.caption for part in (index, held_out) for record in part]
-        prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
-        pipeline = load_pipeline(model, config.compute, layout)
+        with processes.together("loading the model"):
+            prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
+            pipeline = load_pipeline(model, config.compute, layout)
         records = JudgeRecords(
             folder / "judge", config.judge.recorded_pictures, config.judge.render
         )
-        judging = Judging(judges.training, Rewards(config.rewards), config.judge, records)
-        grading = Judging(judges.evaluation, Rewards((("judge", 1.0),)), config.judge)
-        evaluator = Evaluator(
-            Decomposer(pipeline), examples, prompts, grading, config.evaluation, rollout.shift
+        rewards = Rewards(config.rewards)
+        training = Judging(judges.training, rewards, config.judge, records, processes)
+        grading = Judging(
+            judges.evaluation, Rewards((("judge", 1.0),)), config.judge, processes=processes
         )
+        sampled = (Decomposer(pipeline), examples, prompts)
+        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
         rolling = Rollout(pipeline, rollout, layout)
         learner = Learner(
             pipeline, rollout, config.objective, config.optimizer, config.learner, layout
         )
-        parts = (config, folder, stream, prompts, rolling, judging, learner, evaluator)
-        yield Parts(*parts, checkpoints), partial(first, pipeline.params)
+        parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
+        yield Parts(*parts, checkpoints, layout, processes), partial(first, pipeline.params)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,11 @@ class Example:
     step: int
     slot: int
 
+    @property
+    def is_blank(self) -> bool:
+        """Whether it stands for no picture at all; see `EvalBatch`."""
+        return not self.picture_id
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -80,14 +85,32 @@ class StepPictures:
     examples: tuple[Example, ...]
 
 
+@dataclass(frozen=True, eq=False)
+class EvalBatch:
+    """Held-out pictures of one bucket and one L.
+
+    Attributes:
+      bucket: shape of all of them.
+      layers: L of all of them.
+      rows: the rows of the batch that were asked for.
+      examples: one per row; a blank one, of no picture, where the batch is not full or the picture
+        cannot be read.
+    """
+
+    bucket: Bucket
+    layers: int
+    rows: tuple[int, ...]
+    examples: tuple[Example, ...]
+
+
 class TrainStream(Iterator[StepPictures]):
     """Endless training steps of pictures, read ahead in background threads.
 
     Step n is a function of (index, settings, n) alone. All processes see the same bucket and L at
-    step n, and each gets its share of the step's pictures; joined by slot, the shares are the same
-    for any number of processes and threads. Buckets are drawn in proportion to their pictures;
-    within a bucket every picture comes once before any comes again, in a new order each time. A
-    bucket with fewer pictures than `groups` repeats them within a step.
+    step n, and each gets the pictures of its slots; joined by slot, they are the same for any
+    number of processes and threads. Buckets are drawn in proportion to their pictures; within a
+    bucket every picture comes once before any comes again, in a new order each time. A bucket with
+    fewer pictures than `groups` repeats them within a step.
 
     A file that cannot be read any more is replaced by another picture of its bucket, chosen by the
     step and the slot, and is reported in `failures`; one that was quarantined likewise.
@@ -103,8 +126,7 @@ class TrainStream(Iterator[StepPictures]):
         layers: Sequence[int] = (3, 4),
         layer_weights: Sequence[float] | None = None,
         seed: int = 0,
-        process_index: int = 0,
-        process_count: int = 1,
+        slots: Sequence[int] | None = None,
         threads: int | None = None,
         prefetch_steps: int = 1,
     ):
@@ -112,12 +134,12 @@ class TrainStream(Iterator[StepPictures]):
 
         Args:
           index: the pictures.
-          groups: pictures per step over all processes; a multiple of `process_count`.
+          groups: pictures per step over all processes.
           layers: the values that L is drawn from, once per step.
           layer_weights: their relative weights; equal by default.
           seed: non-negative; another seed is another order.
-          process_index: this process' share, 0 ≤ process_index < process_count.
-          process_count: number of shares.
+          slots: the places in a step, from 0 up to `groups`, whose pictures this process reads;
+            all by default.
           threads: reading threads; default: the number of cores, at most 16. 0 reads nothing ahead.
           prefetch_steps: how many steps' pictures are read ahead.
 
@@ -127,7 +149,7 @@ class TrainStream(Iterator[StepPictures]):
         """
         if not index.records:
             raise FolderError(f"no pictures to train on in {shown(index.folder)}")
-        _check_share(groups, process_index, process_count)
+        self._slots = _checked_slots(groups, slots)
         weights = _check_layers(layers, layer_weights)
         if seed < 0:
             raise ValueError(f"seed = {seed}; please use 0 or more")
@@ -140,8 +162,6 @@ class TrainStream(Iterator[StepPictures]):
             for bucket in self._buckets
         )
         self._schedule = Schedule([len(rows) for rows in self._records], groups, weights, seed)
-        share = groups // process_count
-        self._slots = range(process_index * share, (process_index + 1) * share)
         self._groups = groups
         self._threads = min(os.cpu_count() or 1, 16) if threads is None else threads
         self._prefetch_steps = prefetch_steps
@@ -377,18 +397,29 @@ class EvalSet(Sequence[Example]):
         """The number of layers that a picture is decomposed into."""
         return self._layers[int(record.content_hash[-8:], 16) % len(self._layers)]
 
-    def batches(self, size: int) -> Iterator[tuple[Example, ...]]:
-        """All pictures in batches of at most `size`, each of one bucket and one L."""
+    def batches(self, size: int, rows: Sequence[int] | None = None) -> Iterator[EvalBatch]:
+        """All pictures in batches of `size` rows, each of one bucket and one L.
+
+        Args:
+          size: of every batch; the last ones of a shape are filled up with blanks.
+          rows: read these rows of each batch; all by default.
+        """
         if size < 1:
             raise ValueError(f"size = {size}; please use 1 or more")
+        rows = tuple(range(size) if rows is None else rows)
         positions: dict[tuple[Bucket, int], list[int]] = {}
         for position, record in enumerate(self.records):
             shape = (record.bucket, self.layers_of(record))
             positions.setdefault(shape, []).append(position)
-        for shape in sorted(positions):
-            examples = self._readable(positions[shape])
-            while batch := tuple(itertools.islice(examples, size)):
-                yield batch
+        for bucket, layers in sorted(positions):
+            here = positions[bucket, layers]
+            for start in range(0, len(here), size):
+                batch = here[start : start + size]
+                wanted = {row: batch[row] for row in rows if row < len(batch)}
+                read = {e.slot: e for e in self._readable(list(wanted.values()))}
+                blank = _blank(bucket, layers)
+                chosen = tuple(read.get(wanted.get(row, -1), blank) for row in rows)
+                yield EvalBatch(bucket, layers, rows, chosen)
 
     def _readable(self, positions: Sequence[int]) -> Iterator[Example]:
         for position in positions:
@@ -406,7 +437,7 @@ class EvalSet(Sequence[Example]):
 class _Slots:
     """The stream's slots of this process from a step on, as a random-access source for grain."""
 
-    def __init__(self, stream: TrainStream, first_step: int, slots: range):
+    def __init__(self, stream: TrainStream, first_step: int, slots: Sequence[int]):
         self._stream = stream
         self._first_step = first_step
         self._slots = slots
@@ -420,6 +451,11 @@ class _Slots:
 
     def __repr__(self) -> str:
         return f"pictures from step {self._first_step} on"
+
+
+def _blank(bucket: Bucket, layers: int) -> Example:
+    picture = np.zeros((bucket.height, bucket.width, 3), np.uint8)
+    return Example(picture, "", "", "", layers, bucket, step=0, slot=0)
 
 
 def _example(
@@ -456,17 +492,16 @@ def _may_pass(cause: BaseException | None) -> bool:
     return isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, lasting)
 
 
-def _check_share(groups: int, process_index: int, process_count: int) -> None:
-    if process_count < 1 or not 0 <= process_index < process_count:
+def _checked_slots(groups: int, slots: Sequence[int] | None) -> tuple[int, ...]:
+    if groups < 1:
+        raise ValueError(f"groups = {groups}; please use 1 or more")
+    chosen = tuple(range(groups) if slots is None else slots)
+    rising = sorted(set(chosen)) == list(chosen)
+    if not chosen or not rising or chosen[0] < 0 or chosen[-1] >= groups:
         raise ValueError(
-            f"process_index = {process_index} of process_count = {process_count}; please use "
-            "0 ≤ process_index < process_count"
+            f"slots = {chosen}; please give one or more, rising, from 0 to {groups - 1}"
         )
-    if groups < 1 or groups % process_count:
-        raise ValueError(
-            f"groups = {groups}; please use a positive multiple of the {process_count} processes "
-            "that share them"
-        )
+    return chosen
 
 
 def _check_layers(

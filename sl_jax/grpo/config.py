@@ -19,6 +19,7 @@ from sl_jax.flow.schedule import sigma_grid
 from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.models.attention import Implementation
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig
+from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.parallel.mesh import MeshConfig
 from sl_jax.scoring import JudgeConfig, RenderConfig, Rewards
 from sl_jax.scoring.encoding import RequestConfig
@@ -241,6 +242,20 @@ class GrpoConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+
+
+def distributed_part(config: Mapping[str, Any]) -> DistributedConfig:
+    """How processes join: the part of a configuration that is needed before devices are known.
+
+    Raises:
+        ConfigError: it is not right; of the rest nothing is looked at.
+    """
+    problems: list[str] = []
+    given = config.get("distributed", {})
+    built = _build(DistributedConfig, given, "config.distributed", problems)
+    _refuse(problems)
+    return built
 
 
 def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
@@ -253,9 +268,13 @@ def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
     built = _build(GrpoConfig, _with_endpoints(config), "config", problems)
     if built is not None:
         problems += _problems(built, devices)
+    _refuse(problems)
+    return built
+
+
+def _refuse(problems: list[str]) -> None:
     if problems:
         raise ConfigError("this configuration cannot run:\n  " + "\n  ".join(problems))
-    return built
 
 
 def _with_endpoints(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -428,7 +447,13 @@ _NOT_NEGATIVE = (
 _POSITIVE = ("lora.alpha", "optimizer.learning_rate", "optimizer.clip_norm")
 _OPTIONAL = ("judge.max_requests", "judge.max_tokens", "judge.hedge_after")
 _DECAYS = ("optimizer.b1", "optimizer.b2", "learner.ema")
-_NOT_EMPTY = ("workdir", "model", "data.path", "data.layers", "lora.targets")
+_NOT_EMPTY = {
+    "workdir": "a folder for what the run leaves",
+    "model": "a folder in the diffusers layout, a hub id, or tiny",
+    "data.path": "a folder of pictures to train on",
+    "data.layers": "one or more numbers of layers, such as (3, 4)",
+    "lora.targets": "the names of one or more modules, such as ('to_q', 'to_v')",
+}
 
 
 def _range_problems(config: GrpoConfig) -> Iterator[str]:
@@ -443,7 +468,7 @@ def _range_problems(config: GrpoConfig) -> Iterator[str]:
         *((name, at(name) >= 0, "0 or more") for name in _NOT_NEGATIVE),
         *((name, at(name) > 0, "a positive number") for name in _POSITIVE),
         *((name, 0 <= at(name) < 1, "a number from 0 up to, not with, 1") for name in _DECAYS),
-        *((name, bool(at(name)), "something: it is needed") for name in _NOT_EMPTY),
+        *((name, bool(at(name)), wanted) for name, wanted in _NOT_EMPTY.items()),
         ("optimizer.name", config.optimizer.name in OPTIMIZERS, f"one of {OPTIMIZERS}"),
         ("optimizer.decay_steps", decay == 0 or decay > warmup, "0, or more than warmup_steps"),
         ("rollout.shift", shift is None or shift > 0, "None or a positive number"),

@@ -1,24 +1,32 @@
-"""Evaluation on held-out pictures: fixed pictures, fixed noise, the averaged adapter, stage 1."""
+"""Evaluation on held-out pictures: fixed pictures, fixed noise, the averaged adapter, stage 1.
+
+Every process reads and judges the rows of a batch that its devices decompose; then all know the
+scores of all, and the main process has the layers that the report shows.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 
 from sl_jax.data import EvalSet, Example, FolderError
+from sl_jax.data.loader import EvalBatch
 from sl_jax.eval.bootstrap import interval
 from sl_jax.eval.reference_free import reference_free
+from sl_jax.grpo.batches import group_keys, laid_out
 from sl_jax.grpo.config import EvaluationConfig
 from sl_jax.grpo.judging import Judging, Submitted
 from sl_jax.grpo.prompts import PromptTable
-from sl_jax.grpo.rollout import Pictures, Rollout
+from sl_jax.grpo.rollout import Rollout
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.parallel.mesh import Layout, batch_sharding
+from sl_jax.parallel.processes import BatchRows, batch_rows, to_local
 from sl_jax.scoring import CRITERIA, GroupScores
 
 
@@ -26,15 +34,15 @@ class Evaluated(NamedTuple):
     """One held-out picture, decomposed and judged.
 
     Attributes:
-        example: the picture.
-        layers: uint8 [L, H, W, 4].
+        example: the picture; without pixels where `layers` is None.
+        layers: uint8 [L, H, W, 4]; None in a process that neither judged nor shows them.
         reward: stage-1 score, 0 to 1; nan if the judge gave none.
         criteria: [5], 0 to 1.
         psnr: of the recomposition, dB.
     """
 
     example: Example
-    layers: UInt8[np.ndarray, "l h w 4"]
+    layers: UInt8[np.ndarray, "l h w 4"] | None
     reward: float
     criteria: Float[np.ndarray, " 5"]
     psnr: float
@@ -55,6 +63,7 @@ class Evaluator:
     Attributes:
         judging: by stage 1 alone, which is a level; stage 2 is relative.
         shift: μ of the σ grid, as in the rollout.
+        layout: how batches are split over devices.
     """
 
     decomposer: Decomposer
@@ -63,22 +72,25 @@ class Evaluator:
     judging: Judging
     config: EvaluationConfig
     shift: float | None
+    layout: Layout
 
     def __call__(self, adapter: Adapter) -> list[Evaluated]:
-        """Every held-out picture, by the evaluation sampler.
+        """Every held-out picture that all processes concerned can read, by the evaluation sampler.
 
         Raises:
             FolderError: none of them can be read any more.
             JudgeUnavailableError: they were not judged within `max_wait`.
         """
+        rows = self._rows(self.config.batch)
         pending = [
-            self._submitted(batch, self._sampled(batch, adapter))
-            for batch in self.examples.batches(self.config.batch)
+            entry
+            for batch in self.examples.batches(self.config.batch, rows.held)
+            for entry in self._submitted(batch, self._sampled(batch, adapter), rows.judged)
         ]
-        results = self._finished([entry for batch in pending for entry in batch])
+        results = self._finished(pending)
         if not results:
             raise FolderError(f"no held-out picture can be read any more: {self.examples.failures}")
-        return sorted(results, key=lambda r: r.example.slot)
+        return self._with_shown(results)
 
     def rolled_out(
         self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
@@ -88,48 +100,104 @@ class Evaluator:
         Beside the scores of the evaluation sampler on the same pictures, theirs show what fewer
         steps and noise cost: candidates far below what is evaluated teach little about it.
         """
-        batch = next(self.examples.batches(groups))
-        padded = _padded(batch, groups)
-        pictures = Pictures(
-            jnp.asarray(np.stack([e.picture for e in padded])),
-            *self.prompts(padded),
-            self._keys(padded),
-        )
-        bucket = batch[0].bucket
+        rows = self._rows(groups)
+        batch = next(self.examples.batches(groups, rows.held))
         grid = LatentGrid(
-            batch[0].layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS
+            batch.layers, batch.bucket.height // PACKED_PIXELS, batch.bucket.width // PACKED_PIXELS
         )
+        pictures = laid_out(self.layout, batch.examples, self.prompts, self._keys(batch), groups)
         latents = rollout(adapter, pictures, window_start, grid).latents
-        layers = np.asarray(rollout.decode(latents, grid))
-        first = layers[:: len(layers) // len(padded)][: len(batch)]
-        return self._finished(self._submitted(batch, first))
+        layers = to_local(rollout.decode(latents, grid))
+        first = layers[:: len(layers) // len(batch.examples)]
+        return self._finished(self._submitted(batch, first, rows.judged))
 
-    def _sampled(self, batch: Sequence[Example], adapter: Adapter) -> np.ndarray:
-        padded = _padded(batch, self.config.batch)
+    def _rows(self, size: int) -> BatchRows:
+        return batch_rows(self.layout.mesh, size, self.judging.processes.index)
+
+    def _sampled(self, batch: EvalBatch, adapter: Adapter) -> np.ndarray:
+        """Layers of the rows that this process holds: uint8 [rows, L, H, W, 4]."""
+        pictures = laid_out(
+            self.layout, batch.examples, self.prompts, self._keys(batch), self.config.batch
+        )
         layers = self.decomposer(
-            jnp.asarray(np.stack([e.picture for e in padded])),
-            *self.prompts(padded),
-            self._keys(padded),
-            layers=batch[0].layers,
+            pictures.pixels,
+            pictures.text,
+            pictures.text_lengths,
+            pictures.keys,
+            layers=batch.layers,
             steps=self.config.steps,
             method=self.config.method,
             shift=self.shift,
             adapter=adapter,
         )
-        return np.asarray(layers)[: len(batch)]
+        return to_local(self._split_by_rows(layers))
 
-    def _keys(self, batch: Sequence[Example]) -> jax.Array:
-        slots = jnp.asarray([e.slot for e in batch])
-        root = jax.random.key(self.config.seed)
-        return jax.vmap(lambda slot: jax.random.fold_in(root, slot))(slots)
+    @cached_property
+    def _split_by_rows(self) -> Any:
+        return jax.jit(lambda x: x, out_shardings=batch_sharding(self.layout.mesh))
 
-    def _submitted(self, batch: Sequence[Example], layers: np.ndarray) -> list[_Pending]:
-        submitted = self.judging.submit(batch, layers, [e.picture_id for e in batch])
-        return [_Pending(*entry) for entry in zip(batch, layers, submitted, strict=True)]
+    def _keys(self, batch: EvalBatch) -> np.ndarray:
+        return group_keys(jax.random.key(self.config.seed), [e.slot for e in batch.examples])
+
+    def _submitted(
+        self, batch: EvalBatch, layers: np.ndarray, judged: Sequence[int]
+    ) -> list[_Pending]:
+        """Sends to the judge what this process judges, if all that hold it could read it."""
+        unread = self.judging.processes.all_gather(
+            "reading held-out pictures",
+            [r for r, e in zip(batch.rows, batch.examples, strict=True) if e.is_blank],
+        )
+        blank = {row for part in unread for row in part}
+        places = [
+            place for place, row in enumerate(batch.rows) if row in judged and row not in blank
+        ]
+        examples = [batch.examples[place] for place in places]
+        submitted = self.judging.submit(examples, layers[places], [e.picture_id for e in examples])
+        return [_Pending(*entry) for entry in zip(examples, layers[places], submitted, strict=True)]
 
     def _finished(self, pending: Sequence[_Pending]) -> list[Evaluated]:
+        """Everyone's results in order; layers of this process's own."""
         scores = self.judging.collect([entry.submitted for entry in pending])
-        return [_evaluated(*pair) for pair in zip(pending, scores, strict=True)]
+        own = {e.example.slot: _evaluated(e, s) for e, s in zip(pending, scores, strict=True)}
+        told = self.judging.processes.all_gather(
+            "sharing evaluations",
+            [[slot, r.reward, r.criteria, r.psnr] for slot, r in own.items()],
+        )
+        results = [
+            own.get(slot) or Evaluated(self._named(slot), None, reward, criteria, psnr)
+            for part in told
+            for slot, reward, criteria, psnr in part
+        ]
+        return sorted(results, key=lambda r: r.example.slot)
+
+    def _with_shown(self, results: Sequence[Evaluated]) -> list[Evaluated]:
+        """The results; in the main process those that a report shows have their layers."""
+        processes, shown = self.judging.processes, results[: self.config.shown]
+        sent = [
+            [r.example.slot, r.example.picture, r.layers]
+            for r in shown
+            if r.layers is not None and not processes.is_main
+        ]
+        told = processes.to_main("sending what the report shows", sent)
+        found = {slot: (picture, layers) for part in told for slot, picture, layers in part}
+        return [
+            self._shown(r, *found[r.example.slot]) if r.example.slot in found else r
+            for r in results
+        ]
+
+    def _shown(self, result: Evaluated, picture: np.ndarray, layers: np.ndarray) -> Evaluated:
+        return result._replace(example=self._named(result.example.slot, picture), layers=layers)
+
+    def _named(self, slot: int, picture: np.ndarray | None = None) -> Example:
+        """A picture of another process."""
+        record = self.examples.records[slot]
+        pixels = np.zeros((0, 0, 3), np.uint8) if picture is None else picture
+        layers = self.examples.layers_of(record)
+        return Example(
+            *(pixels, record.caption, record.path, record.picture_id, layers, record.bucket),
+            step=0,
+            slot=slot,
+        )
 
 
 def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
@@ -153,8 +221,3 @@ def evaluation_metrics(results: Sequence[Evaluated]) -> dict[str, float]:
         "evaluation/psnr": float(np.mean([r.psnr for r in results])),
         **{f"evaluation/{name}": float(v) for name, v in zip(CRITERIA, criteria, strict=True)},
     }
-
-
-def _padded(batch: Sequence[Example], size: int) -> list[Example]:
-    """The batch filled up with its last picture, so that one program serves all batches."""
-    return [*batch, *[batch[-1]] * (size - len(batch))]

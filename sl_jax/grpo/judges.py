@@ -1,5 +1,6 @@
 """The judges of a run, built once: in process, or pools of servers with cache and budget."""
 
+import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from etils import epath
 
 from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings
+from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.scoring import (
     EmbeddedConfig,
     EmbeddedJudge,
@@ -56,35 +58,40 @@ class _WrittenAtOnce:
 
 @contextmanager
 def open_judges(
-    config: GrpoConfig, folder: epath.Path, epochs: int, held_out: int
+    config: GrpoConfig, folder: epath.Path, epochs: int, held_out: int, processes: Processes = ALONE
 ) -> Iterator[Judges]:
     """The judges, once they are known to work, until the block ends.
 
-    Servers get one real call of each kind first, and what judging will cost is logged.
+    Servers get one real call of each kind first, and what judging will cost is logged. Every
+    process has judges, a file of answers, and its part of the budget.
 
     Args:
         config: of the run.
         folder: its work directory, for the file of answers.
         epochs: still to come, for the forecast.
         held_out: pictures of an evaluation, for the forecast.
+        processes: that judge; all open their judges together.
 
     Raises:
         KeyMissingError: a variable that should hold a key does not.
         CacheError: the file of answers cannot be used.
         PreflightError: no server can judge.
         BudgetError: nothing is left to spend.
+        ProcessError: another process met one of these.
     """
-    judge, servers = config.judge, config.evaluation.judge
+    judge, servers = _own(config.judge, folder, processes), config.evaluation.judge
     with ExitStack() as stack:
+        ready = stack.enter_context(ExitStack())
+        ready.enter_context(processes.together("opening judges"))
         budget = None
         if judge.endpoints or servers:
-            budget = _budget(judge, folder, stack)
-        training = _pooled(judge, judge.endpoints, folder, budget) if judge.endpoints else None
+            budget = _budget(judge, stack)
+        training = _pooled(judge, judge.endpoints, budget) if judge.endpoints else None
         endpoint = training.endpoint if training else make_endpoint(judge)
         worker = stack.enter_context(
             JudgeWorker(make_judge(judge, endpoint, config.seed), judge.concurrency)
         )
-        other = _pooled(judge, servers, folder, budget) if servers else None
+        other = _pooled(judge, servers, budget) if servers else None
         if other:
             stack.callback(lambda: worker.call(other.endpoint.aclose()).result())
         else:
@@ -97,8 +104,10 @@ def open_judges(
         )
         graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
         if judge.preflight:
-            graded = held_out * evaluations(config.evaluation, epochs)
-            _try_out(config, worker, training, other, epochs, graded)
+            graded = held_out * evaluations(config.evaluation, epochs) // processes.count
+            groups = config.rollout.groups // processes.count
+            _try_out(config, worker, training, other, epochs, groups, graded)
+        ready.close()
         yield Judges(worker, graders)
 
 
@@ -130,12 +139,20 @@ def evaluations(config: EvaluationConfig, epochs: int) -> int:
     return 1 + epochs // config.every + bool(epochs % config.every)
 
 
-def _answers(settings: JudgeSettings, folder: epath.Path) -> AnswerCache:
-    return AnswerCache(settings.cache_path or folder / "judge.sqlite3")
+def _own(settings: JudgeSettings, folder: epath.Path, processes: Processes) -> JudgeSettings:
+    """The settings of one of several processes: a file and a part of the budget of its own."""
+    path = epath.Path(settings.cache_path or folder / "judge.sqlite3")
+    if not processes.is_main:
+        path = path.with_name(f"{path.stem}_{processes.index}{path.suffix}")
+    limits = {
+        limit: None if (value := getattr(settings, limit)) is None else value // processes.count
+        for limit in ("max_requests", "max_tokens")
+    }
+    return dataclasses.replace(settings, cache_path=str(path), **limits)
 
 
-def _budget(settings: JudgeSettings, folder: epath.Path, stack: ExitStack) -> Budget:
-    ledger = _answers(settings, folder)
+def _budget(settings: JudgeSettings, stack: ExitStack) -> Budget:
+    ledger = AnswerCache(settings.cache_path)
     stack.callback(ledger.close)
     kept = ledger if settings.cache else _WrittenAtOnce(ledger)
     return Budget(settings.max_requests, settings.max_tokens, kept)
@@ -144,7 +161,6 @@ def _budget(settings: JudgeSettings, folder: epath.Path, stack: ExitStack) -> Bu
 def _pooled(
     settings: JudgeSettings,
     endpoints: Sequence[EndpointConfig],
-    folder: epath.Path,
     budget: Budget | None,
 ) -> _Pooled:
     from sl_jax.scoring.pool import JudgePool, PoolConfig  # takes seconds to import
@@ -160,7 +176,7 @@ def _pooled(
         ),
         budget,
     )
-    cached = CachedEndpoint(pool, _answers(settings, folder)) if settings.cache else pool
+    cached = CachedEndpoint(pool, AnswerCache(settings.cache_path)) if settings.cache else pool
     return _Pooled(pool, cached)
 
 
@@ -170,12 +186,16 @@ def _try_out(
     training: _Pooled | None,
     other: _Pooled | None,
     epochs: int,
+    groups: int,
     graded: int,
 ) -> None:
-    """Preflights of all servers, and the forecast; `graded` pictures are judged in evaluations."""
+    """Preflights of all servers, and the forecast.
+
+    This process judges `groups` an epoch, and `graded` pictures in all evaluations.
+    """
     if training:
         reports = _preflight(config, worker, training.pool)
-        _forecast(config, reports, epochs, 0 if other else graded)
+        _forecast(config, reports, epochs, groups, 0 if other else graded)
     if other:
         _preflight(config, worker, other.pool)
         _log.info("The evaluation's judge gets %d calls in the run.", graded)
@@ -198,13 +218,17 @@ def _preflight(
 
 
 def _forecast(
-    config: GrpoConfig, reports: "Sequence[EndpointReport]", epochs: int, graded: int
+    config: GrpoConfig,
+    reports: "Sequence[EndpointReport]",
+    epochs: int,
+    groups: int,
+    graded: int,
 ) -> None:
     from sl_jax.scoring.preflight import forecast
 
     expected = forecast(
         reports,
-        groups=config.rollout.groups,
+        groups=groups,
         group_size=config.rollout.group_size,
         grids=config.judge.grids if config.judge.two_stage else 0,
         epochs=epochs,

@@ -3,6 +3,8 @@
 Forward and backward are compiled apart; the vjp travels between them as a pytree. Velocities of the
 old and of the current adapter therefore come from one executable, and where the two adapters are
 equal, so are the velocities, to the last bit, in any dtype and on any mesh.
+
+Gradients, moments and averages are laid out over devices like the adapter's weights, and stay so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -30,7 +32,8 @@ from sl_jax.grpo.rollout import Candidates
 from sl_jax.inference.sampling import Condition, modulation_table, velocity_function
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import LatentGrid
-from sl_jax.parallel.mesh import Layout, batch_shards, replicated
+from sl_jax.parallel.mesh import Layout, batch_sharding, batch_shards, replicated
+from sl_jax.parallel.processes import from_everywhere
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -40,8 +43,8 @@ class Scored(NamedTuple):
     Attributes:
         candidates: the rollout.
         sigmas: its σ grid.
-        advantage: per sample.
-        weight: per sample, normalised over the whole update.
+        advantage: per sample of the whole batch, in every process.
+        weight: likewise, normalised over the whole update.
         grid: static shape.
     """
 
@@ -72,6 +75,8 @@ class StepReport(NamedTuple):
         objective, mismatch: per sample.
         weight: per sample, as used in the loss.
         gradient_norm: of this micro-batch alone.
+
+    All of it is known to every process.
     """
 
     index: Array
@@ -112,6 +117,12 @@ class LearnerState:
     skipped: Array
 
 
+def _changing(state: LearnerState) -> _Changing:
+    return _Changing(
+        state.adapter.lora, state.ema.lora, state.optimizer, state.updates, state.skipped
+    )
+
+
 class Learner:
     """Updates the adapter by the clipped objective of `grpo.objective`."""
 
@@ -131,10 +142,8 @@ class Learner:
         self._layout = layout
         self._optimizer = make_optimizer(optimizer)
         self._forward = jax.jit(self._velocity, static_argnames="grid")
-        self._backward = jax.jit(self._gradient, donate_argnums=0)
         self._select = jax.jit(self._micro_batch, static_argnames="size")
-        self._apply = jax.jit(self._update)
-        self._apply_donating = jax.jit(self._update, donate_argnums=0)
+        self._shardings: _Changing | None = None
 
     def start(self, adapter: Adapter) -> LearnerState:
         """The state before training; it holds copies of `adapter`."""
@@ -148,7 +157,9 @@ class Learner:
             transform_non_params=lambda leaf: jax.device_put(leaf, replicated(mesh)),
         )
         counters = (jax.device_put(jnp.int32(0), replicated(mesh)) for _ in range(2))
-        return LearnerState(copy(adapter), copy(adapter), copy(adapter), optimizer, *counters)
+        state = LearnerState(copy(adapter), copy(adapter), copy(adapter), optimizer, *counters)
+        self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
+        return state
 
     def update(
         self, state: LearnerState, batches: Sequence[Scored], old: Adapter, first: bool
@@ -173,11 +184,8 @@ class Learner:
             for step in self._steps(batch):
                 gradient, report = self._accumulate(state.adapter, batch, step, others, gradient)
                 reports.append(report)
-        changing = _Changing(
-            state.adapter.lora, state.ema.lora, state.optimizer, state.updates, state.skipped
-        )
         apply = self._apply if state.adapter is old else self._apply_donating
-        changed = apply(changing, gradient)
+        changed = apply(_changing(state), gradient)
         return state.replace(
             adapter=state.adapter.replace(lora=changed.lora),
             ema=state.ema.replace(lora=changed.ema),
@@ -200,6 +208,18 @@ class Learner:
             sigmas,
             grid=grid,
         )
+
+    def _lay_out(self, shardings: _Changing) -> None:
+        """Makes the programs whose results are laid out like what they replace."""
+        if shardings == self._shardings:
+            return
+        self._shardings = shardings
+        known = replicated(self._layout.mesh)
+        self._backward = jax.jit(
+            self._gradient, donate_argnums=0, out_shardings=(shardings.lora, known)
+        )
+        self._apply = jax.jit(self._update, out_shardings=shardings)
+        self._apply_donating = jax.jit(self._update, donate_argnums=0, out_shardings=shardings)
 
     def _accumulate(
         self,
@@ -238,8 +258,10 @@ class Learner:
         samples = len(batch.advantage)
         window = batch.candidates.window
         steps = len(window.index)
+        rows = batch_sharding(self._layout.mesh)
         advantage, weight = (
-            jnp.asarray(values, jnp.float32) for values in (batch.advantage, batch.weight / steps)
+            from_everywhere(np.asarray(values, np.float32), rows)
+            for values in (batch.advantage, batch.weight / steps)
         )
         per_sample = (batch.candidates.condition, advantage, weight)
         for number in range(steps):

@@ -1,33 +1,39 @@
-"""The epoch loop: roll out, decode, judge, update; evaluate and checkpoint on schedule."""
+"""The epoch loop: roll out, decode, judge, update; evaluate and checkpoint on schedule.
+
+All processes of a run go through it in step. Each reads and judges whole groups of its own, those
+whose candidates are on its devices; scores are told to all, so that all compute with the same.
+"""
 
 import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
 from tqdm import tqdm
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
-from sl_jax.data import Example, StepPictures, TrainStream
+from sl_jax.data import Example, FolderError, StepPictures, TrainStream
 from sl_jax.flow.sampler import window_starts
 from sl_jax.grpo.advantages import Advantages, reward_advantages
+from sl_jax.grpo.batches import group_keys, laid_out, rows_here
 from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.evaluation import Evaluated, Evaluator, evaluation_metrics
 from sl_jax.grpo.judging import Judging, Submitted, refusals
 from sl_jax.grpo.learner import Learner, LearnerState, Scored, StepReport
-from sl_jax.grpo.metrics import learner_metrics
+from sl_jax.grpo.metrics import learner_metrics, warn_of_mismatch
 from sl_jax.grpo.prompts import PromptTable
-from sl_jax.grpo.rollout import Candidates, Pictures, Rollout
+from sl_jax.grpo.rollout import Candidates, Rollout
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
-from sl_jax.scoring import GroupScores, summarize
+from sl_jax.parallel.mesh import Layout
+from sl_jax.parallel.processes import ProcessError, Processes, to_local
+from sl_jax.scoring import Group, GroupScores, summarize
 from sl_jax.training.interruption import uninterrupted
 from sl_jax.training.metrics import MetricsWriter
 
@@ -38,7 +44,13 @@ _REPLACEMENTS = 2  # of a picture that the judge refuses; the next one is left o
 
 
 class Parts(NamedTuple):
-    """What a run is made of; the door builds them. `folder` is the work directory."""
+    """What a run is made of; the door builds them.
+
+    Attributes:
+        folder: the work directory, which all processes share.
+        layout: how batches are split over devices.
+        processes: of the run.
+    """
 
     config: GrpoConfig
     folder: epath.Path
@@ -49,15 +61,26 @@ class Parts(NamedTuple):
     learner: Learner
     evaluator: Evaluator
     checkpoints: RunCheckpoints
+    layout: Layout
+    processes: Processes
 
 
 class Rolled(NamedTuple):
-    """A rollout batch whose groups are at the judge."""
+    """A rollout batch whose groups are at the judge.
+
+    Attributes:
+        pictures: those that this process holds.
+        told: picture id and caption of every row, all processes' together.
+        candidates: of all rows.
+        grid: static shape.
+        submitted: groups that this process judges, by row.
+    """
 
     pictures: StepPictures
+    told: list[tuple[str, str]]
     candidates: Candidates
     grid: LatentGrid
-    submitted: list[Submitted]
+    submitted: dict[int, Submitted]
 
 
 class Outcome(NamedTuple):
@@ -111,12 +134,13 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         parts: of the run.
         adapter: makes the adapter to start from; called once, and nobody else holds the result.
     """
-    config, evaluator = parts.config, parts.evaluator
+    config, evaluator, processes = parts.config, parts.evaluator, parts.processes
     state, epoch = _begin(parts, adapter)
-    with (
-        closing(MetricsWriter(parts.folder, epoch + 1 if epoch else 0)) as writer,
-        tqdm(total=config.epochs, initial=epoch, unit="epoch") as progress,
-    ):
+    with ExitStack() as stack:
+        writer = stack.enter_context(closing(_Books(parts, epoch)))
+        progress = stack.enter_context(
+            tqdm(total=config.epochs, initial=epoch, unit="epoch", disable=not processes.is_main)
+        )
         phases = Phases(progress)
         phases.begin("evaluating")
         before, after = evaluator(state.initial), None
@@ -140,20 +164,50 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                         _save(parts, state, epoch, position)
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
-        except BaseException:
+        except BaseException as error:
             with uninterrupted():
-                if epoch > (parts.checkpoints.latest or 0):
-                    _save(parts, state, epoch, position)
-                parts.checkpoints.wait()
+                if processes.leave(error, epoch):
+                    if epoch > (parts.checkpoints.latest or 0):
+                        _save(parts, state, epoch, position)
+                    parts.checkpoints.wait()
             raise
         parts.checkpoints.wait()
         return Outcome(state, before, evaluator(state.ema) if after is None else after)
 
 
+class _Books:
+    """The metrics of a run, written by its main process alone."""
+
+    def __init__(self, parts: Parts, epoch: int):
+        self._processes = parts.processes
+        self._writer = None
+        with self._processes.together("opening the metrics"):
+            if self._processes.is_main:
+                self._writer = MetricsWriter(parts.folder, epoch + 1 if epoch else 0)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """As `MetricsWriter`."""
+        with self._processes.together("writing metrics"):
+            if self._writer:
+                self._writer.scalars(step, values)
+
+    def close(self) -> None:
+        """As `MetricsWriter`."""
+        if self._writer:
+            self._writer.close()
+
+
 def _begin(parts: Parts, adapter: Callable[[], Adapter]) -> tuple[LearnerState, int]:
     """The state to go on from, and how many epochs it has behind it; the stream is put there."""
     state = parts.learner.start(adapter())
-    if parts.checkpoints.latest is None:
+    latest = parts.checkpoints.latest
+    epochs = parts.processes.all_gather("finding checkpoints", latest)
+    if set(epochs) != {latest}:
+        raise ProcessError(
+            f"processes see different newest checkpoints ({epochs}) in {parts.folder}; please let "
+            "the shared drive settle, and start again"
+        )
+    if latest is None:
         return state, 0
     epoch, state, record = parts.checkpoints.restore(state)
     parts.stream.restore(record["stream"])
@@ -186,11 +240,14 @@ def run_epoch(
         state, report = parts.learner.update(state, scored, old, first=state.adapter is old)
         reports.append(report)
         advantages.append(worth)
+    learned = learner_metrics(reports)
+    if parts.processes.is_main:
+        warn_of_mismatch(learned, config.objective)
     return state, {
         **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
         **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
         "judge/quarantined": len(parts.stream.quarantined),
-        **learner_metrics(reports),
+        **learned,
         **_advantage_metrics(advantages),
         "learner/adapter_norm": float(optax.tree.norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
@@ -208,38 +265,82 @@ def window_start(config: GrpoConfig, epoch: int) -> int:
 
 def _roll_out(parts: Parts, adapter: Adapter, start: int) -> Rolled:
     """Samples the next pictures of the stream and sends them to the judge."""
-    step = next(parts.stream)
+    with parts.processes.together("reading pictures"):
+        step = next(parts.stream)
     candidates, grid, layers = _sampled(parts, adapter, start, step)
-    submitted = parts.judging.submit(step.examples, layers, _names(step.step, step.examples))
-    return Rolled(step, candidates, grid, submitted)
+    return Rolled(
+        step, _told(parts, step.examples), candidates, grid, _submitted(parts, step, layers)
+    )
 
 
 def _sampled(
     parts: Parts, adapter: Adapter, start: int, step: StepPictures
 ) -> tuple[Candidates, LatentGrid, np.ndarray]:
-    """Candidates of a step's pictures, and their layers: uint8 [groups · G, L, H, W, 4]."""
+    """Candidates of a step's pictures, and the layers of those that this process holds.
+
+    The layers are uint8 [groups, G, L, H, W, 4].
+    """
     bucket = step.bucket
     grid = LatentGrid(step.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
-    pictures = Pictures(
-        jnp.asarray(np.stack([e.picture for e in step.examples])),
-        *parts.prompts(step.examples),
+    pictures = laid_out(
+        parts.layout,
+        step.examples,
+        parts.prompts,
         _keys(parts.config.seed, step.step, step.examples),
+        parts.config.rollout.batch_groups,
     )
     candidates = parts.rollout(adapter, pictures, start, grid)
-    return candidates, grid, np.asarray(parts.rollout.decode(candidates.latents, grid))
+    layers = to_local(parts.rollout.decode(candidates.latents, grid))
+    return candidates, grid, layers.reshape(len(step.examples), -1, *layers.shape[1:])
 
 
-def _names(step: int, examples: Sequence[Example]) -> list[str]:
-    return [f"{step}.{e.slot}.{e.picture_id}" for e in examples]
+def _submitted(
+    parts: Parts, step: StepPictures, layers: np.ndarray, rows: Sequence[int] | None = None
+) -> dict[int, Submitted]:
+    """Sends the groups that this process judges to the judge; of `rows` alone if they are given."""
+    judged = rows_here(parts.config, parts.layout, parts.processes).judged
+    chosen = [
+        (example, stack)
+        for example, stack in zip(step.examples, layers, strict=True)
+        if example.slot in judged and (rows is None or example.slot in rows)
+    ]
+    if not chosen:
+        return {}
+    examples, stacks = zip(*chosen, strict=True)
+    names = [f"{step.step}.{e.slot}.{e.picture_id}" for e in examples]
+    submitted = parts.judging.submit(examples, np.concatenate(stacks), names)
+    return dict(zip((e.slot for e in examples), submitted, strict=True))
+
+
+def _told(parts: Parts, examples: Sequence[Example]) -> list[tuple[str, str]]:
+    """Picture id and caption of every row of a batch.
+
+    Raises:
+        FolderError: processes that hold the same row could not read the same picture.
+    """
+    told = parts.processes.all_gather(
+        "naming pictures", [[e.slot, e.picture_id, e.caption] for e in examples]
+    )
+    found: dict[int, tuple[str, str]] = {}
+    for process, part in enumerate(told):
+        for slot, picture_id, caption in part:
+            if found.setdefault(slot, (picture_id, caption)) != (picture_id, caption):
+                raise FolderError(
+                    f"process {process} reads {picture_id} where another reads {found[slot][0]}: "
+                    "one of them cannot open its file; please look at the folder and resume"
+                )
+    return [found[slot] for slot in sorted(found)]
 
 
 def _judged(
     parts: Parts, rolled: list[Rolled], adapter: Adapter, start: int, phases: Phases
 ) -> tuple[list[Rolled], list[GroupScores]]:
-    """The epoch with its scores; pictures that the judge refuses give way to others."""
-    judged = parts.judging.collect([s for batch in rolled for s in batch.submitted], phases.say)
+    """The epoch with everyone's scores; pictures that the judge refuses give way to others."""
+    own = [entry for batch in rolled for entry in batch.submitted.values()]
+    scores = parts.judging.collect(own, phases.say)
+    judged = _in_order(parts.judging.share(_places(parts, rolled), scores))
     for left in reversed(range(_REPLACEMENTS + 1)):
-        refused = refusals(judged, [e for b in rolled for e in b.pictures.examples])
+        refused = refusals(judged, [name for b in rolled for name, _ in b.told])
         if not refused:
             break
         parts.stream.quarantine(refused)
@@ -251,6 +352,16 @@ def _judged(
     return rolled, judged
 
 
+def _places(parts: Parts, rolled: Sequence[Rolled]) -> list[int]:
+    """Which groups of the epoch this process judges."""
+    size = parts.config.rollout.batch_groups
+    return [number * size + row for number, batch in enumerate(rolled) for row in batch.submitted]
+
+
+def _in_order(scores: Mapping[int, GroupScores]) -> list[GroupScores]:
+    return [scores[place] for place in sorted(scores)]
+
+
 def _replaced(
     parts: Parts, batch: Rolled, refused: Mapping[str, str], adapter: Adapter, start: int
 ) -> Rolled:
@@ -259,56 +370,50 @@ def _replaced(
     All is rolled out again, in the compiled program; keys depend on the slot alone, so that the
     candidates of the other pictures are those that were judged.
     """
-    places = [i for i, e in enumerate(batch.pictures.examples) if e.picture_id in refused]
-    if not places:
+    rows = [row for row, (picture_id, _) in enumerate(batch.told) if picture_id in refused]
+    if not rows:
         return batch
-    examples = [
-        parts.stream.replace(e, refused[e.picture_id]) if e.picture_id in refused else e
-        for e in batch.pictures.examples
-    ]
-    step = dataclasses.replace(batch.pictures, examples=tuple(examples))
+    with parts.processes.together("reading other pictures"):
+        examples = tuple(
+            parts.stream.replace(e, refused[e.picture_id]) if e.picture_id in refused else e
+            for e in batch.pictures.examples
+        )
+    step = dataclasses.replace(batch.pictures, examples=examples)
     candidates, grid, layers = _sampled(parts, adapter, start, step)
-    chosen = [examples[i] for i in places]
-    theirs = layers.reshape(len(examples), -1, *layers.shape[1:])[places]
-    submitted = list(batch.submitted)
-    fresh = parts.judging.submit(
-        chosen, theirs.reshape(-1, *layers.shape[1:]), _names(step.step, chosen)
-    )
-    for place, entry in zip(places, fresh, strict=True):
-        submitted[place] = entry
-    return Rolled(step, candidates, grid, submitted)
+    submitted = batch.submitted | _submitted(parts, step, layers, rows)
+    return Rolled(step, _told(parts, examples), candidates, grid, submitted)
 
 
 def _judged_again(
     parts: Parts, rolled: Sequence[Rolled], judged: Sequence[GroupScores], phases: Phases
 ) -> list[GroupScores]:
     """The scores with those of replaced groups in place of the refusals."""
-    submitted = [s for batch in rolled for s in batch.submitted]
-    changed = [i for i, scores in enumerate(judged) if scores.refusal is not None]
-    others = [scores for scores in judged if scores.refusal is None]
-    fresh = parts.judging.collect([submitted[i] for i in changed], phases.say, others)
-    found = list(judged)
-    for i, scores in zip(changed, fresh, strict=True):
-        found[i] = scores
-    return found
+    places = _places(parts, rolled)
+    submitted = [entry for batch in rolled for entry in batch.submitted.values()]
+    mine = dict(zip(places, submitted, strict=True))
+    changed = [place for place in places if judged[place].refusal is not None]
+    others = [judged[place] for place in places if judged[place].refusal is None]
+    fresh = parts.judging.collect([mine[place] for place in changed], phases.say, others)
+    return _in_order(dict(enumerate(judged)) | parts.judging.share(changed, fresh))
 
 
 def _record(
     parts: Parts, epoch: int, rolled: Sequence[Rolled], judged: Sequence[GroupScores]
 ) -> None:
-    parts.judging.record(
-        epoch,
-        [s for batch in rolled for s in batch.submitted],
-        judged,
-        [e.picture_id for batch in rolled for e in batch.pictures.examples],
-    )
+    size = parts.config.rollout.batch_groups
+    groups: list[Group | None] = [
+        batch.submitted[row].group if row in batch.submitted else None
+        for batch in rolled
+        for row in range(size)
+    ]
+    told = [entry for batch in rolled for entry in batch.told]
+    with parts.processes.together("writing records"):
+        parts.judging.record(epoch, groups, judged, told)
 
 
-def _keys(seed: int, step: int, examples: Sequence[Example]) -> jax.Array:
-    """One key per group, from its place in the run and nothing else."""
-    here = jax.random.fold_in(jax.random.key(seed), step)
-    slots = jnp.asarray([e.slot for e in examples])
-    return jax.vmap(lambda slot: jax.random.fold_in(here, slot))(slots)
+def _keys(seed: int, step: int, examples: Sequence[Example]) -> np.ndarray:
+    """Data of one key per group, from its place in the run and nothing else."""
+    return group_keys(jax.random.fold_in(jax.random.key(seed), step), [e.slot for e in examples])
 
 
 def _scored(

@@ -1,14 +1,20 @@
 """Scalars of an epoch: what the learner did at each trained step of the σ grid."""
 
+import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 
 from sl_jax.grpo.learner import StepReport
-from sl_jax.grpo.objective import ObjectiveMetrics
+from sl_jax.grpo.objective import ObjectiveConfig, ObjectiveMetrics
+
+_log = logging.getLogger(__name__)
+
+_MISMATCH = "learner/mismatch_log_ratio/step_"
+_NEAR = 0.5  # of the clip range
 
 
 def learner_metrics(updates: Sequence[Sequence[StepReport]]) -> dict[str, float]:
@@ -20,6 +26,28 @@ def learner_metrics(updates: Sequence[Sequence[StepReport]]) -> dict[str, float]
     """
     first, last = (jax.device_get(list(updates[i])) for i in (0, -1))
     return _by_step(last, _objective) | _by_step(first, _mismatch)
+
+
+def warn_of_mismatch(metrics: Mapping[str, float], objective: ObjectiveConfig) -> None:
+    """Says so where rollout and learner differ so much that it counts as a change of the policy.
+
+    Half the clip range is near: what is clipped is then decided by rounding as much as by learning.
+    """
+    found = {
+        int(n.removeprefix(_MISMATCH)): v for n, v in metrics.items() if n.startswith(_MISMATCH)
+    }
+    clip = min(objective.clip_low, objective.clip_high)
+    near = {step: value for step, value in found.items() if value >= _NEAR * clip}
+    if near:
+        worst = max(near, key=lambda step: near[step])
+        _log.warning(
+            "Rollout and learner differ at step%s %s of the sampler by a log ratio of %.1e on "
+            "average (step %d), and updates are clipped at %.1e: rounding is taken for learning. "
+            "Please use compute.dtype=float32, a learner.micro_batch nearer to batch_groups × "
+            "group_size, or a wider objective.clip_low and clip_high.",
+            *("s" if len(near) > 1 else "", ", ".join(map(str, sorted(near))), near[worst]),
+            *(worst, clip),
+        )
 
 
 def _by_step(

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int
+from jaxtyping import Float, Int
 
 from sl_jax.data import Example
 from sl_jax.grpo.config import DataConfig
@@ -36,11 +35,10 @@ class PromptTable:
 
     def __call__(
         self, examples: Sequence[Example]
-    ) -> tuple[Float[Array, "b s e"], Int[Array, " b"] | None]:
+    ) -> tuple[Float[np.ndarray, "b s e"], Int[np.ndarray, " b"] | None]:
         """Hidden states and lengths; lengths are None where no prompt of the run is padded."""
         rows = [
             self._rows[example.caption] if self._captions and example.caption else 0
             for example in examples
         ]
-        lengths = jnp.asarray(self._lengths[rows]) if self._padded else None
-        return jnp.asarray(self._hidden[rows]), lengths
+        return self._hidden[rows], self._lengths[rows] if self._padded else None

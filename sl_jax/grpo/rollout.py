@@ -19,7 +19,7 @@ from sl_jax.inference.sampling import (
 )
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import LatentGrid
-from sl_jax.parallel.mesh import Layout
+from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 
 
 class Pictures(NamedTuple):
@@ -54,6 +54,7 @@ class Candidates(NamedTuple):
 class Rollout:
     """The compiled rollout: one program per bucket and number of layers, for any window position.
 
+    What it returns is split by samples over data × fsdp, whole groups to each part.
     Sampled noise depends on each group's key and the candidate's number alone.
     """
 
@@ -61,8 +62,15 @@ class Rollout:
         self._pipeline = pipeline
         self._config = config
         self._layout = layout
-        self._sample = jax.jit(self._program, static_argnames="grid")
-        self._decode = jax.jit(partial(decode_layers, pipeline.vae), static_argnames="grid")
+        rows, steps = (batch_sharding(layout.mesh, leading) for leading in (0, 1))
+        whole = replicated(layout.mesh)
+        window = sampler.WindowSteps(x=steps, x_next=steps, mean=steps, std=whole, index=whole)
+        self._sample = jax.jit(
+            self._program, static_argnames="grid", out_shardings=Candidates(rows, window, rows)
+        )
+        self._decode = jax.jit(
+            partial(decode_layers, pipeline.vae), static_argnames="grid", out_shardings=rows
+        )
 
     def sigmas(self, grid: LatentGrid) -> Float[Array, " steps_1"]:
         """The σ grid of a bucket."""

@@ -78,12 +78,13 @@ def test_threads_do_not_matter(index, options):
 
 def test_shares_of_processes_join_to_the_whole(index):
     whole = take(stream(index), 15)
-    shares = [stream(index, process_index=i, process_count=2) for i in range(2)]
+    shares = [stream(index, slots=slots) for slots in ((0, 3), (1, 2))]
     for step, bucket, layers, examples in whole:
         parts = [told(next(share)) for share in shares]
         assert all(part[:3] == (step, bucket, layers) for part in parts)
         assert [len(part[3]) for part in parts] == [2, 2]
-        assert parts[0][3] + parts[1][3] == examples
+        (first, last), (second, third) = (part[3] for part in parts)
+        assert [first, second, third, last] == list(examples)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7])
@@ -100,7 +101,7 @@ def test_restored_streams_continue_exactly(index, stop):
     assert take(other, 15 - stop) == expected[stop:]
     # The stream that was stopped goes on, too.
     assert take(source, 15 - stop) == expected[stop:]
-    half = stream(index, process_index=1, process_count=2)
+    half = stream(index, slots=(2, 3))
     half.restore(state)
     assert told(next(half))[3] == expected[stop][3][2:]
 
@@ -306,9 +307,10 @@ def test_wrong_states_are_refused(index, state):
     ("options", "message"),
     [
         ({"groups": 0}, "groups = 0"),
-        ({"groups": 5, "process_count": 2}, "groups = 5; .* multiple of the 2"),
-        ({"process_index": 2, "process_count": 2}, "process_index = 2"),
-        ({"process_count": 0}, "process_count = 0"),
+        ({"slots": ()}, r"slots = \(\)"),
+        ({"slots": (1, 0)}, r"slots = \(1, 0\); .* rising, from 0 to 3"),
+        ({"slots": (1, 1)}, r"slots = \(1, 1\)"),
+        ({"slots": (2, 4)}, r"slots = \(2, 4\)"),
         ({"layers": ()}, "layers = "),
         ({"layers": (0,)}, r"layers = \(0,\)"),
         ({"layer_weights": (1.0,)}, "layer_weights"),
@@ -363,22 +365,38 @@ def test_evaluation_set_is_fixed(index, tmp_path):
     assert {(e.picture_id, e.layers) for e in EvalSet(some)} <= set(again)
 
 
+def _slots(batches):
+    return [e.slot for batch in batches for e in batch.examples if not e.is_blank]
+
+
 def test_evaluation_batches_have_one_shape_each(index):
     held = EvalSet(index)
     batches = list(held.batches(4))
-    assert sorted(example.slot for batch in batches for example in batch) == list(range(19))
+    assert sorted(_slots(batches)) == list(range(19))
     for batch in batches:
-        assert 1 <= len(batch) <= 4
-        assert len({(example.bucket, example.layers) for example in batch}) == 1
+        assert batch.rows == (0, 1, 2, 3) and len(batch.examples) == 4
+        shapes = {(e.bucket, e.layers, e.picture.shape) for e in batch.examples}
+        assert shapes == {(batch.bucket, batch.layers, (*batch.bucket, 3))}
     with pytest.raises(ValueError, match="size = 0"):
         next(held.batches(0))
+
+
+def test_rows_of_evaluation_batches_join_to_the_whole(index):
+    held = EvalSet(index)
+    for whole, *shares in zip(
+        *(held.batches(4, rows) for rows in (None, (0, 3), (1, 2))), strict=True
+    ):
+        found = {r: e for s in shares for r, e in zip(s.rows, s.examples, strict=True)}
+        for row, example in enumerate(whole.examples):
+            assert (found[row].slot, found[row].path) == (example.slot, example.path)
+            assert found[row].is_blank == example.is_blank
 
 
 def test_evaluation_leaves_out_what_cannot_be_read(index):
     held = EvalSet(index)
     open(held.records[4].path, "wb").close()
     assert [example.slot for example in held] == [n for n in range(19) if n != 4]
-    assert sum(map(len, held.batches(4))) == 18
+    assert sorted(_slots(held.batches(4))) == [n for n in range(19) if n != 4]
     assert dict(held.failures) == {held.records[4].path: "empty file (0 bytes)"}
     with pytest.raises(PictureError):
         held[4]

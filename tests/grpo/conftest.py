@@ -131,7 +131,17 @@ def judge_token():
 @pytest.fixture
 def servers(judge_token):
     """Two served judges."""
-    started = [ServedJudge(judge_token) for _ in range(2)]
+    yield from _served(2, judge_token)
+
+
+@pytest.fixture
+def four_servers(judge_token):
+    """Four served judges."""
+    yield from _served(4, judge_token)
+
+
+def _served(count, token):
+    started = [ServedJudge(token) for _ in range(count)]
     yield started
     for served in started:
         served.stop()

@@ -4,8 +4,10 @@ import runpy
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 
-from sl_jax.grpo.config import ConfigError, GrpoConfig, from_mapping
+from sl_jax.grpo.config import ConfigError, GrpoConfig, distributed_part, from_mapping
+from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
@@ -70,10 +72,10 @@ def test_rewards_may_have_options():
         ("rollout.shift", "auto", "a finite number or None"),
         ("data.buckets", ((64, 60),), "multiples of 16, such as (64, 64)"),
         ("data.buckets", (64, 64), "each (a whole number, a whole number)"),
-        ("data.layers", (), "it is needed"),
+        ("data.layers", (), "one or more numbers of layers"),
         ("data.layers", (0, 3), "from 1 up"),
         ("data.layers", 3, "a tuple"),
-        ("data.path", "", "it is needed"),
+        ("data.path", "", "a folder of pictures"),
         ("data.eval_fraction", 0.0, "config.data.eval_data"),
         ("data.max_text_tokens", 2000, "from 1 to 1024"),
         ("learner.micro_batch", 24, "a divisor of batch_groups × group_size = 32"),
@@ -81,7 +83,7 @@ def test_rewards_may_have_options():
         ("learner.ema", 1.0, "not with, 1"),
         ("learner.reference", "start", "one of 'base', 'init'"),
         ("lora.rank", 0, "at least 1"),
-        ("lora.targets", (), "it is needed"),
+        ("lora.targets", (), "one or more modules"),
         ("optimizer.learning_rate", 0.0, "a positive number"),
         ("optimizer.learning_rate", "fast", "a finite number"),
         ("advantage.std_floor", -0.1, "0 or more"),
@@ -116,7 +118,7 @@ def test_rewards_may_have_options():
         ("epochs", True, "a whole number"),
         ("epochs", 0, "at least 1"),
         ("seed", -1, "0 or more"),
-        ("workdir", "", "it is needed"),
+        ("workdir", "", "a folder for what"),
         ("rollout", 4, "please give its fields: batch_groups"),
     ],
 )
@@ -260,3 +262,35 @@ def test_everything_wrong_is_said_at_once():
         from_mapping(_mapping(rollout__group_size=1, epochs=0, data__buckets=((8, 8),)), 1)
     for field in ("rollout.group_size", "epochs", "data.buckets"):
         assert f"config.{field}" in str(error.value)
+
+
+def test_processes_are_configured_apart_from_the_rest():
+    mapping = _mapping(distributed__coordinator="host:1", distributed__processes=2)
+    mapping["distributed"]["process"] = 1
+    mapping["data"]["path"] = ""  # nothing else is looked at
+    assert distributed_part(mapping) == DistributedConfig("auto", "host:1", 2, 1)
+    assert distributed_part({}) == DistributedConfig()
+    mapping["data"]["path"] = "pictures"
+    assert from_mapping(mapping, 1).distributed.process == 1
+    mapping["distributed"]["process"] = 2
+    for build in (distributed_part, lambda wrong: from_mapping(wrong, 1)):
+        with pytest.raises(ConfigError, match=r"config\.distributed\.process is 2 of 2"):
+            build(mapping)
+
+
+@pytest.mark.parametrize("variant", ["production", "tiny"])
+def test_every_field_can_be_overridden(variant):
+    """A field that is None still knows what it holds: flags are read by it."""
+
+    def typeless(config, path="config"):
+        for name in config:
+            if isinstance(config[name], ConfigDict):
+                yield from typeless(config[name], f"{path}.{name}")
+            elif config.get_type(name) is type(None):
+                yield f"{path}.{name}"
+
+    config = runpy.run_path(str(_FILE))["get_config"](variant)
+    assert list(typeless(config)) == []
+    config.rollout.shift = 0.25
+    with pytest.raises(TypeError):
+        config.rollout.shift = "auto"

@@ -11,7 +11,7 @@ from sl_jax.data import TrainStream, make_buckets, scan_folder, write_designs
 from sl_jax.grpo import judging as module
 from sl_jax.grpo.config import JudgeSettings
 from sl_jax.grpo.judges import make_endpoint, make_judge
-from sl_jax.grpo.judging import JudgeUnavailableError, Judging, refusals, valid_share
+from sl_jax.grpo.judging import JudgeUnavailableError, Judging, refusals
 from sl_jax.scoring import (
     EmbeddedJudge,
     JudgeConfig,
@@ -119,7 +119,7 @@ def test_it_waits_with_growing_pauses_and_says_for_what(examples, clock):
     said = []
     endpoint = Endpoint(_down_until(3 * CANDIDATES))
     scores = _collect(endpoint, examples, said.append, min_valid=0.9)
-    assert valid_share(scores) == 1
+    assert all(entry.valid.all() for entry in scores)
     assert clock.slept == [1, 2, 4]
     assert len(said) == 3
     assert "waiting for the judge: 0% valid" in said[0] and "503, overloaded" in said[0]
@@ -153,7 +153,7 @@ def test_enough_valid_scores_are_not_waited_for(examples, clock):
     assert clock.slept == []
     assert [entry.valid.all() for entry in scores] == [True, True, False, True]
     assert np.isnan(scores[2].reward).all()
-    assert refusals(scores, examples) == {}
+    assert refusals(scores, [e.picture_id for e in examples]) == {}
 
 
 def test_only_incomplete_groups_are_asked_again(examples, clock):
@@ -162,7 +162,7 @@ def test_only_incomplete_groups_are_asked_again(examples, clock):
 
     endpoint = Endpoint(trouble)
     scores = _collect(endpoint, examples, min_valid=1.0)
-    assert valid_share(scores) == 1
+    assert all(entry.valid.all() for entry in scores)
     assert endpoint.asked == [CANDIDATES, CANDIDATES, 2 * CANDIDATES, CANDIDATES]
     assert len(clock.slept) == 1
 
@@ -173,14 +173,14 @@ def test_refusals_are_not_waited_for(examples, clock):
     assert clock.slept == []
     assert endpoint.asked == [CANDIDATES] * GROUPS
     assert not scores[1].valid.any()
-    assert refusals(scores, examples) == {"picture-1": "I cannot help"}
+    assert refusals(scores, [e.picture_id for e in examples]) == {"picture-1": "I cannot help"}
 
 
 def test_not_even_if_all_are_refused(examples, clock):
     endpoint = Endpoint(lambda group, asked: PermanentJudgeError("no"))
     scores = _collect(endpoint, examples, min_valid=0.5)
     assert clock.slept == []
-    assert len(refusals(scores, examples)) == GROUPS
+    assert len(refusals(scores, [e.picture_id for e in examples])) == GROUPS
 
 
 def test_refused_groups_do_not_hide_that_others_wait(examples, clock):

@@ -198,9 +198,13 @@ def test_neither_devices_nor_micro_batches_change_an_update(rolled, objective, s
         bench, batch = rolled[devices]
         learner = _learner(bench, micro_batch, **objective)
         state = learner.start(bench.adapter)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         state, _ = learner.update(state, [batch], bench.adapter, first=True)
         first = _gradient(state)
-        state, _ = learner.update(state, [batch], bench.adapter, first=False)
+        state, reports = learner.update(state, [batch], bench.adapter, first=False)
+        # Everything stays laid out over the devices as it was; reports are known everywhere.
+        assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
+        assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(reports))
         found.append((first, jax.tree.map(np.asarray, state.adapter.lora)))
     for gradient, lora in found[1:]:
         _close(gradient, found[0][0])

@@ -17,6 +17,7 @@ from sl_jax.grpo import loop
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import Parts, train, window_start
+from sl_jax.parallel.processes import Processes
 from sl_jax.training.metrics import read_metrics
 
 
@@ -88,6 +89,8 @@ class Run:
             learner=SimpleNamespace(start=self._start),
             evaluator=self._evaluated,
             checkpoints=checkpoints,
+            layout=None,
+            processes=Processes(),
         )
         try:
             return train(self.parts, lambda: 1.0)
@@ -280,10 +283,10 @@ def test_windows_are_drawn_per_epoch_from_the_seed():
 
 def test_keys_depend_on_step_and_slot_alone():
     examples = [SimpleNamespace(slot=slot) for slot in range(4)]
-    keys = jax.random.key_data(loop._keys(1, 5, examples))
+    keys = loop._keys(1, 5, examples)
     assert len(np.unique(keys, axis=0)) == 4
-    assert np.array_equal(jax.random.key_data(loop._keys(1, 5, examples[2:])), keys[2:])
-    assert not np.array_equal(jax.random.key_data(loop._keys(1, 6, examples)), keys)
+    assert np.array_equal(loop._keys(1, 5, examples[2:]), keys[2:])
+    assert not np.array_equal(loop._keys(1, 6, examples), keys)
 
 
 def test_records_are_json_lines(whole, tmp_path, monkeypatch):

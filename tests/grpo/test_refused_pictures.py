@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +11,8 @@ from sl_jax.data import FolderError, TrainStream, make_buckets, scan_folder, wri
 from sl_jax.grpo import loop
 from sl_jax.grpo.config import GrpoConfig, JudgeSettings, RolloutConfig
 from sl_jax.grpo.judging import Judging
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.parallel.processes import Processes
 from sl_jax.scoring import Failure, GroupScores, JudgeWorker, Rewards
 from sl_jax.scoring.records import JudgeRecords, read_records
 
@@ -57,12 +61,13 @@ class Rollout:
 
     def __call__(self, adapter, pictures, start, grid):
         self.calls += 1
-        return SimpleNamespace(latents=np.asarray(pictures.pixels))
+        return SimpleNamespace(latents=pictures.pixels)
 
     def decode(self, latents, grid):
+        latents = np.asarray(latents)
         alpha = np.full((*latents.shape[:3], 1), 255, np.uint8)
         layers = np.concatenate([latents, alpha], axis=-1)
-        return np.repeat(np.stack([layers, layers], axis=1), CANDIDATES, axis=0)
+        return jnp.asarray(np.repeat(np.stack([layers, layers], axis=1), CANDIDATES, axis=0))
 
 
 class Phases:
@@ -94,6 +99,8 @@ def run(tmp_path):
             judging=judging,
             judge=judge,
             records=tmp_path / "judge",
+            layout=Layout(make_mesh(MeshConfig(), jax.devices()[:1])),
+            processes=Processes(),
         )
 
 
@@ -127,9 +134,12 @@ def test_refused_pictures_are_replaced_and_the_others_kept(run):
     assert run.rollout.calls == 2 and len(run.judge.asked) == GROUPS + 2
     names = [f"0.{slot}.{picture}" for slot, picture in enumerate(_ids(after))]
     assert [scores.group_id for scores in judged] == names
-    assert [entry.group.group_id for entry in after.submitted] == names
+    assert [entry.group.group_id for entry in after.submitted.values()] == names
     for example, latent, entry in zip(
-        after.pictures.examples, after.candidates.latents, after.submitted, strict=True
+        after.pictures.examples,
+        np.asarray(after.candidates.latents),
+        after.submitted.values(),
+        strict=True,
     ):
         assert np.array_equal(example.picture, latent)
         assert np.array_equal(entry.group.source, latent)

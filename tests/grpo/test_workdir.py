@@ -7,6 +7,7 @@ import pytest
 
 from sl_jax.grpo import workdir
 from sl_jax.grpo.config import ConfigError, DataConfig, GrpoConfig
+from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 
 
@@ -104,3 +105,60 @@ def test_a_damaged_record_is_no_licence(tmp_path):
     (folder / "config.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
         workdir.claim(config)
+
+
+class Others:
+    """Stands for processes; the others have configurations of their own."""
+
+    index, count, is_main = 0, 3, True
+
+    def __init__(self, *configs):
+        self.configs = configs
+
+    def all_gather(self, what, value):
+        return [value, *(json.dumps(dataclasses.asdict(config)) for config in self.configs)]
+
+
+def test_processes_may_have_judges_of_their_own(tmp_path):
+    config = _nested(
+        _config(tmp_path),
+        "judge",
+        endpoints=(EndpointConfig("http://a/v1", "m"),),
+        cache_path="/tmp/a.sqlite3",
+    )
+    other = _nested(
+        config,
+        "judge",
+        endpoints=(EndpointConfig("http://b/v1", "m"), EndpointConfig("http://c/v1", "m")),
+        cache_path="/tmp/b.sqlite3",
+        concurrency=2,
+        tries=9,
+    )
+    distributed = DistributedConfig("auto", "host:1", 3, 1)
+    workdir.agree(config, Others(config, dataclasses.replace(other, distributed=distributed)))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "message"),
+    [
+        (
+            "judge",
+            {"max_wait": 1.0},
+            "config.judge.max_wait: 3600.0 in process 0, 1.0 in",
+        ),
+        ("judge", {"min_valid": 0.1}, "config.judge.min_valid: 0.5 in process 0"),
+        ("judge", {"endpoint": "embedded-vlm"}, "'embedded-vlm' in process 2"),
+        ("mesh", {"tensor": 2}, "config.mesh.tensor: 1 in process 0, 2 in process 2"),
+        ("learner", {"micro_batch": 4}, "config.learner.micro_batch: 8 in process 0, 4 in"),
+        ("evaluation", {"every": 3}, "config.evaluation.every: 10 in process 0, 3 in"),
+    ],
+)
+def test_processes_have_one_configuration(tmp_path, part, changes, message):
+    config = _config(tmp_path)
+    other = _nested(config, part, **changes)
+    with pytest.raises(ConfigError, match="start all with the same fields") as error:
+        workdir.agree(config, Others(config, other))
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 2
+    with pytest.raises(ConfigError):
+        workdir.claim(config, Others(other, config))
+    assert not (tmp_path / "run").exists()

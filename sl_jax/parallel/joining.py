@@ -1,0 +1,163 @@
+"""How the processes of a run find each other: from flags, or from the environment."""
+
+import importlib.util
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+from jax.errors import JaxRuntimeError
+
+from sl_jax.parallel.processes import ProcessError, Processes
+
+_log = logging.getLogger(__name__)
+
+_SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
+
+
+@dataclass(frozen=True)
+class DistributedConfig:
+    """Whether and how several processes join.
+
+    Attributes:
+        join: "auto" joins where `coordinator` is given, or where the environment says that there
+            are several processes (TPU pod, GKE, SLURM, Open MPI, JAX_COORDINATOR_ADDRESS); "on" and
+            "off" decide it.
+        coordinator: HOST:PORT of process 0, the same in all; empty to take it from the environment.
+        processes: their number; None to take it from the environment.
+        process: this process, from 0; None to take it from the environment.
+
+    Raises:
+        ValueError: the values do not fit each other.
+    """
+
+    join: Literal["auto", "on", "off"] = "auto"
+    coordinator: str = ""
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self) -> None:
+        if (self.processes is None) != (self.process is None):
+            raise ValueError(
+                f"processes is {self.processes} and process {self.process}; please give both, or "
+                "neither where the environment knows them"
+            )
+        if self.processes is not None and not 0 <= self.process < self.processes:
+            raise ValueError(
+                f"process is {self.process} of {self.processes}; please number processes from 0"
+            )
+        if self.processes is not None and not self.coordinator:
+            raise ValueError(
+                "coordinator is empty; please give HOST:PORT of process 0, the same in all"
+            )
+        if self.coordinator and not self.coordinator.rpartition(":")[2].isdecimal():
+            raise ValueError(f"coordinator is {self.coordinator!r}; please give it as HOST:PORT")
+
+
+@contextmanager
+def joined(config: DistributedConfig) -> Iterator[Processes]:
+    """The processes of the run, once they have found each other; before anything asks for devices.
+
+    If the block ends in an error here, the other processes are told, and stop.
+
+    Raises:
+        ProcessError: the coordinator cannot be reached, or is not known.
+    """
+    if _several(config, os.environ):
+        _initialize(config)
+    elif config.join == "auto" and _on_cloud_tpu(os.environ):
+        _initialize_tpu()
+    index, count = jax.process_index(), jax.process_count()
+    store = _Coordinator() if count > 1 else None
+    if count > 1:
+        _mark_messages(index)
+        _log.info("%d processes with %d devices have joined.", count, jax.device_count())
+    with Processes(index, count, store).open() as processes:
+        yield processes
+
+
+def _several(config: DistributedConfig, environment: Mapping[str, str]) -> bool:
+    if config.join != "auto":
+        return config.join == "on"
+    return bool(
+        config.coordinator
+        or environment.get("JAX_COORDINATOR_ADDRESS")
+        or environment.get("MEGASCALE_COORDINATOR_ADDRESS")
+        or "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+        or (all(name in environment for name in _SLURM) and int(environment["SLURM_NTASKS"]) > 1)
+        or ("OMPI_MCA_orte_hnp_uri" in environment and environment["OMPI_COMM_WORLD_SIZE"] != "1")
+    )
+
+
+def _on_cloud_tpu(environment: Mapping[str, str]) -> bool:
+    """Whether there are TPU chips: JAX, once imported, sets the variable where there are none."""
+    wanted = "tpu" in environment.get("JAX_PLATFORMS", "tpu")
+    skipped = "TPU_SKIP_MDS_QUERY" in environment
+    return wanted and not skipped and importlib.util.find_spec("libtpu") is not None
+
+
+def _initialize(config: DistributedConfig) -> None:
+    try:
+        jax.distributed.initialize(
+            config.coordinator or None,
+            num_processes=config.processes,
+            process_id=config.process,
+        )
+    except (ValueError, RuntimeError, JaxRuntimeError) as error:
+        raise ProcessError(
+            f"the processes did not find each other ({error}); please give "
+            "--config.distributed.coordinator=HOST:PORT, --config.distributed.processes=COUNT and "
+            "--config.distributed.process=INDEX, or --config.distributed.join=off for one process"
+        ) from error
+
+
+def _initialize_tpu() -> None:
+    """Joins the hosts of a TPU slice, one or many; what they are, their metadata say."""
+    try:
+        jax.distributed.initialize()
+    except ValueError as error:
+        _log.info("No metadata of a TPU slice (%s): this process works alone.", error)
+
+
+def _mark_messages(index: int) -> None:
+    """Messages name their process; of the others than the main one only warnings are shown."""
+    own = logging.getLogger("sl_jax")
+
+    def marked(record: logging.LogRecord) -> bool:
+        record.msg = f"[{index}] {record.msg}"
+        return True
+
+    for handler in own.handlers:
+        handler.addFilter(marked)
+    if index:
+        own.setLevel(logging.WARNING)
+
+
+class _Coordinator:
+    """The key-value store of `jax.distributed`."""
+
+    def __init__(self) -> None:
+        # There is no public way to it; orbax-checkpoint takes the same one.
+        from jax._src import distributed
+
+        self._client = distributed.global_state.client
+
+    def put(self, name: str, value: bytes) -> None:
+        """As `Store`."""
+        self._client.key_value_set_bytes(name, value, allow_overwrite=True)
+
+    def get(self, name: str, seconds: float) -> bytes | None:
+        """As `Store`."""
+        try:
+            return self._client.blocking_key_value_get_bytes(name, max(int(1000 * seconds), 1))
+        except JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
+                return None
+            raise ProcessError(f"process 0, which the others meet at, is gone: {error}") from error
+
+    def delete(self, name: str) -> None:
+        """As `Store`."""
+        self._client.key_value_delete(name)
