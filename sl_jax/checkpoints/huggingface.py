@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
-import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -61,7 +60,7 @@ def load_params(
     plan = dict(sources(naming, {path: tuple(leaf.shape) for path, leaf in flat.items()}))
     with TensorFiles(folder) as files:
         _check(files, plan, unused)
-        with Loader(files, flat.values(), jax.process_count() > 1) as loader:
+        with Loader(files, flat.values()) as loader:
             loaded = {path: loader.load(source, flat[path]) for path, source in plan.items()}
     return traverse_util.unflatten_dict(loaded)
 

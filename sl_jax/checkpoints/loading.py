@@ -37,11 +37,12 @@ class Loader:
     Args:
         files: the tensors.
         leaves: all parameters that will be loaded, for the bar's total.
-        exchange: whether processes read equal shares of a tensor's rows and exchange them between
-            their devices, where their own shards are scattered over all of its rows.
+        exchange: whether equal shares of a tensor's rows are read, and exchanged between devices,
+            where shards are scattered over all rows; None does so where devices of several
+            processes share an array.
     """
 
-    def __init__(self, files: TensorFiles, leaves: Iterable[Any], exchange: bool):
+    def __init__(self, files: TensorFiles, leaves: Iterable[Any], exchange: bool | None = None):
         self._files = files
         self._exchange = exchange
         workers = _REQUESTS if files.is_remote else min(_COPIES, os.cpu_count() or 1)
@@ -69,7 +70,10 @@ class Loader:
         if sharding is None:
             whole = tuple((0, size) for size in leaf.shape)
             return jax.numpy.asarray(self._filled(source, leaf, [whole])[whole])
-        rows = by_rows(source, leaf.shape, sharding) if self._exchange else None
+        exchange = self._exchange
+        if exchange is None:
+            exchange = not sharding.is_fully_addressable
+        rows = by_rows(source, leaf.shape, sharding) if exchange else None
         if rows is None:
             return self._placed(source, leaf, sharding)
         read = self._placed(source, leaf, rows)

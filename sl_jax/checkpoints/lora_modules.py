@@ -7,7 +7,6 @@ ranks are padded with zeros to the largest, and the scale, alpha / r, of every m
 stays so in training: the gradient of padding is zero. Going back, padding is cut off again.
 """
 
-import logging
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -21,8 +20,6 @@ from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.naming import MMDIT
 from sl_jax.checkpoints.safetensors_file import TensorFile
 from sl_jax.models.lora import Adapter
-
-_log = logging.getLogger(__name__)
 
 PREFIXES = ("base_model.model.", "transformer.", "")
 # Settings of PEFT that change what the two matrices mean, with their values at rest.
@@ -175,24 +172,25 @@ def _is_number(value: Any) -> bool:
 
 
 def with_scales(
-    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]], settings: Mapping[str, Any]
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    settings: Mapping[str, Any],
+    problems: list[str],
 ) -> dict[str, LoraModule]:
     """Modules with the scales that a PEFT configuration gives them.
 
     alpha / r, or alpha / √r with `use_rslora`, where `alpha_pattern` may name another alpha by a
     regular expression over module names, and r is the rank of the tensors. Settings that tell
-    another rank, with which PEFT would not load the tensors, are warned of.
+    another rank, with which PEFT would not load the tensors, go to `problems`, by module.
     """
-    modules, differing = {}, []
+    modules = {}
     for name, (down, up) in pairs.items():
         rank = len(down)
-        if _setting(settings, "rank_pattern", "r", name) != rank:
-            differing.append(name)
+        told = _setting(settings, "rank_pattern", "r", name)
+        if told != rank:
+            problems.append(f"{name} has rank {rank}, but the settings tell {told}")
         alpha = _setting(settings, "alpha_pattern", "lora_alpha", name)
         divisor = math.sqrt(rank) if settings.get("use_rslora") else rank
         modules[name] = LoraModule(down, up, float(alpha) / divisor)
-    if differing:
-        _log.warning("Settings tell other ranks than the tensors have, which count: %s", differing)
     return modules
 
 

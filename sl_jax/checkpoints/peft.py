@@ -160,7 +160,7 @@ def scaled(
     problems += wrong
     if settings is None or wrong:
         return {name: LoraModule(*pair, 1.0) for name, pair in pairs.items()}
-    return with_scales(pairs, settings)
+    return with_scales(pairs, settings, problems)
 
 
 def refuse_pickles(folder: epath.Path) -> None:

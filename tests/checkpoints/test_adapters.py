@@ -366,6 +366,8 @@ _REFUSED = [
     ({}, {"alpha_pattern": {"(": 3}}, "alpha_pattern: '(' is no regular expression"),
     ({}, {"alpha_pattern": {"to_q": None}}, "alpha_pattern: 'to_q' has None, not a number"),
     ({}, {"rank_pattern": 3}, "rank_pattern is 3, not a table"),
+    ({}, {"r": 5, "rank_pattern": {}}, f"{NAME} has rank 2, but the settings tell 5"),
+    ({}, {"rank_pattern": {"proj_out": 4}}, "proj_out has rank 3, but the settings tell 4"),
     ({f"{PREFIX}{NAME}.lora_magnitude_vector": 1}, {}, "lora_magnitude_vector: DoRA"),
     ({f"{PREFIX}{NAME}.lora_B.bias": 1}, {}, "lora_B.bias: a bias"),
     ({f"{PREFIX}{NAME}.bias": 1}, {}, "to_q.bias: a bias"),
@@ -433,6 +435,7 @@ def test_the_settings_of_lora_files_are_held_to_the_same(shapes, tmp_path):
         (settings | {"transformer.use_dora": True}, ("{'use_dora': True} is not supported",)),
         (settings | {"text_encoder.r": 3}, ("text_encoder.r is of another component",)),
         ({"transformer.r": 2}, ("lora_alpha is None, not a positive number",)),
+        (settings | {"transformer.r": 3}, (f"{NAME} has rank 2, but the settings tell 3",)),
         ([], ("must hold a JSON object",)),
         ("{", ("is not valid JSON",)),
     ]

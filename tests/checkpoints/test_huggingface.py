@@ -32,6 +32,7 @@ from sl_jax.checkpoints.huggingface import (
 from sl_jax.checkpoints.naming import MMDIT
 from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_params, load_pipeline, load_vae
 from sl_jax.checkpoints.source import resolve_model
+from sl_jax.inference import encode_prompts, prompts
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
@@ -196,7 +197,7 @@ def test_one_process_reads_the_bytes_of_its_own_shards(tmp_path, params, bucket,
     source = MMDIT.source(path, leaves[path].shape)
     rows = loading.by_rows(source, leaves[path].shape, leaves[path].sharding)
     host = _OneHost(monkeypatch, jax.devices()[2:4])
-    with TensorFiles("gs://bucket/model") as files, loading.Loader(files, [], True) as loader:
+    with TensorFiles("gs://bucket/model") as files, loading.Loader(files, []) as loader:
         bucket.asked.clear()
         loader._placed(source, leaves[path], rows)
     size = math.prod(leaves[path].shape) * 4
@@ -502,6 +503,18 @@ def test_a_whole_remote_pipeline(random_checkpoint, tmp_path, bucket):
     assert_equal_trees(remote.vae_params, local.vae_params)
     with pytest.raises(CheckpointError, match="is no checkpoint"):
         resolve_model("gs://bucket/none")
+
+
+def test_prompts_of_a_remote_checkpoint(tmp_path, bucket, monkeypatch):
+    tiny, texts = resolve_model("tiny"), ["a prompt", ""]
+    (tmp_path / "bucket").mkdir()
+    (tmp_path / "bucket/tiny").symlink_to(tiny)
+    cache = tmp_path / "cache"
+    found = encode_prompts("gs://bucket/tiny", texts, cache_dir=cache, dtype=np.float32)
+    wanted = encode_prompts(tiny, texts, dtype=np.float32)
+    np.testing.assert_array_equal(found.hidden, wanted.hidden)
+    monkeypatch.setattr(prompts, "_encode", None)  # the same content: taken from the cache
+    encode_prompts(tiny, texts, cache_dir=cache, dtype=np.float32)
 
 
 def test_temporal_tensors_of_the_autoencoder_are_passed_over(random_checkpoint):

@@ -109,7 +109,8 @@ def test_layers_with_other_ranks_and_alphas_keep_their_updates(
     tensors[f"{prefix}1.attn.to_q.lora_B.weight"] = np.ascontiguousarray(up)
     save_file(tensors, path)
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
-    settings |= {"alpha_pattern": {r"1\.attn\.to_q": 5.0}, "use_rslora": True}
+    other = r"1\.attn\.to_q"
+    settings |= {"rank_pattern": {other: 2}, "alpha_pattern": {other: 5.0}, "use_rslora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
 
     adapter = load_peft(tmp_path, params)
