@@ -55,6 +55,7 @@ for tier in ${TIERS:-fast slow}; do
     "$tier" "$status" $((SECONDS / 60)) $((SECONDS % 60))
   case "$status" in
     0) ran=1 ;;
+    2) exit 130 ;; # interrupted
     5) ;; # none of the chosen tests is of this tier
     *) failed+=("$tier") ;;
   esac

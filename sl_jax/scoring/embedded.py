@@ -64,8 +64,9 @@ class EmbeddedConfig:
         vision-language model, for which the attributes below are the levels.
       center: the score (0…10) about which stage 1 is squeezed.
       squeeze: factor of the squeeze; 1 for none.
-      picture_offset: std, in points of 10, of an offset that all candidates of a picture share.
-      noise: std, in points of 10, of each criterion's noise.
+      picture_offset: std, in points of 10 before the squeeze, of an offset that all candidates of a
+        picture share.
+      noise: std, in points of 10 before the squeeze, of each criterion's noise.
       grid_shrink: whole factor by which the grid is shrunk before it is looked at.
       grid_spread: factor by which stage 2 spreads scores about the mean of the grid.
       grid_noise: std, in points of 100, of the noise of stage 2.
@@ -75,8 +76,8 @@ class EmbeddedConfig:
     mode: Literal["precise", "vlm"] = "precise"
     center: float = 7.0
     squeeze: float = 0.3
-    picture_offset: float = 0.5
-    noise: float = 0.3
+    picture_offset: float = 1.5
+    noise: float = 1.0
     grid_shrink: int = 2
     grid_spread: float = 2.0
     grid_noise: float = 4.0
@@ -130,8 +131,9 @@ class EmbeddedJudge:
         picture = np.rint(seen.source * 255).astype(np.uint8)
         offset = config.picture_offset * _generator(picture.tobytes()).standard_normal()
         noise = config.noise * _generator(request.digest().encode()).standard_normal(len(scores))
-        squeezed = config.center + config.squeeze * (scores - config.center)
-        return np.clip(np.rint(squeezed + offset + noise), 0, 10)
+        said = scores + offset + noise
+        squeezed = config.center + config.squeeze * (said - config.center)
+        return np.clip(np.rint(squeezed), 0, 10)
 
     def _grid(self, request: JudgeRequest) -> dict[str, dict[str, float]]:
         labels, cells = rendering.read_grid(request)

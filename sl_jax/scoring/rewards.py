@@ -129,7 +129,8 @@ class Rewards:
     def __call__(self, group: Group, scores: GroupScores) -> GroupScores:
         """The judgement with `reward` replaced and `capped` set.
 
-        Candidates for which a reward is not finite become invalid, never guessed.
+        Candidates for which a reward is not finite, or a veto is nan, become invalid, never
+        guessed. A veto of infinity is no objection.
         """
         reward = sum(
             weight * _checked(term(group, scores), group, term) for term, weight in self._scores
@@ -138,7 +139,7 @@ class Rewards:
         for veto, weight in self._vetoes:
             excess = np.maximum(0, reward - _checked(veto(group, scores), group, veto))
             capped |= weight * excess > 0
-            reward = reward - np.where(excess > 0, weight * excess, 0)
+            reward = reward - weight * excess
         valid = scores.valid & np.isfinite(reward)
         return dataclasses.replace(
             scores, reward=np.where(valid, reward, np.nan), valid=valid, capped=capped & valid

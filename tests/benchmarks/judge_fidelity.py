@@ -35,8 +35,9 @@ from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 from sl_jax.scoring import EmbeddedConfig, EmbeddedJudge, Group, GroupScores, TwoStageJudge
 from sl_jax.scoring.stats import rank_correlation, spread
 
-_NOISE_LEVELS = (0.0, 0.15, 0.3, 0.6, 1.2)  # points of 10; of the grid, so many times 40 / 3
+_NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 4.0)  # points of 10; of the grid, four times as many of 100
 _BATCH = 8
+_FILES = ("output", "candidates", "plot")
 
 
 def main() -> None:
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--window-size", type=int, default=4)
     parser.add_argument("--candidates", type=Path, help="file that keeps the candidates")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--plot", type=Path, help="SVG file; needs matplotlib")
     arguments = parser.parse_args()
     seeds = range(arguments.first_seed, arguments.first_seed + arguments.groups)
     designs = [
@@ -72,10 +74,12 @@ def main() -> None:
     for name, row in results.items():
         print(f"{name:12}", "  ".join(f"{k} {v['mean']:.3f}" for k, v in row.items()), flush=True)
     if arguments.output:
-        settings = {k: v for k, v in vars(arguments).items() if k not in ("output", "candidates")}
+        settings = {k: v for k, v in vars(arguments).items() if k not in _FILES}
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         content = {"settings": settings, "rows": results}
         arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+    if arguments.plot:
+        _plot(results, arguments.plot)
 
 
 def _rolled_out(arguments: argparse.Namespace, pictures: np.ndarray) -> np.ndarray:
@@ -122,7 +126,7 @@ def _rows(groups: list[Group], truths: dict[str, np.ndarray]) -> dict[str, dict[
     truths = {"precise": np.stack([scores.stage1 for scores in precise]), **truths}
     rows = {"precise": _row(precise, truths)}
     for noise in _NOISE_LEVELS:
-        config = EmbeddedConfig(mode="vlm", noise=noise, grid_noise=noise * 40 / 3)
+        config = EmbeddedConfig(mode="vlm", noise=noise, grid_noise=4 * noise)
         rows[f"vlm {noise:g}"] = _row(asyncio.run(_judged(config, groups)), truths)
     return rows
 
@@ -142,6 +146,29 @@ def _row(judged: list[GroupScores], truths: dict[str, np.ndarray]) -> dict[str, 
             # candidates that all get one score are ranked no better than by chance
             row[f"{stage}_{name}"] = interval(np.nan_to_num(ranks))._asdict()
     return row
+
+
+def _plot(results: dict[str, dict[str, dict]], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(8, 3), sharex=True, layout="constrained")
+    panels[0].set_title("with the uncompressed judge")
+    panels[1].set_title("with −L1 to the true layers, order-free")
+    rows = [results[f"vlm {noise:g}"] for noise in _NOISE_LEVELS]
+    for panel, truth in zip(panels, ("precise", "order_free_l1"), strict=True):
+        for stage, label in (("stage1", "stage 1 alone"), ("reward", "final reward")):
+            values = [row[f"{stage}_{truth}"] for row in rows]
+            line = panel.plot(_NOISE_LEVELS, [v["mean"] for v in values], "o-", label=label)[0]
+            low, high = ([v[end] for v in values] for end in ("low", "high"))
+            panel.fill_between(_NOISE_LEVELS, low, high, color=line.get_color(), alpha=0.15)
+        precise = results["precise"][f"stage1_{truth}"]["mean"]
+        panel.axhline(precise, color="grey", linestyle=":", label="uncompressed judge")
+        panel.set_xlabel("noise of a criterion, points of 10")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("Spearman within groups")
+    panels[0].legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

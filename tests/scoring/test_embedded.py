@@ -204,6 +204,20 @@ def test_vlm_mode_says_reproducible_integers_in_a_narrow_band():
     assert np.std(spread) < 0.6 * np.std(precise)
 
 
+def test_vlm_mode_squeezes_what_it_is_unsure_of_too():
+    """round(squeeze(score + offset + noise)): squeezed to nothing, nothing else is left."""
+    case = _CASES[0]
+    for noise in (0.0, 3.0):
+        config = EmbeddedConfig(mode="vlm", center=6.0, squeeze=0.0, noise=noise, picture_offset=2)
+        np.testing.assert_array_equal(_scores(case.source, case.flawed, config), 0.6)
+    noisy = EmbeddedConfig(mode="vlm", squeeze=1.0, noise=3.0, picture_offset=0)
+    calm = EmbeddedConfig(mode="vlm", squeeze=1.0, noise=0, picture_offset=0)
+    difference = [
+        _scores(c.source, c.flawed, noisy) - _scores(c.source, c.flawed, calm) for c in _CASES
+    ]
+    assert 0.1 < np.std(difference) < 0.3
+
+
 def test_vlm_mode_shifts_all_candidates_of_a_picture_alike():
     exact = EmbeddedConfig(mode="vlm", noise=0, picture_offset=0, squeeze=1)
     shifted = EmbeddedConfig(mode="vlm", noise=0, picture_offset=2.0, squeeze=1)

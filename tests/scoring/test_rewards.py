@@ -51,6 +51,15 @@ def undecided(group, scores):
     return np.array([np.nan, 1, 1, 1])
 
 
+class Unsure:
+    """A user's veto, undecided about the first candidate, and content with the second."""
+
+    caps = True
+
+    def __call__(self, group, scores):
+        return np.array([np.nan, np.inf, 0.3, 0.3])
+
+
 class Least:
     """A user's veto with an option."""
 
@@ -133,3 +142,10 @@ def test_wrong_lists_are_refused():
 def short(group, scores):
     """A wrong reward."""
     return np.zeros(1)
+
+
+def test_a_veto_that_is_nan_fails_closed():
+    scores = Rewards((("judge", 1.0), (f"{__name__}.Unsure", 1.0)))(_group(), _judged())
+    np.testing.assert_array_equal(scores.valid, [False, True, True, False])
+    np.testing.assert_allclose(scores.reward, [np.nan, 0.8, 0.3, np.nan])
+    np.testing.assert_array_equal(scores.capped, [False, False, True, False])
