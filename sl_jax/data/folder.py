@@ -123,6 +123,13 @@ class PictureIndex:
         rest = tuple(not out for out in held)
         return self._only(rest), dataclasses.replace(self._only(held), skipped=(), notes=())
 
+    def split_off_first(self) -> tuple[PictureIndex, PictureIndex]:
+        """(training, held-out) parts, of which the latter has the first content by hash alone."""
+        first = min(record.content_hash for record in self.records)
+        held = tuple(record.content_hash == first for record in self.records)
+        rest = tuple(not out for out in held)
+        return self._only(rest), dataclasses.replace(self._only(held), skipped=(), notes=())
+
     def without(self, other: PictureIndex) -> PictureIndex:
         """Leaves out the contents that another index holds, and names them among the skipped."""
         theirs = {record.content_hash for record in other.records}
@@ -232,8 +239,8 @@ def training_and_held_out(
       limits, verify, threads: as in `scan_folder`.
 
     Returns:
-      (training, held-out). The held-out index is empty if the fraction of a small folder hits no
-      picture.
+      (training, held-out). Where the fraction of a small folder hits no picture, the first one by
+      content hash is held out.
 
     Raises:
       FolderError: a folder is missing or holds no usable picture, or nothing is left to train on.
@@ -244,6 +251,14 @@ def training_and_held_out(
     index = scan(folder)
     if eval_data is None:
         training, held_out = index.split(eval_fraction)
+        if eval_fraction and not held_out and len(index) > 1:
+            training, held_out = index.split_off_first()
+            _log.warning(
+                "A share of %g of so few pictures is none: %s is held out, as long as no picture "
+                "is added",
+                eval_fraction,
+                held_out.records[0].name,
+            )
         _log_summary(index)
     else:
         held_out = scan(eval_data)

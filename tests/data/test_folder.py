@@ -300,6 +300,17 @@ def test_split_shares():
     assert not is_held_out("f" * 64, 0.999) and is_held_out("0" * 64, 1e-9)
 
 
+def test_a_small_folder_has_a_held_out_picture_too(tmp_path, caplog):
+    fill(tmp_path, 3)
+    train, held = training_and_held_out(tmp_path, BUCKETS, eval_fraction=1e-9)
+    assert (len(train), len(held)) == (2, 1)
+    assert held.records[0].content_hash < min(r.content_hash for r in train)
+    assert f"{held.records[0].name} is held out" in caplog.text
+    again = training_and_held_out(tmp_path, BUCKETS, eval_fraction=1e-9)[1]
+    assert names(again) == names(held)
+    assert not training_and_held_out(tmp_path, BUCKETS, eval_fraction=0.0)[1]
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_wrong_fraction(tmp_path, fraction):
     index = scan_folder(fill(tmp_path, 1), BUCKETS)
