@@ -23,7 +23,7 @@ _log = logging.getLogger("sl_jax")
 _INPUT = flags.DEFINE_string("input", None, "Picture, folder of pictures, or pattern in quotes.")
 _OUTPUT = flags.DEFINE_string("output", None, "Folder in which every picture gets a folder.")
 _MODEL = flags.DEFINE_string(
-    "model", "Qwen/Qwen-Image-Layered", "Folder in the diffusers layout, hub id, or 'tiny'."
+    "model", "Qwen/Qwen-Image-Layered", "Folder (diffusers layout, also gs://), hub id, 'tiny'."
 )
 _ADAPTER = flags.DEFINE_string(
     "adapter", None, "PEFT folder, diffusers LoRA file, work directory, or hub id; else the base."

@@ -129,6 +129,13 @@ def test_the_card_tells_how_to_sample(workdir, random_checkpoint, tmp_path):
     assert not re.search(r"\$\w", card + (tmp_path / "infer.py").read_text())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def kept_prompts(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SL_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="module")
 def decomposer(random_checkpoint, peft_folder):
     return sl_jax.Decomposer.from_pretrained(

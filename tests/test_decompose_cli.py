@@ -23,6 +23,7 @@ import sl_jax
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_params, make_model
 from sl_jax.flow.sampler import initial_noise
+from sl_jax.inference import prompts
 from sl_jax.inference.decomposer import Sampling
 from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
 from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
@@ -31,6 +32,15 @@ from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 torch.set_num_threads(1)
 
 SHORT = Sampling(layers=2, steps=2, size=32)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kept_prompts(tmp_path_factory):
+    """Where prompts are kept, here and by the command."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SL_JAX_CACHE", str(folder))
+        yield folder / "prompts"
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,13 @@ def _picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 4), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     return np.array(image)
+
+
+def test_prompts_are_encoded_once(decomposer, checkpoint, kept_prompts, monkeypatch):
+    assert len(list(kept_prompts.iterdir())) >= 2
+    monkeypatch.setattr(prompts, "_encode", None)
+    again = sl_jax.Decomposer.from_pretrained(str(checkpoint), dtype="float32")
+    np.testing.assert_array_equal(again._prompts.hidden, decomposer._prompts.hidden)
 
 
 def _keys(*seeds: int) -> jax.Array:

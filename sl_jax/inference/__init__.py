@@ -5,6 +5,13 @@ from sl_jax.inference.prompts import (
     PROMPT_TEMPLATE,
     PromptEmbeddings,
     encode_prompts,
+    user_cache,
 )
 
-__all__ = ["DEFAULT_PROMPT", "PROMPT_TEMPLATE", "PromptEmbeddings", "encode_prompts"]
+__all__ = [
+    "DEFAULT_PROMPT",
+    "PROMPT_TEMPLATE",
+    "PromptEmbeddings",
+    "encode_prompts",
+    "user_cache",
+]

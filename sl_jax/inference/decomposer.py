@@ -11,6 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 from PIL import Image
 
@@ -27,7 +28,12 @@ from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data.pictures import area_size, longest_side_size, resize_to
 from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
 from sl_jax.imaging import flatten
-from sl_jax.inference.prompts import DEFAULT_PROMPT, PromptEmbeddings, encode_prompts
+from sl_jax.inference.prompts import (
+    DEFAULT_PROMPT,
+    PromptEmbeddings,
+    encode_prompts,
+    user_cache,
+)
 from sl_jax.inference.sampling import (
     Condition,
     decode_layers,
@@ -77,17 +83,20 @@ class Decomposer:
         negative_prompt: str = " ",
         dtype: str = "bfloat16",
         mesh: MeshConfig | None = None,
+        prompt_cache: epath.PathLike | None = None,
     ) -> "PictureDecomposer":
         """Loads a model for Pillow images; see `PictureDecomposer`.
 
         Args:
-            model: a folder in the diffusers layout, a hub id, or "tiny".
+            model: a folder in the diffusers layout, local or gs://…, a hub id, or "tiny".
             adapter: PEFT folder, diffusers LoRA file, work directory of a run, or hub id; see
                 `checkpoints.adapters.locate_adapter`. None decomposes with the base.
             prompt: for all pictures.
             negative_prompt: used where guidance is not 1.
             dtype: "bfloat16" or "float32".
             mesh: how the devices share the work; by default the parameters are sharded over all.
+            prompt_cache: folder of encoded prompts; None is `inference.prompts.user_cache()`. With
+                the prompts of an earlier call, the text encoder is not loaded.
 
         Raises:
             CheckpointError: model or adapter are missing or damaged, or do not fit each other.
@@ -100,7 +109,8 @@ class Decomposer:
             shapes = layout.abstract(abstract_params(make_model(folder, compute, layout)))
             loaded = load_adapter(adapter, shapes)
         # The text encoder is gone from memory before the model is loaded.
-        prompts = encode_prompts(folder, [prompt, negative_prompt], dtype=dtype)
+        cache = user_cache() if prompt_cache is None else prompt_cache
+        prompts = encode_prompts(folder, [prompt, negative_prompt], cache_dir=cache, dtype=dtype)
         pipeline = load_pipeline(folder, compute, layout)
         if loaded is not None:
             loaded = shard_adapter(loaded, pipeline.params)

@@ -10,6 +10,8 @@ import hashlib
 import itertools
 import json
 import math
+import os
+import tempfile
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +26,7 @@ from jaxtyping import Float, Int32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, load_params, read_config
 from sl_jax.checkpoints.naming import TEXT_ENCODER
 from sl_jax.models.text_encoder import TextEncoder, TextEncoderConfig
@@ -35,6 +38,8 @@ PROMPT_TEMPLATE = (
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 DEFAULT_PROMPT = "a clean, well composed image"
+
+CACHE_VARIABLE = "SL_JAX_CACHE"
 
 _REAL_VOCABULARY = 151643
 _REAL_PREFIX = 34
@@ -56,6 +61,18 @@ class PromptEmbeddings(NamedTuple):
     lengths: Int32[np.ndarray, " p"]
 
 
+def user_cache() -> epath.Path:
+    """Where prompts are kept that belong to no run: `prompts` in the folder SL_JAX_CACHE.
+
+    Without that variable the folder is `sl_jax` in XDG_CACHE_HOME, or in ~/.cache.
+    """
+    named = os.environ.get(CACHE_VARIABLE)
+    if named:
+        return epath.Path(named).expanduser() / "prompts"
+    home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return epath.Path(home).expanduser() / "sl_jax" / "prompts"
+
+
 def encode_prompts(
     checkpoint: epath.PathLike,
     prompts: Sequence[str],
@@ -70,11 +87,12 @@ def encode_prompts(
     returns. What is in the cache is not computed again; if all is, no weights are loaded.
 
     Args:
-        checkpoint: folder in the diffusers layout.
+        checkpoint: folder in the diffusers layout, local or remote.
         prompts: at least one; equal ones are encoded once.
         max_tokens: tokens kept per prompt (suffix of the template included), 1 to 1024.
         cache_dir: folder for hidden states, one file per prompt, named by the content of prompt,
-            template, tokenizer and weights; None keeps nothing.
+            template, tokenizer and weights (see `user_cache` for one that runs share); None keeps
+            nothing. A folder that cannot be written is warned of.
         dtype: of weights, computation and result.
 
     Raises:
@@ -130,7 +148,7 @@ def _encode(
 
 
 def load_tokenizer(folder: epath.PathLike) -> Any:
-    """The Qwen2 tokenizer in `folder`, read from its files alone.
+    """The Qwen2 tokenizer in `folder`, local or remote, read from its files alone.
 
     Raises:
         CheckpointError: the folder holds no tokenizer.
@@ -143,7 +161,13 @@ def load_tokenizer(folder: epath.PathLike) -> Any:
             f"{folder} holds neither tokenizer.json nor vocab.json; please pass a checkpoint in "
             "the diffusers folder layout, with its tokenizer/"
         )
-    return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+    with tempfile.TemporaryDirectory() as local:
+        if is_remote(folder):
+            for file in folder.iterdir():
+                if not file.is_dir():
+                    epath.Path(local, file.name).write_bytes(file.read_bytes())
+            folder = epath.Path(local)
+        return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
 
 
 def prefix_length(tokenizer: Any) -> int:
@@ -254,15 +278,17 @@ class _Cache:
             return None
         try:
             return load(path.read_bytes())["hidden"].astype(self._dtype)
-        except (SafetensorError, KeyError) as error:
+        except (SafetensorError, KeyError, OSError) as error:
             warnings.warn(f"{path} is damaged ({error}); encoding {prompt!r} again", stacklevel=4)
             return None
 
     def write(self, prompt: str, hidden: np.ndarray) -> None:
         """Puts a file in place at once, so that no process reads half of it."""
-        path = self._path(prompt)
-        self._folder.mkdir(parents=True, exist_ok=True)
         partial = self._folder / f".{uuid.uuid4().hex}.partial"
         content = save({"hidden": hidden.astype(np.float32)}, {"prompt": prompt})
-        partial.write_bytes(content)
-        partial.replace(path)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            partial.write_bytes(content)
+            partial.replace(self._path(prompt))
+        except OSError as error:
+            warnings.warn(f"{prompt!r} is not kept: {error}", stacklevel=4)

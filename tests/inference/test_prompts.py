@@ -209,6 +209,25 @@ def test_a_damaged_cache_file_is_replaced(tmp_path, encoded):
     assert file.read_bytes() == content and len(encoded) == 2
 
 
+def test_a_folder_that_cannot_be_written_costs_nothing_but_a_warning(tmp_path, encoded):
+    (tmp_path / "file").write_text("no folder")
+    arguments = {"cache_dir": tmp_path / "file", "dtype": np.float32}
+    with pytest.warns(UserWarning, match="'a prompt' is not kept: .*file"):
+        found = encode_prompts(TINY, ["a prompt"], **arguments)
+    assert found.lengths.tolist() == [9]
+
+
+def test_where_prompts_are_kept_that_belong_to_no_run(monkeypatch):
+    monkeypatch.delenv("SL_JAX_CACHE", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert str(prompts.user_cache()) == "/home/someone/.cache/sl_jax/prompts"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch")
+    assert str(prompts.user_cache()) == "/scratch/sl_jax/prompts"
+    monkeypatch.setenv("SL_JAX_CACHE", "~/kept")
+    assert str(prompts.user_cache()) == "/home/someone/kept/prompts"
+
+
 class _Words:
     """A tokenizer whose tokens are the pieces between separators."""
 
