@@ -269,7 +269,7 @@ def _response_format(request: JudgeRequest, structure: Structure) -> dict[str, A
         return None
     if structure == "object":
         return {"type": "json_object"}
-    name = "candidate" if request.stage == 1 else "grid"
+    name = ("caption", "candidate", "grid")[request.stage]
     schema = {"name": name, "schema": request.schema, "strict": True}
     return {"type": "json_schema", "json_schema": schema}
 

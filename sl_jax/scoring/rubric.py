@@ -192,7 +192,7 @@ def parse_candidate(text: str) -> CandidateVerdict:
     Raises:
       BrokenAnswerError: it is not JSON under the schema, or a score is not within 0…10.
     """
-    return _validate(CandidateVerdict, text)
+    return parse_object(CandidateVerdict, text)
 
 
 def parse_grid(text: str, labels: Sequence[str]) -> Float[np.ndarray, " labels"]:
@@ -202,7 +202,7 @@ def parse_grid(text: str, labels: Sequence[str]) -> Float[np.ndarray, " labels"]
       BrokenAnswerError: it is not JSON under the schema, a label is missing, unknown or named
         twice, or a score is not within 0…100.
     """
-    verdict = _validate(grid_verdict(tuple(labels)), text)
+    verdict = parse_object(grid_verdict(tuple(labels)), text)
     return np.array([getattr(verdict.scores, label) for label in labels]) / 100
 
 
@@ -210,8 +210,12 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n\s*```\Z", re.DOTALL)
 
 
-def _validate(model: type[_Model], text: str) -> Any:
-    """Parses the JSON object, alone or in one fenced block, after thinking aloud or not."""
+def parse_object(model: type[pydantic.BaseModel], text: str) -> Any:
+    """Parses the JSON object, alone or in one fenced block, after thinking aloud or not.
+
+    Raises:
+      BrokenAnswerError: there is none that `model` allows.
+    """
     body = _THOUGHT.sub("", text).strip()
     fenced = _FENCE.match(body)
     try:

@@ -104,7 +104,7 @@ class JudgeRequest:
     """Exactly what a vision-language model gets to see.
 
     Attributes:
-      stage: 1, one candidate alone; 2, the grid of a group.
+      stage: 0, a picture to describe; 1, one candidate alone; 2, the grid of a group.
       parts: texts and uint8 [h, w, 3] pictures in reading order.
       schema: the JSON schema that the answer must satisfy.
       repeat: counts how often the request was asked again after broken answers; not shown, but
@@ -113,7 +113,7 @@ class JudgeRequest:
         grids, test–retest); not shown, part of the sampling seed and of a cache's key.
     """
 
-    stage: Literal[1, 2]
+    stage: Literal[0, 1, 2]
     parts: tuple[str | UInt8[np.ndarray, "h w 3"], ...]
     schema: Mapping[str, Any]
     repeat: int = 0
