@@ -103,9 +103,12 @@ class EmbeddedJudge:
         """JSON under the request's schema.
 
         Raises:
-          PermanentJudgeError: the pictures are not laid out as `scoring.request` does it.
+          PermanentJudgeError: the pictures are not laid out as `scoring.request` does it, or are
+            to be described.
         """
         await asyncio.sleep(0)  # others get their turn, and cancellation its chance
+        if request.stage == 0:
+            raise PermanentJudgeError("the embedded judge describes no pictures")
         try:
             said = self._candidate(request) if request.stage == 1 else self._grid(request)
         except rendering.UnreadableRequestError as error:
