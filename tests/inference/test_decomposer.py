@@ -12,8 +12,14 @@ from PIL import Image
 
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.data.procedural import make_design
+from sl_jax.eval.baselines import BASELINES
+from sl_jax.eval.layerd import layerd_scores
 from sl_jax.flow.sampler import initial_noise
+from sl_jax.imaging import recompose
 from sl_jax.inference.decomposer import Decomposer
+from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
 from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
@@ -128,3 +134,45 @@ def test_layers_equal_diffusers(
     if adapted:
         base = decomposer(pictures, text, None, keys, **settings)
         assert np.abs(np.asarray(base[0], int) - wanted).max() > 10
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    return load_pipeline(resolve_model("tiny"), ComputeConfig("float32", remat="none"), layout)
+
+
+@pytest.fixture(scope="module")
+def tiny_text():
+    return encode_prompts(resolve_model("tiny"), [DEFAULT_PROMPT], dtype=np.float32).hidden
+
+
+@pytest.mark.parametrize("family", ["A", "B"])
+def test_layers_of_the_tiny_base_equal_diffusers(tiny, tiny_text, monkeypatch, family):
+    picture = recompose(make_design(family, 11, 64, 3).layers)
+    keys = jax.random.split(jax.random.key(3), 1)
+    peer = QwenImageLayeredPipeline.from_pretrained(
+        resolve_model("tiny"), processor=None, dtype=torch.float32
+    )
+    noise = initial_noise(keys, 4 * 16, 64)
+    wanted = sampled_by_diffusers(peer, monkeypatch, picture, tiny_text, noise, 3, 10)
+    settings = {"layers": 3, "steps": 10, "method": "euler"}
+    found = Decomposer(tiny)(picture[None], tiny_text, None, keys, **settings)
+    assert_alike(found[0], wanted, 2)
+
+
+@pytest.mark.slow
+def test_the_tiny_base_beats_every_baseline(tiny, tiny_text):
+    designs = np.stack([make_design("A", seed, 64, 3).layers for seed in range(48)])
+    pictures = np.stack([recompose(design) for design in designs])
+    keys = jax.random.split(jax.random.key(0), len(designs))
+    text = np.repeat(tiny_text, len(designs), axis=0)
+    found = Decomposer(tiny)(pictures, text, None, keys, layers=3, steps=10, method="euler")
+
+    def cost(stacks):
+        scores = [layerd_scores(a, b, 0)[0].cost for a, b in zip(stacks, designs, strict=True)]
+        return np.mean(scores)
+
+    base = cost(np.asarray(found))
+    for name, baseline in BASELINES.items():
+        assert base < 0.8 * cost([baseline(picture, 3) for picture in pictures]), name
