@@ -61,10 +61,12 @@ class Judging:
         """Queues the candidates of a rollout batch.
 
         Args:
-            examples: one per group.
+            examples: one per group; maybe none.
             layers: uint8 [groups · G, L, H, W, 4].
             group_ids: names that the shuffles of stage 2 depend on.
         """
+        if not examples:
+            return []
         per_group = layers.reshape(len(examples), -1, *layers.shape[1:])
         groups = [
             Group(name, e.picture, tuple(candidates), e.caption if self.settings.captions else "")

@@ -304,12 +304,12 @@ def _submitted(
         for example, stack in zip(step.examples, layers, strict=True)
         if example.slot in judged and (rows is None or example.slot in rows)
     ]
-    if not chosen:
-        return {}
-    examples, stacks = zip(*chosen, strict=True)
-    names = [f"{step.step}.{e.slot}.{e.picture_id}" for e in examples]
-    submitted = parts.judging.submit(examples, np.concatenate(stacks), names)
-    return dict(zip((e.slot for e in examples), submitted, strict=True))
+    return {
+        example.slot: parts.judging.submit(
+            [example], stack, [f"{step.step}.{example.slot}.{example.picture_id}"]
+        )[0]
+        for example, stack in chosen
+    }
 
 
 def _told(parts: Parts, examples: Sequence[Example]) -> list[tuple[str, str]]:

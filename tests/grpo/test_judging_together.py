@@ -183,7 +183,8 @@ def test_a_defect_in_one_ends_all():
 
 def test_a_process_without_groups_takes_part():
     def work(judging, submitted):
-        return judging.collect(submitted if judging.processes.index else [])
+        none = judging.submit([], np.zeros((0, 2, 32, 32, 4), np.uint8), [])
+        return judging.collect(submitted if judging.processes.index else none)
 
     first, second = run([Endpoint(), Endpoint(4)], work, min_valid=1.0)
     assert first == [] and len(second) == GROUPS
