@@ -60,6 +60,8 @@ class Penalties(NamedTuple):
       scattered: alpha outside each object's largest component, relative to all of it.
       truncated: −∇α_i·∇α_j of pairs where the source has an edge: things cut off by what
         covers them.
+      buried: the largest hidden share of an object, 1 − Σw_i / Σα_i, beyond 0.4: layers that nobody
+        sees, and layers that swallow the ones behind.
     """
 
     recomposition: float
@@ -82,6 +84,7 @@ class Penalties(NamedTuple):
     smear: float
     scattered: float
     truncated: float
+    buried: float
 
 
 class _Slopes(NamedTuple):
@@ -170,6 +173,7 @@ def penalties(seen: Seen) -> Penalties:
         smear=smear,
         scattered=scattered,
         truncated=truncated,
+        buried=_buried(scene),
     )
 
 
@@ -297,6 +301,14 @@ def _pair_penalties(scene: _Scene) -> tuple[float, float, float, float]:
     edges = float(scene.matte_slopes.dot(scene.matte_slopes).sum()) + 1e-3 * size
     covered = float((1 - scene.front[0]).sum()) + 0.01 * size
     return duplicate, cut / edges, smear / covered, (opposed - cut) / edges
+
+
+def _buried(scene: _Scene) -> float:
+    """How much more than usual the most hidden object is hidden, 0…1; specks hardly count."""
+    mattes = scene.mattes
+    hidden = (mattes * (1 - scene.front[1:])).sum((1, 2))
+    shares = hidden / (mattes.sum((1, 2)) + 0.005 * scene.source_energy.size)
+    return float(np.clip((shares - 0.4) / 0.6, 0, None).max(initial=0.0))
 
 
 def _content_penalties(scene: _Scene) -> tuple[float, float]:

@@ -31,6 +31,7 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "lumped": 0.6,
         "idle": 0.8,
         "unlike": 8.0,
+        "buried": 1.0,
     },
     "alpha_quality": {"partial": 6.0, "misaligned": 1.2, "unmatted": 1.5, "idle": 0.5},
     "background_inpainting": {
@@ -50,6 +51,7 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "unlifted": 0.6,
         "idle": 0.3,
         "unlike": 8.0,
+        "buried": 3.0,
     },
     "validity": {"recomposition": 16.0, "missing": 40.0, "noise": 7.0},
 }

@@ -50,6 +50,18 @@ def _other_colours(layers: np.ndarray) -> np.ndarray:
     return flawed
 
 
+def _swallowed(layers: np.ndarray) -> np.ndarray:
+    """The object in front grows over the one behind."""
+    flawed = layers.copy()
+    behind = layers[1, ..., 3] > 0
+    flawed[2][behind] = _with_alpha(_SOURCE)[behind]
+    return flawed
+
+
+def _with_alpha(picture: np.ndarray) -> np.ndarray:
+    return np.concatenate([picture, np.full_like(picture[..., :1], 255)], -1)
+
+
 def _negative_background(layers: np.ndarray) -> np.ndarray:
     flawed = layers.copy()
     flawed[0, ..., :3] = 255 - layers[0, ..., :3]
@@ -77,6 +89,7 @@ _ANSWERS = [
     ("smear", cases.smeared, 0.3),
     ("scattered", _with_specks, 0.02),
     ("truncated", _behind_cut_off, 0.1),
+    ("buried", _swallowed, 0.8),
 ]
 
 
