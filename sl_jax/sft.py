@@ -1,41 +1,41 @@
 """Supervised training on pictures with true layers: `python -m sl_jax.sft --config=…`.
 
-Stages: `vae` trains the RGBA autoencoder, `flow` the MMDiT on its latents. Stopped and started
-again, it goes on where it was; finished stages are not repeated. The result is a checkpoint folder
-in the diffusers layout.
+Stages: `vae` trains the RGBA autoencoder, `flow` the MMDiT on its latents, from nothing, to a
+checkpoint in the diffusers layout; `tune` fine-tunes a loaded checkpoint, to an adapter or another
+checkpoint. Stopped and started again, it goes on where it was; finished stages are not repeated.
 """
 
 import logging
-from collections.abc import Mapping
+import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from absl import app
 from ml_collections import ConfigDict, config_flags
 
-from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.pipeline import load_vae
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.data import FolderError
 from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
 from sl_jax.inference.tiny_text import make_tiny_text_encoder
 from sl_jax.models.codec import encode_frames, to_unit_range
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
-from sl_jax.training import export, pools
+from sl_jax.parallel.joining import DistributedConfig, joined
+from sl_jax.parallel.processes import ProcessError
+from sl_jax.training import export, finetune, pools
 from sl_jax.training.console import set_up_logging
-from sl_jax.training.metrics import MetricsWriter
-from sl_jax.training.optimizer import OptimizerConfig
+from sl_jax.training.flags import parse_config_flags
 from sl_jax.training.supervised import (
     Frames,
-    Loss,
-    Stage,
-    StageConfig,
     flow_loss,
     fresh_params,
     full_velocity,
+    make_stage,
     reconstruction_loss,
 )
 
@@ -48,15 +48,18 @@ _STATISTICS_FRAMES = 2048  # flat pictures, and as many layers
 
 
 def main(argv: list[str]) -> None:
-    """Runs the configured stages in order; the last one writes the checkpoint folder."""
+    """Runs the configured stages in order; the last one writes the result."""
     set_up_logging()
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
-    config, stages = _CONFIG.value, {"vae": train_vae, "flow": train_flow}
+    config, stages = _CONFIG.value, {"vae": train_vae, "flow": train_flow, "tune": tune}
     for name in config.stages:
         if name not in stages:
             raise app.UsageError(f"config.stages names {name!r}; please use {', '.join(stages)}")
-        stages[name](config, Path(config.workdir))
+        try:
+            stages[name](config, Path(config.workdir))
+        except (CheckpointError, FolderError, ProcessError, finetune.TuneError) as error:
+            sys.exit(f"{type(error).__name__}: {error}")
 
 
 def train_vae(config: ConfigDict, workdir: Path) -> None:
@@ -71,7 +74,7 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     pictures, layers = pools.pictures_and_layers(config.data, _TRAIN_SEEDS, settings.designs)
     held_out = pools.pictures_and_layers(config.data, 0, _VAE_HELD_OUT)
     losses = {"frames": reconstruction_loss(vae, settings.kl_weight)}
-    stage = _stage(settings, losses, folder, config.seed)
+    stage = make_stage(settings, losses, folder, config.seed)
     pixels = np.zeros((1, size, size, 4), np.float32)
     state = stage.run(
         stage.start(fresh_params(vae, jax.random.key(config.seed), pixels)),
@@ -110,7 +113,7 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
         grid: flow_loss(full_velocity(model, text, grid), settings.mu, settings.time_distribution)
         for grid in grids
     }
-    stage = _stage(settings, losses, workdir / "flow", config.seed)
+    stage = make_stage(settings, losses, workdir / "flow", config.seed)
     pool = pools.LatentPool(train, settings.batch, config.seed)
     grid, batch = pool(0)
     one = (batch.target[:1], batch.condition[:1], text[None], np.zeros(1, np.float32))
@@ -123,21 +126,20 @@ def train_flow(config: ConfigDict, workdir: Path) -> None:
     _log.info("The checkpoint is in %s.", target)
 
 
-def _stage(settings: ConfigDict, losses: Mapping[Any, Loss], workdir: Path, seed: int) -> Stage:
-    optimizer = OptimizerConfig(
-        learning_rate=settings.learning_rate,
-        name=settings.optimizer,
-        weight_decay=settings.weight_decay,
-        clip_norm=settings.clip_norm,
-        warmup_steps=settings.warmup_steps,
-        decay_steps=settings.steps,
-    )
-    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=2)
-    resume = checkpoints.latest
-    writer = MetricsWriter(workdir, None if resume is None else resume + 1)
-    config = StageConfig(settings.steps, optimizer, settings.ema)
-    return Stage(config, losses, checkpoints, writer, seed)
+def tune(config: ConfigDict, workdir: Path) -> None:
+    """Stage `tune`: fine-tunes `config.model` on `config.data`, on all processes of the run."""
+    with joined(DistributedConfig(**config.distributed)) as processes:
+        settings = finetune.from_mapping(config.to_dict())
+        model = resolve_model(settings.model)
+        encode = partial(
+            encode_prompts,
+            model,
+            max_tokens=settings.data.max_text_tokens,
+            cache_dir=workdir / "prompts",
+            dtype=settings.compute.dtype,
+        )
+        print(f"The result is in {finetune.fine_tune(settings, model, encode, processes)}.")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse_config_flags)

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sl_jax.data._walk import Skipped
 from sl_jax.data.buckets import Bucket, nearest_bucket
-from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
+from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord, scan_folder
 from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, shown
 
 TFDS, CRELLO = "tfds", "crello"
@@ -113,6 +113,23 @@ def scan_tfds(
         reason = f": {skipped[0].reason}" if skipped else ""
         raise FolderError(f"no usable picture among the {len(source)} of {named}{reason}")
     return PictureIndex(str(named), tuple(first.values()), tuple(skipped), limits=limits)
+
+
+def scan_pictures(
+    where: str | os.PathLike[str],
+    buckets: Sequence[Bucket],
+    *,
+    limits: PictureLimits = _DEFAULT_LIMITS,
+    verify: bool = True,
+    threads: int | None = None,
+) -> PictureIndex:
+    """Indexes pictures wherever they are: `scan_tfds` for a named dataset, else `scan_folder`.
+
+    Arguments and errors are theirs.
+    """
+    if parse_named(where) is not None:
+        return scan_tfds(os.fspath(where), buckets, limits=limits, threads=threads)
+    return scan_folder(where, buckets, limits=limits, verify=verify, threads=threads)
 
 
 def open_record(

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm import tqdm
 
@@ -19,6 +21,7 @@ from sl_jax.flow.schedule import draw_sigmas
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
+from sl_jax.parallel.mesh import replicated
 from sl_jax.training.metrics import MetricsWriter
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -153,16 +156,19 @@ class Stage:
         checkpoints: RunCheckpoints,
         writer: MetricsWriter,
         seed: int,
+        mesh: Mesh | None = None,
     ):
-        """`losses` holds one loss per kind of batch (for the flow: per number of layers)."""
+        """`losses` holds one loss per kind of batch (for the flow: per number of layers).
+
+        With a mesh, what is trained stays laid out over it as it was when the stage started.
+        """
         self._config = config
         self._checkpoints = checkpoints
         self._writer = writer
         self._key = jax.random.key(seed)
+        self._mesh = mesh
         self._optimizer = make_optimizer(config.optimizer)
-        self._updates = {
-            kind: jax.jit(self._update(fn), donate_argnums=0) for kind, fn in losses.items()
-        }
+        self._losses = losses
         self._evaluations = {kind: jax.jit(fn) for kind, fn in losses.items()}
 
     def start(self, trained: Any) -> StageState:
@@ -173,6 +179,7 @@ class Stage:
             jax.tree.map(jnp.copy, trained),
             self._optimizer.init(trained),
         )
+        state = state if self._mesh is None else _on_mesh(state, self._mesh)
         if self._checkpoints.latest is None:
             return state
         step, state, _ = self._checkpoints.restore(state)
@@ -196,11 +203,12 @@ class Stage:
         """
         config = self._config
         first = int(state.step)
+        updates = self._compiled(state)
         progress = tqdm(range(first, config.steps), name, initial=first, total=config.steps)
         sums: dict[str, list[Array]] = {}
         for step in progress:
             kind, batch = batches(step)
-            state, metrics = self._updates[kind](state, batch, jax.random.fold_in(self._key, step))
+            state, metrics = updates[kind](state, batch, jax.random.fold_in(self._key, step))
             for key, value in metrics.items():
                 sums.setdefault(key, []).append(value)
             done = step + 1
@@ -215,6 +223,16 @@ class Stage:
                 self._checkpoints.save(done, state)
         self._checkpoints.wait()
         return state
+
+    def _compiled(self, state: StageState) -> dict[Any, Callable[..., Any]]:
+        placed = {}
+        if self._mesh is not None:
+            layout = jax.tree.map(lambda leaf: leaf.sharding, state)
+            placed = {"out_shardings": (layout, replicated(self._mesh))}
+        return {
+            kind: jax.jit(self._update(fn), donate_argnums=0, **placed)
+            for kind, fn in self._losses.items()
+        }
 
     def _evaluate(self, state: StageState, batches: Sequence[Any], name: str) -> dict[str, float]:
         results: dict[str, list[float]] = {}
@@ -237,6 +255,43 @@ class Stage:
             return StageState(state.step + 1, trained, ema, optimizer), metrics
 
         return update
+
+
+def make_stage(
+    settings: Mapping[str, Any], losses: Mapping[Any, Loss], workdir: Path, seed: int
+) -> Stage:
+    """A stage with its checkpoints and metrics in `workdir`.
+
+    Args:
+        settings: `steps`, `ema`, and the fields of an `OptimizerConfig` but for `decay_steps`,
+            which are all the steps; the optimizer's name is `optimizer`.
+        losses: see `Stage`.
+        workdir: what it holds is gone on from.
+        seed: of the noise.
+    """
+    optimizer = OptimizerConfig(
+        learning_rate=settings["learning_rate"],
+        name=settings["optimizer"],
+        weight_decay=settings["weight_decay"],
+        clip_norm=settings["clip_norm"],
+        warmup_steps=settings["warmup_steps"],
+        decay_steps=settings["steps"],
+    )
+    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=2)
+    resume = checkpoints.latest
+    writer = MetricsWriter(workdir, None if resume is None else resume + 1)
+    config = StageConfig(settings["steps"], optimizer, settings["ema"])
+    return Stage(config, losses, checkpoints, writer, seed)
+
+
+def _on_mesh(state: StageState, mesh: Mesh) -> StageState:
+    """Counters on all devices; the rest is laid out like what is trained already."""
+
+    def placed(leaf: Array) -> Array:
+        spread = isinstance(leaf.sharding, NamedSharding) and leaf.sharding.mesh == mesh
+        return leaf if spread else jax.device_put(leaf, replicated(mesh))
+
+    return jax.tree.map(placed, state)
 
 
 def fresh_params(

@@ -14,7 +14,7 @@ from sl_jax import imaging
 from sl_jax.data import FolderError, Skipped, make_buckets
 from sl_jax.data.crello import RowError, compose, parquet_files, prepare_crello
 from sl_jax.data.paired import is_paired, open_paired
-from sl_jax.data.tfds_pictures import open_record, parse_named, scan_tfds
+from sl_jax.data.tfds_pictures import open_record, parse_named, scan_pictures, scan_tfds
 
 _PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 # The columns of revision 5, as `datasets` writes them; labels are numbers, names in the metadata.
@@ -168,7 +168,7 @@ def test_splits_are_the_datasets_own_and_twins_are_seen(crello):
 
 def test_its_pictures_are_an_index_like_a_folders(crello):
     buckets = make_buckets([(64, 64), (48, 64)])
-    index = scan_tfds(f"crello:{crello}#train", buckets)
+    index = scan_pictures(f"crello:{crello}#train", buckets)
     assert len(index) == 3
     assert len(index.skipped) == 1
     record = index.records[0]

@@ -1,0 +1,515 @@
+"""Supervised fine-tuning of a loaded checkpoint on designs with true layers.
+
+The flow-matching loss of the base, at the noise levels of its own sampling grid; an adapter or all
+parameters are trained, laid out over the mesh like the weights that they belong to. The base's
+parameters travel with each batch, as an argument of the compiled update.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Int, UInt8
+
+from sl_jax.checkpoints.adapters import load_adapter
+from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.peft import save_peft
+from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline, shard_adapter
+from sl_jax.checkpoints.tensor_files import local_path
+from sl_jax.data.buckets import Bucket, make_buckets
+from sl_jax.data.paired import PairedData, open_paired
+from sl_jax.data.paired_stream import PairedBatch, PairedShape, PairedStream
+from sl_jax.flow.schedule import SchedulerConfig, shift_mu
+from sl_jax.models.codec import encode_frames
+from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
+from sl_jax.models.mmdit import MMDiT
+from sl_jax.models.packing import pack
+from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.models.vae import Vae
+from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, make_mesh
+from sl_jax.parallel.processes import ALONE, Processes, batch_rows, from_local, to_everywhere
+from sl_jax.training.export import save_transformer
+from sl_jax.training.metrics import MetricsWriter
+from sl_jax.training.optimizer import OptimizerConfig
+from sl_jax.training.supervised import (
+    FlowBatch,
+    Loss,
+    Stage,
+    StageConfig,
+    StageState,
+    flow_loss,
+)
+
+_log = logging.getLogger(__name__)
+
+_CONFIG = "config.json"
+# A run may be watched differently and moved to other machines without becoming another.
+_FREE = ("workdir", "export", "mesh", "log_every", "eval_every", "checkpoint_every")
+
+
+class TuneError(ValueError):
+    """A configuration that cannot run; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class PairedConfig:
+    """Designs to train on.
+
+    Attributes:
+        path: as `data.paired.open_paired` takes it.
+        eval_data: designs to measure the loss on; "" holds the share `eval_fraction` of `path` out.
+        held_out: at most so many designs to measure the loss on.
+        buckets: (height, width) that designs are stretched to, multiples of 16.
+        min_layers, max_layers: designs with fewer layers are not used; with more, merged.
+        prompt: of designs without a caption, and of all if `captions` is off.
+        max_text_tokens: of prompts.
+    """
+
+    path: str
+    eval_data: str = ""
+    eval_fraction: float = 0.02
+    held_out: int = 64
+    buckets: Sequence[Sequence[int]] = ((640, 640),)
+    min_layers: int = 2
+    max_layers: int = 8
+    prompt: str = ""
+    captions: bool = True
+    max_text_tokens: int = 512
+
+
+@dataclass(frozen=True)
+class FineTuneConfig:
+    """One fine-tuning run.
+
+    Attributes:
+        seed: of adapter, order and noise.
+        workdir: where checkpoints, metrics and the adapter go.
+        model: the checkpoint; as `checkpoints.source.resolve_model` takes it.
+        data: see `PairedConfig`.
+        init_adapter: an adapter to go on from; "" for a fresh one of `lora`.
+        export: folder for the trained checkpoint, where all parameters are trained.
+        train: "lora", or "full" for all parameters.
+        batch: designs per update, over all devices.
+        steps: updates.
+        ema: decay of the average that is the result.
+        mu: shift of the noise levels; None for the checkpoint's own rule.
+        time_distribution: "uniform", the density of the sampling grid, or "logit_normal".
+    """
+
+    seed: int
+    workdir: str
+    model: str
+    data: PairedConfig
+    optimizer: OptimizerConfig
+    steps: int
+    batch: int
+    export: str = ""
+    init_adapter: str = ""
+    train: str = "lora"
+    ema: float = 0.999
+    mu: float | None = None
+    time_distribution: str = "uniform"
+    log_every: int = 10
+    eval_every: int = 250
+    checkpoint_every: int = 250
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        make_buckets(self.data.buckets, "data.buckets")
+        problems = [
+            text
+            for wrong, text in (
+                (not self.data.path, "data.path is empty; please name designs with layers"),
+                (self.train not in ("lora", "full"), f"train is {self.train!r}; use lora or full"),
+                (
+                    self.train == "full" and not self.export,
+                    "export is empty; please name a folder for the trained checkpoint",
+                ),
+                (
+                    self.train == "full" and bool(self.init_adapter),
+                    "init_adapter is for train = lora; please fold it into the model first, with "
+                    "sl_jax.convert merge",
+                ),
+                (self.batch < 1 or self.steps < 1, "batch and steps must be 1 or more"),
+                (
+                    not 1 <= self.data.min_layers <= self.data.max_layers,
+                    "data.min_layers must be 1 or more, and data.max_layers not below it",
+                ),
+                (not 0 <= self.ema < 1, f"ema is {self.ema}; please use 0 up to, not with, 1"),
+            )
+            if wrong
+        ]
+        if problems:
+            raise TuneError("\n  ".join(["this configuration cannot run:", *problems]))
+
+
+_PARTS = {
+    "data": PairedConfig,
+    "optimizer": OptimizerConfig,
+    "lora": LoRAConfig,
+    "compute": ComputeConfig,
+    "mesh": MeshConfig,
+}
+
+
+def from_mapping(values: Mapping[str, Any]) -> FineTuneConfig:
+    """The configuration in nested dicts, such as `ConfigDict.to_dict()` gives.
+
+    Fields of the command that are not of the run (`stages`, `distributed`) are passed over.
+
+    Raises:
+        TuneError: what is wrong with the values.
+    """
+    known = {f.name for f in dataclasses.fields(FineTuneConfig)}
+    try:
+        parts = {name: make(**values[name]) for name, make in _PARTS.items() if name in values}
+        rest = {name: value for name, value in values.items() if name in known - parts.keys()}
+        parts["optimizer"] = dataclasses.replace(
+            parts["optimizer"], decay_steps=parts["optimizer"].decay_steps or values["steps"]
+        )
+        return FineTuneConfig(**rest | parts)
+    except TuneError:
+        raise
+    except (KeyError, TypeError, ValueError) as error:
+        raise TuneError(f"this configuration cannot run: {error}") from error
+
+
+class Texts(Protocol):
+    """Prompts with their hidden states: [p, s, e], valid tokens [p]."""
+
+    hidden: Float[np.ndarray, "p s e"]
+    lengths: Int[np.ndarray, " p"]
+
+
+class Told(NamedTuple):
+    """What the loss is told beside the noised frames.
+
+    Attributes:
+        picture: packed latents of the picture.
+        text: hidden states of the prompts.
+        lengths: valid tokens of each.
+        base: parameters that are not trained; None if all are.
+        scale: the adapter's constant factors; None without one.
+    """
+
+    picture: Float[Array, "b m c"]
+    text: Float[Array, "b s e"]
+    lengths: Int[Array, " b"]
+    base: Any
+    scale: Any
+
+
+def fine_tune(
+    config: FineTuneConfig,
+    model: epath.PathLike,
+    encode_texts: Callable[[Sequence[str]], Texts],
+    processes: Processes = ALONE,
+) -> epath.Path:
+    """Trains to the end, from wherever the work directory stands.
+
+    Args:
+        config: of the run.
+        model: the checkpoint folder that `config.model` means.
+        encode_texts: prompts → hidden states.
+        processes: of the run.
+
+    Returns:
+        The result: a PEFT folder, or a checkpoint in the diffusers layout.
+
+    Raises:
+        FolderError: the designs cannot be used.
+        CheckpointError: the checkpoint or the adapter cannot be used.
+        TuneError: batch and mesh do not fit.
+    """
+    folder = epath.Path(config.workdir)
+    try:
+        layout = Layout(make_mesh(config.mesh))
+        rows = batch_rows(layout.mesh, config.batch, processes.index).held
+    except ValueError as error:
+        raise TuneError(
+            f"config.mesh is {config.mesh}, config.batch {config.batch}: {error}"
+        ) from (error)
+    training, held_out = _data(config.data)
+    _claim(folder, config, processes)
+    streams = [_stream(config, data, rows) for data in (training, held_out) if len(data)]
+    with closing(streams[0]), closing(streams[-1]):
+        _log.info("%d designs to train on, %d held out.", streams[0].used, len(held_out))
+        captions = {design.caption for data in (training, held_out) for design in data}
+        texts = _TextTable(config.data, captions, encode_texts)
+        pipeline = load_pipeline(model, config.compute, layout)
+        parts = _parts(config, pipeline)
+        feed = _Feed(pipeline, parts, texts, layout, config.batch)
+        shapes = {shape for stream in streams for shape in stream.shapes}
+        losses = {_grid(s): _loss(config, pipeline, _grid(s)) for s in sorted(shapes)}
+        module = pipeline.model
+        del pipeline  # with all parameters trained, nothing needs the loaded ones any more
+        state = _trained(config, folder, layout, parts, losses, streams, feed, processes)
+    result = to_everywhere(state.ema, layout.mesh)
+    with processes.together("writing the result"):
+        return _write(config, folder, model, module, result, parts.scale, processes)
+
+
+class _Parts(NamedTuple):
+    """What is trained, and what is not."""
+
+    trained: Any
+    base: Any
+    scale: Any
+
+
+def _claim(folder: epath.Path, config: FineTuneConfig, processes: Processes) -> None:
+    """Notes the configuration in the work directory; refuses another run's."""
+    content = json.loads(json.dumps(dataclasses.asdict(config)))
+    path = folder / _CONFIG
+    with processes.together("claiming the work directory"):
+        if path.exists():
+            found = json.loads(path.read_text())
+            differing = sorted(
+                name
+                for name in {*found, *content} - set(_FREE)
+                if found.get(name) != content.get(name)
+            )
+            if differing:
+                raise TuneError(
+                    f"{folder} holds a run with other values of {', '.join(differing)}; please "
+                    "choose another config.workdir, or set them back"
+                )
+        elif processes.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _data(config: PairedConfig) -> tuple[PairedData, PairedData]:
+    data = open_paired(config.path)
+    if config.eval_data:
+        held_out = open_paired(config.eval_data)
+        training = data.without(held_out)
+    else:
+        training, held_out = data.split(config.eval_fraction)
+    _log.log(logging.WARNING if data.skipped else logging.INFO, "%s", data.summary())
+    usable = [d for d in held_out if d.layers >= config.min_layers]
+    chosen = sorted(usable, key=lambda design: design.content_hash)[: config.held_out]
+    return training, dataclasses.replace(held_out, designs=tuple(chosen))
+
+
+def _stream(config: FineTuneConfig, data: PairedData, rows: Sequence[int]) -> PairedStream:
+    return PairedStream(
+        data,
+        make_buckets(config.data.buckets, "data.buckets"),
+        batch=config.batch,
+        min_layers=config.data.min_layers,
+        max_layers=config.data.max_layers,
+        seed=config.seed,
+        rows=rows,
+    )
+
+
+def _grid(shape: PairedShape) -> LatentGrid:
+    bucket: Bucket = shape.bucket
+    return LatentGrid(shape.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
+
+
+def _parts(config: FineTuneConfig, pipeline: Pipeline) -> _Parts:
+    params = pipeline.params
+    if config.train == "full":
+        return _Parts(jax.tree.map(lambda x: x.astype(jnp.float32), params), None, None)
+    if config.init_adapter:
+        adapter = load_adapter(config.init_adapter, params)
+    else:
+        adapter = init_adapter(jax.random.key(config.seed), params, config.lora)
+    adapter = shard_adapter(adapter, params)
+    return _Parts(adapter.lora, params, adapter.lora_scale)
+
+
+def time_shift(scheduler: SchedulerConfig, condition_tokens: int) -> float:
+    """The factor that shifts noise levels as the scheduler's sampling grid is shifted.
+
+    Args:
+        scheduler: of the checkpoint.
+        condition_tokens: packed tokens of the picture.
+    """
+    if not scheduler.use_dynamic_shifting:
+        return scheduler.shift
+    mu = shift_mu(condition_tokens)
+    return math.exp(mu) if scheduler.time_shift_type == "exponential" else mu
+
+
+def _loss(config: FineTuneConfig, pipeline: Pipeline, grid: LatentGrid) -> Loss:
+    shift = config.mu or time_shift(pipeline.scheduler, grid.frame_tokens)
+    return flow_loss(tuned_velocity(pipeline.model, grid), shift, config.time_distribution)
+
+
+def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Callable[..., Array]:
+    """(trained, x, t, told) → v: `trained` is the adapter's `lora`, or all parameters."""
+
+    def velocity(trained: Any, x: Array, t: Array, told: Told) -> Array:
+        if told.base is None:
+            variables = {"params": trained}
+        else:
+            variables = {"params": told.base, **Adapter(trained, told.scale).variables()}
+        modulation = model.apply(variables, t, method="modulate")
+        return model.apply(
+            variables, x, told.picture, told.text, told.lengths, modulation, grid
+        ).astype(jnp.float32)
+
+    return velocity
+
+
+class _TextTable:
+    """Hidden states of the prompt and of all captions."""
+
+    def __init__(
+        self,
+        config: PairedConfig,
+        captions: set[str],
+        encode: Callable[[Sequence[str]], Texts],
+    ):
+        used = captions - {"", config.prompt} if config.captions else set()
+        prompts = [config.prompt, *sorted(used)]
+        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
+        self._texts = encode(prompts)
+
+    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states and lengths; a caption that is not known stands for the prompt."""
+        rows = [self._rows.get(caption, 0) for caption in captions]
+        return self._texts.hidden[rows], self._texts.lengths[rows]
+
+
+class _Feed:
+    """Encodes what a stream reads, and lays it out over the devices."""
+
+    def __init__(
+        self, pipeline: Pipeline, parts: _Parts, texts: _TextTable, layout: Layout, batch: int
+    ):
+        self._vae_params = pipeline.vae_params
+        self._parts = parts
+        self._texts = texts
+        self._sharding = batch_sharding(layout.mesh)
+        self._batch = batch
+        self._encode = jax.jit(
+            partial(packed_frames, pipeline.vae), out_shardings=(self._sharding,) * 2
+        )
+
+    def __call__(self, read: tuple[PairedShape, PairedBatch]) -> tuple[LatentGrid, FlowBatch]:
+        shape, batch = read
+        placed = partial(from_local, sharding=self._sharding, rows=self._batch)
+        target, picture = self._encode(self._vae_params, placed(batch.frames))
+        text, lengths = map(placed, self._texts(batch.captions))
+        told = Told(picture, text, lengths, self._parts.base, self._parts.scale)
+        return _grid(shape), FlowBatch(target, told)
+
+
+def packed_frames(
+    vae: Vae, params: Any, frames: UInt8[Array, "b f h w 4"]
+) -> tuple[Float[Array, "b n c"], Float[Array, "b m c"]]:
+    """Packed, normalised latents of all frames, one after the other, and of the first alone.
+
+    Frame by frame for all samples, so that memory does not grow with the number of layers.
+    """
+
+    def packed(frame: Array) -> Array:
+        return pack(encode_frames(vae, params, frame).astype(jnp.float32)[:, None])
+
+    tokens = jax.lax.map(packed, jnp.moveaxis(frames, 1, 0))
+    target = jnp.moveaxis(tokens, 0, 1).reshape(tokens.shape[1], -1, tokens.shape[-1])
+    return target, tokens[0]
+
+
+class _Silent:
+    """Of a process that writes no metrics."""
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+
+class _AdapterCheckpoints:
+    """Checkpoints whose average is a whole adapter, as every other command reads it."""
+
+    def __init__(self, checkpoints: RunCheckpoints, scale: Any):
+        self._checkpoints = checkpoints
+        self._scale = scale
+        self.wait = checkpoints.wait
+
+    @property
+    def latest(self) -> int | None:
+        return self._checkpoints.latest
+
+    def save(self, step: int, state: StageState) -> None:
+        self._checkpoints.save(step, self._whole(state))
+
+    def restore(self, like: StageState) -> tuple[int, StageState, dict[str, Any]]:
+        step, state, record = self._checkpoints.restore(self._whole(like))
+        return step, state.replace(ema=state.ema.lora), record
+
+    def _whole(self, state: StageState) -> StageState:
+        return state.replace(ema=Adapter(state.ema, self._scale))
+
+
+def _trained(
+    config: FineTuneConfig,
+    folder: epath.Path,
+    layout: Layout,
+    parts: _Parts,
+    losses: Mapping[LatentGrid, Loss],
+    streams: Sequence[PairedStream],
+    feed: _Feed,
+    processes: Processes,
+) -> StageState:
+    with closing(RunCheckpoints(folder / "checkpoints", keep=2)) as kept:
+        checkpoints = kept if parts.scale is None else _AdapterCheckpoints(kept, parts.scale)
+        resume = None if kept.latest is None else kept.latest + 1
+        writer = MetricsWriter(folder, resume) if processes.is_main else _Silent()
+        stage_config = StageConfig(
+            config.steps,
+            config.optimizer,
+            config.ema,
+            config.log_every,
+            config.eval_every,
+            config.checkpoint_every,
+        )
+        stage = Stage(stage_config, losses, checkpoints, writer, config.seed, layout.mesh)
+        examples = [feed(read) for read in _held_out(streams)]
+        state = stage.start(parts.trained)
+        return stage.run(state, lambda step: feed(streams[0](step)), examples, "tune")
+
+
+def _held_out(streams: Sequence[PairedStream]) -> Iterator[tuple[PairedShape, PairedBatch]]:
+    if len(streams) > 1:
+        yield from streams[1].in_order()
+
+
+def _write(
+    config: FineTuneConfig,
+    folder: epath.Path,
+    model: epath.PathLike,
+    module: MMDiT,
+    result: Any,
+    scale: Any,
+    processes: Processes,
+) -> epath.Path:
+    if config.train == "lora":
+        target = folder / "adapter"
+        if processes.is_main:
+            save_peft(target, Adapter(result, jax.tree.map(np.asarray, scale)), config.model)
+        return target
+    base, target = local_path(model), local_path(config.export)
+    if processes.is_main:
+        shutil.copytree(
+            base, target, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True
+        )
+        dtype = jnp.dtype(config.compute.dtype)
+        save_transformer(target / "transformer", module.config, result, dtype)
+    return epath.Path(target)

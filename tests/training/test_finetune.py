@@ -1,0 +1,220 @@
+"""Fine-tuning a loaded checkpoint on designs with layers."""
+
+import json
+import runpy
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sl_jax.checkpoints.adapters import load_adapter, read_adapter
+from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, parameter_shapes
+from sl_jax.data import write_designs
+from sl_jax.flow.schedule import SchedulerConfig, sigma_grid
+from sl_jax.inference.prompts import encode_prompts
+from sl_jax.models.codec import encode_frames
+from sl_jax.models.lora import LoRAConfig, init_adapter
+from sl_jax.models.packing import pack
+from sl_jax.models.rope import LatentGrid
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.training import finetune
+from sl_jax.training.finetune import TuneError, fine_tune, from_mapping, packed_frames
+from sl_jax.training.metrics import read_metrics
+
+get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sft.py"))["get_config"]
+
+
+def _values(**changes):
+    config = get_config("tiny")
+    config.data.path = "designs"
+    with config.unlocked():
+        for name, value in changes.items():
+            parent, _, last = name.rpartition("__")
+            (config[parent] if parent else config)[last] = value
+    return config.to_dict()
+
+
+def test_both_variants_make_a_configuration():
+    for variant in ("production", "tiny"):
+        config = get_config(variant)
+        config.data.path = "designs"
+        made = from_mapping(config.to_dict())
+        assert made.optimizer.decay_steps == made.steps == config.steps
+    with pytest.raises(ValueError, match="production, tiny"):
+        get_config("huge")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data__path": ""}, "data.path is empty"),
+        ({"train": "some"}, "use lora or full"),
+        ({"train": "full"}, "export is empty"),
+        ({"data__buckets": ((60, 64),)}, "multiples of 16"),
+        ({"data__min_layers": 5}, "min_layers"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"lora__size": 3}, "size"),
+        ({"batch": 0}, "1 or more"),
+    ],
+)
+def test_a_configuration_that_cannot_run_says_why(changes, message):
+    with pytest.raises(TuneError, match=message):
+        from_mapping(_values(**changes))
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        SchedulerConfig(shift=2.5),
+        SchedulerConfig(use_dynamic_shifting=True),
+        SchedulerConfig(use_dynamic_shifting=True, time_shift_type="linear"),
+    ],
+)
+def test_noise_levels_are_those_of_the_sampling_grid(scheduler):
+    shift = finetune.time_shift(scheduler, 100)
+    assert np.allclose(sigma_grid(8, shift), scheduler.sigmas(8, 100), atol=1e-6)
+
+
+def test_frames_are_packed_one_after_the_other(random_checkpoint):
+    pipeline = _pipeline(random_checkpoint)
+    frames = np.random.default_rng(0).integers(0, 256, (2, 3, 16, 32, 4), dtype=np.uint8)
+    target, picture = packed_frames(pipeline.vae, pipeline.vae_params, jnp.asarray(frames))
+    whole = encode_frames(pipeline.vae, pipeline.vae_params, frames.reshape(6, 16, 32, 4))
+    wanted = pack(whole.reshape(2, 3, *whole.shape[1:]))
+    assert np.allclose(target, wanted, atol=1e-5)
+    assert np.allclose(picture, wanted[:, : wanted.shape[1] // 3], atol=1e-5)
+
+
+def test_a_fresh_adapter_predicts_what_the_base_predicts(random_checkpoint):
+    pipeline, grid = _pipeline(random_checkpoint), LatentGrid(1, 1, 1)
+    rng = np.random.default_rng(1)
+    x, picture, text = (
+        jnp.asarray(rng.normal(size=shape), jnp.float32)
+        for shape in ((2, 2, 64), (2, 1, 64), (2, 3, 64))
+    )
+    t, lengths = jnp.asarray([0.3, 0.9]), jnp.asarray([3, 2])
+    fresh = init_adapter(jax.random.key(0), pipeline.params, LoRAConfig(2, 4.0))
+    velocity = finetune.tuned_velocity(pipeline.model, grid)
+    told = finetune.Told(picture, text, lengths, pipeline.params, fresh.lora_scale)
+    base = velocity(pipeline.params, x, t, told._replace(base=None, scale=None))
+    assert np.array_equal(velocity(fresh.lora, x, t, told), base)
+    moved = jax.tree.map(lambda leaf: leaf + 0.1, fresh.lora)
+    assert not np.allclose(velocity(moved, x, t, told), base, atol=1e-3)
+
+
+def _pipeline(folder):
+    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    return load_pipeline(folder, ComputeConfig("float32", remat="none"), layout)
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def run(random_checkpoint, tmp_path, monkeypatch):
+    """Runs a small configuration; `stop` ends it before that update."""
+    write_designs(tmp_path / "designs", "A", range(10), 32, (2,), with_layers=True)
+    (tmp_path / "designs" / "A-000003.txt").write_text("two boxes, one of them red")
+
+    def run(name, stop=None, **changes):
+        values = {
+            "workdir": str(tmp_path / name),
+            "model": str(random_checkpoint),
+            "data__path": str(tmp_path / "designs"),
+            "data__buckets": ((32, 32),),
+            "data__eval_fraction": 0.3,
+            "steps": 4,
+            "batch": 4,
+            "lora__rank": 2,
+            "checkpoint_every": 2,
+            "log_every": 1,
+            "mesh__fsdp": 2,
+            "mesh__data": 2,
+            "mesh__tensor": 2,
+        }
+        config = from_mapping(_values(**values | changes))
+        read = finetune.PairedStream.__call__
+
+        def reading(stream, step):
+            if step == stop:
+                raise _Stopped
+            return read(stream, step)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(finetune.PairedStream, "__call__", reading)
+            encode = partial(encode_prompts, random_checkpoint, dtype=np.float32)
+            return fine_tune(config, random_checkpoint, encode)
+
+    return run
+
+
+@pytest.mark.slow
+def test_stopped_and_resumed_is_the_same_as_never_stopped(run, tmp_path, random_checkpoint):
+    whole = run("whole")
+    with pytest.raises(_Stopped):
+        run("parts", stop=3)
+    parts = run("parts")
+    names = [path.name for path in sorted(whole.iterdir())]
+    assert "adapter_model.safetensors" in names
+    weights = [(folder / "adapter_model.safetensors").read_bytes() for folder in (whole, parts)]
+    assert weights[0] == weights[1]
+    shapes = parameter_shapes(random_checkpoint)
+    from_run, from_peft = load_adapter(tmp_path / "whole", shapes), load_adapter(whole, shapes)
+    for one, other in zip(jax.tree.leaves(from_run), jax.tree.leaves(from_peft), strict=True):
+        assert np.array_equal(one, other)
+    assert any(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(_b(from_run)))
+    assert read_adapter(tmp_path / "whole").base_model == str(random_checkpoint)
+    steps = [r["step"] for r in read_metrics(tmp_path / "parts") if "tune/mse" in r]
+    assert steps == [1, 2, 3, 4]
+    assert any("tune/held_out_mse" in r for r in read_metrics(tmp_path / "parts"))
+    going_on = run("second", steps=1, init_adapter=str(tmp_path / "whole"))
+    assert (going_on / "adapter_config.json").exists()
+    with pytest.raises(TuneError, match="other values of batch"):
+        run("whole", batch=8)
+
+
+def _b(adapter):
+    return {k: v for k, v in _flat(adapter.lora).items() if k.endswith("b")}
+
+
+def _flat(tree, prefix=""):
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    found = {}
+    for key, value in tree.items():
+        found |= _flat(value, f"{prefix}/{key}")
+    return found
+
+
+@pytest.mark.slow
+def test_all_parameters_become_another_checkpoint(run, tmp_path, random_checkpoint):
+    target = run("full", train="full", export=str(tmp_path / "model"), steps=2, ema=0.0)
+    base, tuned = _pipeline(random_checkpoint), _pipeline(target)
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), base.params, tuned.params)
+    assert np.mean(jax.tree.leaves(changed)) > 0.8
+    assert json.loads((target / "model_index.json").read_text())
+    assert (target / "tokenizer").is_dir() and (target / "text_encoder").is_dir()
+
+
+@pytest.mark.slow
+def test_the_mesh_does_not_matter(run, tmp_path, random_checkpoint):
+    shapes = parameter_shapes(random_checkpoint)
+    flat = {
+        name: load_adapter(run(name, steps=2, **mesh), shapes).lora
+        for name, mesh in (
+            ("alone", {"mesh__data": 8, "mesh__fsdp": 1, "mesh__tensor": 1, "batch": 8}),
+            ("spread", {"mesh__data": 1, "mesh__fsdp": 4, "mesh__tensor": 2, "batch": 8}),
+        )
+    }
+    for one, other in zip(*map(jax.tree.leaves, flat.values()), strict=True):
+        assert np.allclose(one, other, atol=2e-4)
+
+
+def test_mesh_and_batch_must_fit(random_checkpoint, tmp_path):
+    config = from_mapping(_values(workdir=str(tmp_path), batch=3))
+    with pytest.raises(TuneError, match="3 rows cannot be split"):
+        fine_tune(config, random_checkpoint, lambda prompts: None)
