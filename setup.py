@@ -37,7 +37,7 @@ TRAINING = [
     "jinja2",
     "markupsafe",
     "matplotlib",
-    "optax>=0.2.5",
+    "optax>=0.2.8",
     "orbax-checkpoint>=0.11",
     "psd-tools>=1.26",
     "pyarrow",
