@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -132,6 +133,11 @@ def merge_to(layers: UInt8[np.ndarray, "l h w 4"], most: int) -> UInt8[np.ndarra
         stack[lower : lower + 2] = [_merged(stack[lower : lower + 2])]
         covers[lower : lower + 2] = [covers[lower] | covers[lower + 1]]
     return np.stack(stack)
+
+
+def content_hash(pixels: UInt8[np.ndarray, "*shape"]) -> str:
+    """SHA-256 of a picture's or a stack's shape and pixels, in hexadecimal."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 
 def _merged(layers: Sequence[np.ndarray]) -> np.ndarray:

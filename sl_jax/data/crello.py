@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import collections
 import io
-import itertools
 import json
 import logging
 import math
@@ -21,7 +20,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +32,7 @@ from PIL import Image
 
 from sl_jax import imaging
 from sl_jax.data._walk import Skipped
-from sl_jax.data.canvas import Element, as_stack, place
+from sl_jax.data.canvas import Element, as_stack, content_hash, place
 from sl_jax.data.folder import FolderError
 from sl_jax.data.pictures import shown
 
@@ -43,7 +42,7 @@ HUB_ID = "cyberagent/crello"
 REVISION = "5.1.0"
 SPLITS = ("train", "validation", "test")
 
-_SKIPPED = "skipped.json"
+_FACTS = "designs.json"
 _SCALARS = ("id", "canvas_width", "canvas_height")
 _GEOMETRY = ("left", "top", "width", "height", "angle", "opacity")
 _COLUMNS = (*_SCALARS, "title", *_GEOMETRY, "image")
@@ -53,6 +52,32 @@ _WANTED = (
     "local or remote, with train-*.parquet, validation-*.parquet and test-*.parquet"
 )
 _SPLIT_FILE = re.compile(r"(train|validation|test)-.*\.parquet")
+
+
+class Facts(NamedTuple):
+    """What is known of a design without reading it.
+
+    Attributes:
+      name: its id.
+      title: serves as caption.
+      content_hash: of its layers, see `canvas.content_hash`.
+      height, width: of its layers in pixels.
+      layers: their number.
+    """
+
+    name: str
+    title: str
+    content_hash: str
+    height: int
+    width: int
+    layers: int
+
+
+class Designs(NamedTuple):
+    """One split: its designs by position, and what was left out when it was made."""
+
+    used: tuple[Facts, ...]
+    skipped: tuple[Skipped, ...]
 
 
 class RowError(ValueError):
@@ -78,7 +103,7 @@ class Crello(tfds.core.GeneratorBasedBuilder):
         """
         self._source = source
         self._side = side
-        self.skipped: list[Skipped] = []
+        self.designs: dict[str, tuple[list[Facts], list[Skipped]]] = {}
         super().__init__(**kwargs)
 
     def _info(self) -> tfds.core.DatasetInfo:
@@ -109,13 +134,15 @@ class Crello(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, split: str, files: Sequence[epath.Path]
     ) -> Iterator[tuple[int, Any]]:
-        number = itertools.count()
+        used, skipped = self.designs[split] = [], []
         for name, result in _in_threads(files, self._side):
             if isinstance(result, RowError):
                 _log.warning("Crello design %s of %s is left out: %s", name, split, result)
-                self.skipped.append(Skipped(f"{split}/{name}", str(result)))
+                skipped.append(Skipped(name, str(result)))
             else:
-                yield next(number), result
+                example, facts = result
+                used.append(facts)
+                yield len(used) - 1, example
 
 
 def prepare_crello(
@@ -141,21 +168,25 @@ def prepare_crello(
     if not (folder / "dataset_info.json").exists():
         _log.info("Making the dataset of %s in %s.", source, folder)
         builder.download_and_prepare()
-        record = json.dumps([skip._asdict() for skip in builder.skipped], indent=2)
-        (folder / _SKIPPED).write_text(record + "\n")
+        (folder / _FACTS).write_text(json.dumps(builder.designs))
     return folder
 
 
-def skipped_designs(folder: epath.PathLike, split: str) -> tuple[Skipped, ...]:
-    """The designs that were left out when the dataset in `folder` was made, each with its reason.
+def designs(folder: epath.PathLike, split: str) -> Designs:
+    """The designs of a split of the made dataset in `folder`.
 
-    Args:
-      folder: of the made dataset.
-      split: one of `SPLITS`.
+    Raises:
+      FolderError: the dataset was not made whole.
     """
-    path = epath.Path(folder) / _SKIPPED
-    entries = json.loads(path.read_text()) if path.exists() else []
-    return tuple(Skipped(**entry) for entry in entries if entry["name"].startswith(f"{split}/"))
+    path = epath.Path(folder) / _FACTS
+    try:
+        used, skipped = json.loads(path.read_text())[split]
+    except (OSError, ValueError, KeyError) as error:
+        raise FolderError(
+            f"{shown(folder)} is not whole: {_FACTS} is missing or damaged; please delete the "
+            "folder, so that it is made again"
+        ) from error
+    return Designs(tuple(Facts(*one) for one in used), tuple(Skipped(*one) for one in skipped))
 
 
 def parquet_files(source: str | os.PathLike[str]) -> dict[str, list[epath.Path]]:
@@ -235,12 +266,13 @@ def _picture(entry: Mapping[str, Any] | None, number: int) -> UInt8[np.ndarray, 
         raise RowError(f"the picture of element {number} cannot be read: {error}") from error
 
 
-def _in_threads(
-    files: Sequence[epath.Path], side: int
-) -> Iterator[tuple[str, dict[str, Any] | RowError]]:
+_Made = tuple[dict[str, Any], Facts] | RowError
+
+
+def _in_threads(files: Sequence[epath.Path], side: int) -> Iterator[tuple[str, _Made]]:
     """(id, example) of every row, in order, composed by all cores, few at a time in memory."""
     workers = min(os.cpu_count() or 1, 32)
-    waiting: collections.deque[tuple[str, Future[dict[str, Any] | RowError]]] = collections.deque()
+    waiting: collections.deque[tuple[str, Future[_Made]]] = collections.deque()
     with ThreadPoolExecutor(workers) as pool:
         for row in _rows(files):
             waiting.append((str(row["id"]), pool.submit(_example, row, side)))
@@ -251,17 +283,19 @@ def _in_threads(
             yield name, future.result()
 
 
-def _example(row: Mapping[str, Any], side: int) -> dict[str, Any] | RowError:
+def _example(row: Mapping[str, Any], side: int) -> _Made:
     try:
         layers = compose(row, side)
     except RowError as error:
         return error
-    return {
-        "id": str(row["id"]),
-        "title": str(row.get("title") or ""),
+    name, title = str(row["id"]), str(row.get("title") or "")
+    example = {
+        "id": name,
+        "title": title,
         "image": _encoded(imaging.recompose(layers)),
         "layers": [_encoded(layer) for layer in layers],
     }
+    return example, Facts(name, title, content_hash(layers), *layers.shape[1:3], len(layers))
 
 
 def _encoded(pixels: np.ndarray) -> io.BytesIO:

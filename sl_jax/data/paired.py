@@ -22,11 +22,8 @@ from sl_jax.data.psd import open_psd, psd_info
 from sl_jax.data.tfds_pictures import (
     CRELLO,
     Named,
-    caption_of,
     check_size,
-    content_hash,
-    left_out,
-    open_split,
+    crello_designs,
     parse_named,
     read_example,
 )
@@ -128,7 +125,7 @@ def open_paired(
     max_layers: int = 64,
     threads: int | None = None,
 ) -> PairedData:
-    """Finds designs with true layers, and reads each once to know that it can be read.
+    """Finds designs with true layers; files are read once, to know that they can be.
 
     Args:
       where: a folder of designs NAME/0000.png, … (LayerD layout); a Photoshop document (.psd,
@@ -146,7 +143,7 @@ def open_paired(
         raise FolderError(f"{named} has no layers; {_WANTED}")
     threads = threads or min(os.cpu_count() or 1, 32)
     if named is not None:
-        found = _crello(named, limits, threads)
+        found = _crello(named, limits)
     else:
         found = _files(epath.Path(where).expanduser(), limits, max_layers, threads)
     designs, skipped = [], list(found.skipped)
@@ -232,36 +229,30 @@ def _psd(
         return list(pool.map(inspect, documents))
 
 
-def _crello(named: Named, limits: PictureLimits, threads: int) -> PairedData:
-    def inspect(position: int) -> PairedDesign | Skipped:
-        name = f"{named}@{position}"
+def _crello(named: Named, limits: PictureLimits) -> PairedData:
+    known = crello_designs(named)
+    designs, skipped = [], list(known.skipped)
+    for position, facts in enumerate(known.used):
         try:
-            example = read_example(named, position)
-            layers = _stacked(example)
-            check_size(name, *layers.shape[1:3], limits)
+            check_size(f"{named}@{position}", facts.height, facts.width, limits)
         except PictureError as error:
-            return Skipped(name, error.reason)
-        return PairedDesign(
-            name=example["id"].decode(),
-            content_hash=content_hash(layers),
-            height=layers.shape[1],
-            width=layers.shape[2],
-            layers=len(layers),
-            caption=caption_of(example),
-            read=lambda: _stacked(read_example(named, position)),
+            skipped.append(Skipped(facts.name, error.reason))
+            continue
+        designs.append(
+            PairedDesign(
+                name=facts.name,
+                content_hash=facts.content_hash,
+                height=facts.height,
+                width=facts.width,
+                layers=facts.layers,
+                caption=facts.title,
+                read=functools.partial(_read_crello, named, position),
+            )
         )
-
-    count = len(open_split(named))
-    with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(inspect, range(count)))
-    designs = [result for result in results if isinstance(result, PairedDesign)]
-    skipped = [result for result in results if isinstance(result, Skipped)]
-    return PairedData(
-        str(named),
-        tuple(sorted(designs, key=lambda design: design.name)),
-        (*left_out(named), *skipped),
-    )
+    designs.sort(key=lambda design: design.name)
+    return PairedData(str(named), tuple(designs), tuple(skipped))
 
 
-def _stacked(example: dict[str, object]) -> UInt8[np.ndarray, "l h w 4"]:
-    return np.stack([np.asarray(layer, np.uint8) for layer in example["layers"]])
+def _read_crello(named: Named, position: int) -> UInt8[np.ndarray, "l h w 4"]:
+    layers = read_example(named, position)["layers"]
+    return np.stack([np.asarray(layer, np.uint8) for layer in layers])

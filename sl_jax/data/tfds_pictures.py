@@ -6,7 +6,6 @@ They are read without TensorFlow, from array_record files, by position and from 
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ from PIL import Image
 
 from sl_jax.data._walk import Skipped
 from sl_jax.data.buckets import Bucket, nearest_bucket
+from sl_jax.data.canvas import content_hash
 from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord, scan_folder
 from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, shown
 
@@ -76,7 +76,8 @@ def scan_tfds(
     """Indexes the `image` of every example of a TFDS split, as `scan_folder` does a folder's files.
 
     The result is the same kind of index; `open_record` opens its paths. A text feature named
-    caption, text, prompt or title is the caption. Every picture is decoded once.
+    caption, text, prompt or title is the caption. Every picture is decoded once, but for those of
+    Crello, which were when its dataset was made.
 
     Args:
       where: `crello…` or `tfds:NAME…`, see `parse_named`.
@@ -90,28 +91,31 @@ def scan_tfds(
     named = parse_named(where)
     if named is None:
         raise FolderError(f"{shown(where)} names no dataset; {_WANTED}")
-    source = open_split(named)
-    inspect = functools.partial(_inspect, str(named), limits)
-    with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 32)) as pool:
-        results = list(pool.map(inspect, range(len(source))))
+    count = len(open_split(named))
+    if named.kind == CRELLO:
+        known = crello_designs(named)
+        skipped = list(known.skipped)
+        results = [_known(named, limits, *item) for item in enumerate(known.used)]
+    else:
+        inspect = functools.partial(_inspect, named, limits)
+        skipped = []
+        with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 32)) as pool:
+            results = list(pool.map(inspect, range(count)))
     first: dict[str, PictureRecord] = {}
-    skipped = list(left_out(named))
     for result in results:
         if isinstance(result, Skipped):
             skipped.append(result)
             continue
-        content_hash, height, width, caption, path = result
-        if content_hash in first:
-            kept = first[content_hash].name
+        digest, height, width, caption, path = result
+        if digest in first:
+            kept = first[digest].name
             skipped.append(Skipped(path, f"same content as {shown(kept)}"))
             continue
         bucket = nearest_bucket(buckets, height, width)
-        first[content_hash] = PictureRecord(
-            path, path, content_hash, height, width, bucket, caption
-        )
+        first[digest] = PictureRecord(path, path, digest, height, width, bucket, caption)
     if not first:
         reason = f": {skipped[0].reason}" if skipped else ""
-        raise FolderError(f"no usable picture among the {len(source)} of {named}{reason}")
+        raise FolderError(f"no usable picture among the {count} of {named}{reason}")
     return PictureIndex(str(named), tuple(first.values()), tuple(skipped), limits=limits)
 
 
@@ -179,13 +183,16 @@ def open_split(named: Named) -> Any:
     return builder.as_data_source(named.split)
 
 
-def left_out(named: Named) -> tuple[Skipped, ...]:
-    """What was left out when a dataset was made here."""
-    if named.kind != CRELLO:
-        return ()
-    from sl_jax.data.crello import skipped_designs
+def crello_designs(named: Named) -> Any:
+    """What is known of the designs of a split of Crello: `crello.Designs`, by position.
 
-    return skipped_designs(_crello_folder(named.name), named.split)
+    Raises:
+      FolderError: as `open_split`.
+    """
+    from sl_jax.data.crello import designs
+
+    open_split(named)  # makes it if need be, and knows its splits
+    return designs(_crello_folder(named.name), named.split)
 
 
 def _builder(named: Named) -> Any:
@@ -217,11 +224,11 @@ def _crello_folder(name: str) -> epath.Path:
     return prepare_crello(HUB_ID, folder)
 
 
-def _inspect(
-    where: str, limits: PictureLimits, position: int
-) -> tuple[str, int, int, str, str] | Skipped:
-    path = f"{where}@{position}"
-    named = parse_named(where)
+_Found = tuple[str, int, int, str, str]  # hash, height, width, caption, path
+
+
+def _inspect(named: Named, limits: PictureLimits, position: int) -> _Found | Skipped:
+    path = f"{named}@{position}"
     try:
         example = read_example(named, position)
         picture = _flat(path, example[_IMAGE], limits)
@@ -230,9 +237,14 @@ def _inspect(
     return content_hash(picture), *picture.shape[:2], caption_of(example), path
 
 
-def content_hash(pixels: UInt8[np.ndarray, "*shape"]) -> str:
-    """SHA-256 of a picture's or a stack's shape and pixels, in hexadecimal."""
-    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+def _known(named: Named, limits: PictureLimits, position: int, facts: Any) -> _Found | Skipped:
+    """Of a design of Crello; its hash is that of its layers, as where these are read too."""
+    path = f"{named}@{position}"
+    try:
+        check_size(path, facts.height, facts.width, limits)
+    except PictureError as error:
+        return Skipped(path, error.reason)
+    return facts.content_hash, facts.height, facts.width, facts.title, path
 
 
 def caption_of(example: dict[str, Any]) -> str:

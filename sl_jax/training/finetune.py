@@ -148,6 +148,11 @@ class FineTuneConfig:
                     not 1 <= self.data.min_layers <= self.data.max_layers,
                     "data.min_layers must be 1 or more, and data.max_layers not below it",
                 ),
+                (
+                    not self.optimizer.warmup_steps < self.steps,
+                    f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; please use less "
+                    f"than steps, which are {self.steps}",
+                ),
                 (not 0 <= self.ema < 1, f"ema is {self.ema}; please use 0 up to, not with, 1"),
             )
             if wrong
@@ -242,7 +247,7 @@ def fine_tune(
         raise TuneError(
             f"config.mesh is {config.mesh}, config.batch {config.batch}: {error}"
         ) from (error)
-    training, held_out = _data(config.data)
+    training, held_out = _data(config.data, processes)
     _claim(folder, config, processes)
     streams = [_stream(config, data, rows) for data in (training, held_out) if len(data)]
     with closing(streams[0]), closing(streams[-1]):
@@ -292,10 +297,15 @@ def _claim(folder: epath.Path, config: FineTuneConfig, processes: Processes) -> 
             path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _data(config: PairedConfig) -> tuple[PairedData, PairedData]:
-    data = open_paired(config.path)
-    if config.eval_data:
-        held_out = open_paired(config.eval_data)
+def _data(config: PairedConfig, processes: Processes) -> tuple[PairedData, PairedData]:
+    opened: list[PairedData] = []
+    wanted = [config.path, *filter(None, [config.eval_data])]
+    with processes.together("opening the designs"):
+        if processes.is_main:  # which makes a dataset, if need be, before the others look for it
+            opened = [open_paired(where) for where in wanted]
+    data, *others = opened or [open_paired(where) for where in wanted]
+    if others:
+        held_out = others[0]
         training = data.without(held_out)
     else:
         training, held_out = data.split(config.eval_fraction)
@@ -357,7 +367,8 @@ def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Callable[..., Array]:
 
     def velocity(trained: Any, x: Array, t: Array, told: Told) -> Array:
         if told.base is None:
-            variables = {"params": trained}
+            params = jax.tree.map(lambda leaf: leaf.astype(model.param_dtype), trained)
+            variables = {"params": params}
         else:
             variables = {"params": told.base, **Adapter(trained, told.scale).variables()}
         modulation = model.apply(variables, t, method="modulate")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from sl_jax import imaging
 from sl_jax.data import FolderError, Skipped, make_buckets
-from sl_jax.data.crello import RowError, compose, parquet_files, prepare_crello
+from sl_jax.data.crello import RowError, compose, designs, parquet_files, prepare_crello
 from sl_jax.data.paired import is_paired, open_paired
 from sl_jax.data.tfds_pictures import open_record, parse_named, scan_pictures, scan_tfds
 
@@ -148,7 +148,7 @@ def test_a_row_that_makes_no_sense_is_refused(change, message):
 def test_it_is_built_and_read_without_tensorflow(crello):
     data = open_paired(f"crello:{crello}")
     assert [design.name for design in data] == ["a", "b", "c"]
-    assert [skip.name for skip in data.skipped] == ["train/broken"]
+    assert [skip.name for skip in data.skipped] == ["broken"]
     assert "element 1 cannot be read" in data.skipped[0].reason
     design = data[1]
     assert (design.height, design.width, design.layers) == (60, 80, 3)
@@ -176,6 +176,8 @@ def test_its_pictures_are_an_index_like_a_folders(crello):
     assert record.caption.startswith("Title of")
     wanted = imaging.recompose(compose(_design("b", 2), 1024))
     assert np.array_equal(open_record(record.path), wanted)
+    hashes = {design.content_hash for design in open_paired(f"crello:{crello}")}
+    assert {r.content_hash for r in index} == hashes  # so that both hold the same out
     training, held_out = index.split(0.5)
     assert len(training) + len(held_out) == 3
 
@@ -234,3 +236,5 @@ def test_damaged_or_other_files_end_in_one_clear_error(tmp_path):
     _write(tmp_path / "old", "train", [_design("a")], metadata=labels)
     with pytest.raises(FolderError, match="revision before 5"):
         prepare_crello(tmp_path / "old", tmp_path / "old_tfds")
+    with pytest.raises(FolderError, match="delete the folder"):
+        designs(tmp_path / "cut_tfds", "train")

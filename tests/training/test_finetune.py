@@ -58,6 +58,7 @@ def test_both_variants_make_a_configuration():
         ({"ema": 1.0}, "ema is 1.0"),
         ({"lora__size": 3}, "size"),
         ({"batch": 0}, "1 or more"),
+        ({"steps": 20}, "warmup_steps is 20"),
     ],
 )
 def test_a_configuration_that_cannot_run_says_why(changes, message):
@@ -128,6 +129,7 @@ def run(random_checkpoint, tmp_path, monkeypatch):
             "data__buckets": ((32, 32),),
             "data__eval_fraction": 0.3,
             "steps": 4,
+            "optimizer__warmup_steps": 0,
             "batch": 4,
             "lora__rank": 2,
             "checkpoint_every": 2,

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.parallel.mesh import MeshConfig, make_mesh
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
@@ -132,3 +134,20 @@ def test_the_order_is_a_function_of_seed_and_update():
     assert np.array_equal(indices(3, 7, 4, 50), indices(3, 7, 4, 50))
     assert not np.array_equal(indices(3, 7, 4, 50), indices(4, 7, 4, 50))
     assert not np.array_equal(indices(3, 7, 4, 50), indices(3, 8, 4, 50))
+
+
+def test_on_a_mesh_everything_stays_where_its_parameters_are(tmp_path):
+    mesh = make_mesh(MeshConfig())
+    spread = NamedSharding(mesh, PartitionSpec("fsdp"))
+    trained = {"w": jax.device_put(jnp.ones((8, 3)), spread)}
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    config = StageConfig(2, OptimizerConfig(0.1))
+    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+    stage = Stage(config, losses, checkpoints, MetricsWriter(tmp_path), seed=1, mesh=mesh)
+    state = stage.start(trained)
+    for _ in range(2):
+        leaves = [leaf for leaf in jax.tree.leaves(state) if leaf.shape == (8, 3)]
+        assert len(leaves) == 4 and all(leaf.sharding == spread for leaf in leaves)
+        assert all(leaf.sharding.mesh == mesh for leaf in jax.tree.leaves(state))
+        state = stage.run(state, lambda step: ("all", None), [], "toy")
+    checkpoints.close()
