@@ -4,7 +4,6 @@ Stopped and started again with the same configuration, a run goes on where it wa
 """
 
 import logging
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
@@ -21,11 +20,11 @@ from sl_jax.checkpoints.pipeline import load_pipeline
 from sl_jax.checkpoints.source import TINY, resolve_model
 from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, training_and_held_out
 from sl_jax.eval.report import write_html
-from sl_jax.grpo import workdir as work
 from sl_jax.grpo.adapter import first_adapter
 from sl_jax.grpo.batches import rows_here, same_pictures
-from sl_jax.grpo.config import ConfigError, GrpoConfig, distributed_part, from_mapping
+from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
+from sl_jax.grpo.identity import IDENTITY
 from sl_jax.grpo.judges import open_judges
 from sl_jax.grpo.judging import JudgeUnavailableError, Judging
 from sl_jax.grpo.learner import Learner
@@ -43,16 +42,17 @@ from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.records import JudgeRecords
 from sl_jax.scoring.types import PreflightError
-from sl_jax.training.console import set_up_logging
+from sl_jax.training import workdir as work
+from sl_jax.training.configuration import ConfigError, distributed_part
+from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.flags import parse_config_flags
 
 _log = logging.getLogger("sl_jax")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _EXPECTED = (
-    *(ConfigError, CheckpointError, FolderError),
+    *(ConfigError, CheckpointError, FolderError, ProcessError),
     *(KeyMissingError, PreflightError, CacheError, JudgeUnavailableError, BudgetError),
-    ProcessError,
 )
 
 
@@ -62,19 +62,16 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     config = _CONFIG.value.to_dict()
-    try:
-        with joined(distributed_part(config)) as processes:
-            run(from_mapping(config, jax.device_count()), processes)
-    except _EXPECTED as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the last complete epoch.", flush=True)
-        sys.exit(130)
+    with (
+        ending_in_a_line(_EXPECTED, "epoch"),
+        joined(distributed_part(config)) as processes,
+    ):
+        run(from_mapping(config, jax.device_count()), processes)
 
 
 def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
     """One run, from wherever its work directory stands."""
-    folder = work.claim(config, processes)
+    folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
     with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
         finished = (checkpoints.latest or 0) >= config.epochs and report.exists()

@@ -10,9 +10,10 @@ from etils import epath
 from sl_jax.checkpoints.adapters import load_adapter
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.pipeline import abstract_params, make_model, shard_adapter
-from sl_jax.grpo.config import ConfigError, GrpoConfig
+from sl_jax.grpo.config import GrpoConfig
 from sl_jax.models.lora import Adapter, init_adapter, target_paths
 from sl_jax.parallel.mesh import Layout
+from sl_jax.training.configuration import ConfigError
 
 
 def first_adapter(

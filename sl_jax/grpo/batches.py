@@ -7,11 +7,12 @@ import numpy as np
 from jaxtyping import PRNGKeyArray, UInt32
 
 from sl_jax.data import Example, FolderError, PictureIndex
-from sl_jax.grpo.config import ConfigError, GrpoConfig
+from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Pictures
 from sl_jax.parallel.mesh import Layout, batch_sharding
 from sl_jax.parallel.processes import BatchRows, Processes, batch_rows, from_local
+from sl_jax.training.configuration import ConfigError
 
 
 def rows_here(config: GrpoConfig, layout: Layout, processes: Processes) -> BatchRows:

@@ -1,12 +1,5 @@
 """The typed configuration of a run; everything wrong with one is said before anything loads."""
 
-import collections.abc
-import dataclasses
-import math
-import operator
-import re
-import types
-import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +10,6 @@ from sl_jax.flow.dynamics import Dynamics
 from sl_jax.flow.sampler import OdeMethod, validate_window
 from sl_jax.flow.schedule import sigma_grid
 from sl_jax.grpo.objective import ObjectiveConfig
-from sl_jax.models.attention import Implementation
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig
 from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.parallel.mesh import MeshConfig
@@ -28,16 +20,21 @@ from sl_jax.scoring.endpoint_state import CoolDown
 from sl_jax.scoring.rewards import DEFAULT as DEFAULT_REWARDS
 from sl_jax.scoring.rewards import Spec
 from sl_jax.scoring.rubric import load_prompts
-from sl_jax.training.optimizer import OPTIMIZERS, OptimizerConfig
+from sl_jax.training.configuration import (
+    AT_LEAST_ONE,
+    DECAY,
+    NOT_NEGATIVE,
+    PARTS,
+    POSITIVE_OR_NONE,
+    SHARE,
+    Rule,
+    broken,
+    checked,
+    given,
+)
+from sl_jax.training.optimizer import OptimizerConfig
 
 _MOST_TEXT_TOKENS = 1024  # of the checkpoint's pipeline
-_DTYPES = ("bfloat16", "float32")
-_REMAT = ("none", "block", "dots")
-_SECRET = re.compile(r"key|secret|password|authorization|bearer|^token$", re.IGNORECASE)
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot run; the message lists each field, its value and the fix."""
 
 
 @dataclass(frozen=True)
@@ -245,36 +242,13 @@ class GrpoConfig:
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
 
-def distributed_part(config: Mapping[str, Any]) -> DistributedConfig:
-    """How processes join: the part of a configuration that is needed before devices are known.
-
-    Raises:
-        ConfigError: it is not right; of the rest nothing is looked at.
-    """
-    problems: list[str] = []
-    given = config.get("distributed", {})
-    built = _build(DistributedConfig, given, "config.distributed", problems)
-    _refuse(problems)
-    return built
-
-
 def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
     """Builds and checks the configuration of a run on `devices` devices.
 
     Raises:
         ConfigError: lists every field that is unknown, missing or out of range.
     """
-    problems: list[str] = []
-    built = _build(GrpoConfig, _with_endpoints(config), "config", problems)
-    if built is not None:
-        problems += _problems(built, devices)
-    _refuse(problems)
-    return built
-
-
-def _refuse(problems: list[str]) -> None:
-    if problems:
-        raise ConfigError("this configuration cannot run:\n  " + "\n  ".join(problems))
+    return checked(GrpoConfig, _with_endpoints(config), lambda built: _problems(built, devices))
 
 
 def _with_endpoints(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -297,101 +271,6 @@ def _endpoint(item: Any, common: Mapping[str, Any]) -> Any:
     if isinstance(item, str):
         return {**common, "url": item}
     return {**common, **item} if isinstance(item, Mapping) else item
-
-
-def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    known = ", ".join(sorted(fields))
-    if not isinstance(given, Mapping):
-        problems.append(f"{path} is {given!r}; please give its fields: {known}")
-        return None
-    types_of = typing.get_type_hints(cls)
-    before = len(problems)
-    problems += [
-        f"{path}.{name} is unknown (its value is {_shown(name, given[name])}); known fields are "
-        f"{known}"
-        for name in sorted(set(given) - set(fields))
-    ]
-    values: dict[str, Any] = {}
-    for name, entry in fields.items():
-        if name not in given:
-            if entry.default is entry.default_factory is dataclasses.MISSING:
-                problems.append(f"{path}.{name} is missing; please give {_wanted(types_of[name])}")
-        elif dataclasses.is_dataclass(types_of[name]):
-            values[name] = _build(types_of[name], given[name], f"{path}.{name}", problems)
-        elif (item := _item_class(types_of[name])) and isinstance(given[name], list | tuple):
-            values[name] = tuple(
-                _build(item, part, f"{path}.{name}[{number}]", problems)
-                for number, part in enumerate(given[name])
-            )
-        else:
-            values[name] = _tuples(given[name])
-            if not _fits(values[name], types_of[name]):
-                problems.append(
-                    f"{path}.{name} is {given[name]!r}; please give {_wanted(types_of[name])}"
-                )
-    if len(problems) > before:
-        return None
-    try:
-        return cls(**values)
-    except ValueError as error:
-        problems.append(f"{path}.{error}")
-        return None
-
-
-def _item_class(kind: Any) -> type | None:
-    """The dataclass that a tuple's items are of, if they are."""
-    parts = typing.get_args(kind)
-    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(parts[0]):
-        return parts[0]
-    return None
-
-
-def _shown(name: str, value: Any) -> str:
-    """A value as an error shows it; what may be a secret stays one."""
-    return "[hidden]" if _SECRET.search(name) else repr(value)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a configuration file is of an annotated type; whole numbers are floats.
-
-    nan and infinity are not: no field means anything with them.
-    """
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return value in parts
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, part) for part in parts)
-    if origin is tuple and parts[-1] is not Ellipsis:
-        return (
-            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
-        )
-    if origin in (tuple, collections.abc.Sequence):
-        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
-    if kind is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, origin or kind)
-
-
-def _wanted(kind: Any) -> str:
-    origin, parts = typing.get_origin(kind), typing.get_args(kind)
-    if origin is Literal:
-        return "one of " + ", ".join(map(repr, parts))
-    if origin in (types.UnionType, typing.Union):
-        return " or ".join(map(_wanted, parts))
-    if origin is tuple and parts[-1] is not Ellipsis:
-        return "(" + ", ".join(map(_wanted, parts)) + ")"
-    if origin in (tuple, collections.abc.Sequence):
-        return f"a tuple whose items are each {_wanted(parts[0])}"
-    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
-    return names.get(kind, "options by name" if origin else "None")
 
 
 def _problems(config: GrpoConfig, devices: int) -> Iterator[str]:
@@ -431,60 +310,34 @@ _AT_LEAST_ONE = (
     "evaluation.batch",
     "checkpoint.every",
     "checkpoint.keep",
-    "lora.rank",
 )
 _NOT_NEGATIVE = (
-    "seed",
     "advantage.std_floor",
-    "optimizer.weight_decay",
-    "optimizer.warmup_steps",
     "judge.max_wait",
     "judge.patience",
     "judge.recorded_pictures",
     "evaluation.shown",
     "evaluation.seed",
 )
-_POSITIVE = ("lora.alpha", "optimizer.learning_rate", "optimizer.clip_norm")
 _OPTIONAL = ("judge.max_requests", "judge.max_tokens", "judge.hedge_after")
-_DECAYS = ("optimizer.b1", "optimizer.b2", "learner.ema")
-_NOT_EMPTY = {
-    "workdir": "a folder for what the run leaves",
-    "model": "a folder in the diffusers layout, a hub id, or tiny",
-    "data.path": "a folder of pictures to train on",
-    "data.layers": "one or more numbers of layers, such as (3, 4)",
-    "lora.targets": "the names of one or more modules, such as ('to_q', 'to_v')",
+_RULES = {
+    **PARTS,
+    **dict.fromkeys(_AT_LEAST_ONE, AT_LEAST_ONE),
+    **dict.fromkeys(_NOT_NEGATIVE, NOT_NEGATIVE),
+    **dict.fromkeys(_OPTIONAL, Rule(POSITIVE_OR_NONE.holds, "None or more than 0")),
+    "data.path": given("a folder of pictures to train on"),
+    "data.layers": given("one or more numbers of layers, such as (3, 4)"),
+    "learner.ema": DECAY,
+    "rollout.shift": POSITIVE_OR_NONE,
+    "judge.min_valid": SHARE,
 }
 
 
 def _range_problems(config: GrpoConfig) -> Iterator[str]:
-    def at(name: str) -> Any:
-        return operator.attrgetter(name)(config)
-
-    implementations = ("auto", *typing.get_args(Implementation))
+    yield from broken(config, _RULES)
     warmup, decay = config.optimizer.warmup_steps, config.optimizer.decay_steps
-    shift = config.rollout.shift
-    checks = (
-        *((name, at(name) >= 1, "at least 1") for name in _AT_LEAST_ONE),
-        *((name, at(name) >= 0, "0 or more") for name in _NOT_NEGATIVE),
-        *((name, at(name) > 0, "a positive number") for name in _POSITIVE),
-        *((name, 0 <= at(name) < 1, "a number from 0 up to, not with, 1") for name in _DECAYS),
-        *((name, bool(at(name)), wanted) for name, wanted in _NOT_EMPTY.items()),
-        ("optimizer.name", config.optimizer.name in OPTIMIZERS, f"one of {OPTIMIZERS}"),
-        ("optimizer.decay_steps", decay == 0 or decay > warmup, "0, or more than warmup_steps"),
-        ("rollout.shift", shift is None or shift > 0, "None or a positive number"),
-        ("judge.min_valid", 0 <= config.judge.min_valid <= 1, "a share from 0 to 1"),
-        *((name, at(name) is None or at(name) > 0, "None or more than 0") for name in _OPTIONAL),
-        ("compute.dtype", config.compute.dtype in _DTYPES, f"one of {_DTYPES}"),
-        (
-            "compute.attention",
-            config.compute.attention in implementations,
-            f"one of {implementations}",
-        ),
-        ("compute.remat", config.compute.remat in _REMAT, f"one of {_REMAT}"),
-    )
-    for name, fine, wanted in checks:
-        if not fine:
-            yield f"config.{name} is {at(name)!r}; please use {wanted}"
+    if decay != 0 and decay <= warmup:
+        yield (f"config.optimizer.decay_steps is {decay}; please use 0, or more than warmup_steps")
 
 
 def _window_problems(rollout: RolloutConfig) -> Iterator[str]:

@@ -3,6 +3,8 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from absl import logging as absl_logging
 from tqdm import tqdm
@@ -32,3 +34,20 @@ def set_up_logging() -> None:
     own.handlers = [handler]
     own.setLevel(logging.INFO)
     own.propagate = False
+
+
+@contextmanager
+def ending_in_a_line(expected: tuple[type[Exception], ...], unit: str) -> Iterator[None]:
+    """Ends the program with a message, not a traceback, where its user can do something about it.
+
+    Args:
+        expected: errors that say what to do; exit code 1.
+        unit: what a run that Ctrl-C stopped is whole after: "epoch", "update"; exit code 130.
+    """
+    try:
+        yield
+    except expected as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        print(f"\nStopped. The same command goes on after the last complete {unit}.", flush=True)
+        sys.exit(130)

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from sl_jax.grpo.config import ConfigError, GrpoConfig, distributed_part, from_mapping
+from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
+from sl_jax.training.configuration import ConfigError, distributed_part
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 

@@ -1,69 +1,68 @@
-"""The work directory of a run: whose it is, what is in it, how far it is."""
+"""The work directory of a run: whose it is."""
 
 import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from etils import epath
 
-from sl_jax.grpo.config import ConfigError, GrpoConfig
 from sl_jax.parallel.processes import ALONE, Processes
+from sl_jax.training.configuration import ConfigError
 
 _FILE = "config.json"
-# A run may be prolonged, moved to other machines, and watched differently without becoming another.
-_FREE = frozenset(
-    {
-        *("workdir", "epochs", "checkpoint", "evaluation", "mesh", "learner.micro_batch"),
-        "distributed",
-        *("compute.attention", "compute.remat", "judge.concurrency", "judge.max_wait"),
-        *("judge.model", "judge.key_env", "judge.tries", "judge.patience", "judge.hedge_after"),
-        *("judge.cool_down", "judge.max_requests", "judge.max_tokens", "judge.cache"),
-        *("judge.cache_path", "judge.preflight", "judge.recorded_pictures"),
-        "judge.request.timeout",
-    }
-)
-# What each process of a run may have of its own.
-_OWN = frozenset(
-    {
-        *("distributed", "judge.cache", "judge.cache_path", "judge.concurrency", "judge.cool_down"),
-        *("judge.hedge_after", "judge.key_env", "judge.model", "judge.patience"),
-        *("judge.preflight", "judge.request.timeout", "judge.tries"),
-    }
-)
 _VISIBLE_WITHIN = 30.0  # seconds, on a network drive
 
 
-def claim(config: GrpoConfig, processes: Processes = ALONE) -> epath.Path:
+class Identity(NamedTuple):
+    """What of a configuration makes a run itself. Names are dotted, and stand for all below them.
+
+    Attributes:
+        free: fields that may change from one start to the next.
+        own: fields that each process of a run may have of its own.
+        told: the configuration, as nested dicts, in the form in which it is compared.
+    """
+
+    free: frozenset[str]
+    own: frozenset[str] = frozenset({"distributed"})
+    told: Callable[[Any], Any] = lambda content: content
+
+
+def claim(config: Any, identity: Identity, processes: Processes = ALONE) -> epath.Path:
     """The work directory, made if need be, once it is known to hold no other configuration's run.
+
+    Args:
+        config: a dataclass with a field `workdir`.
+        identity: what of it counts.
+        processes: of the run.
 
     Raises:
         ConfigError: it holds a run of another configuration, or processes have different ones, or
             do not share the directory; differing fields are named.
         ProcessError: the main process met one of these.
     """
-    agree(config, processes)
+    agree(config, identity, processes)
     folder = epath.Path(config.workdir)
     with processes.together("claiming the work directory"):
         if processes.is_main:
-            _claim(folder, config)
+            _claim(folder, config, identity)
     with processes.together("finding the work directory"):
         _check_shared(folder, processes)
     return folder
 
 
-def agree(config: GrpoConfig, processes: Processes) -> None:
+def agree(config: Any, identity: Identity, processes: Processes) -> None:
     """Checks that all processes have one configuration, but for what may be their own.
 
     Raises:
         ConfigError: the differing fields are named; in every process.
     """
     told = processes.all_gather("comparing configurations", json.dumps(_content(config)))
-    first, *others = (_identity(json.loads(content)) for content in told)
+    first, *others = (identity.told(json.loads(content)) for content in told)
     for index, other in enumerate(others, 1):
-        differing = [name for name in _differences(first, other) if not _among(_OWN, name)]
+        differing = [name for name in _differences(first, other) if not _among(identity.own, name)]
         if differing:
             raise ConfigError(
                 f"process {index} has another configuration than process 0; please start all with "
@@ -97,11 +96,13 @@ def _check_shared(folder: epath.Path, processes: Processes) -> None:
         )
 
 
-def _claim(folder: epath.Path, config: GrpoConfig) -> None:
+def _claim(folder: epath.Path, config: Any, identity: Identity) -> None:
     path = folder / _FILE
     if path.exists():
-        found, wanted = (_identity(content) for content in (_read(path), _content(config)))
-        differing = [name for name in _differences(found, wanted) if not _among(_FREE, name)]
+        found, wanted = map(identity.told, (_read(path), _content(config)))
+        differing = [
+            name for name in _differences(found, wanted) if not _among(identity.free, name)
+        ]
         if differing:
             raise ConfigError(
                 f"{folder} holds a run of another configuration; please choose another "
@@ -114,7 +115,7 @@ def _claim(folder: epath.Path, config: GrpoConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def record(config: GrpoConfig) -> None:
+def record(config: Any) -> None:
     """Notes in the work directory whose run it holds; called when everything is ready to train.
 
     A start that failed, for a folder without pictures say, has then claimed nothing.
@@ -125,17 +126,8 @@ def record(config: GrpoConfig) -> None:
     partial.replace(path)
 
 
-def _content(config: GrpoConfig) -> dict[str, Any]:
+def _content(config: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def _identity(content: Any) -> Any:
-    """The content, in which judging models stand for their servers: those may come and go."""
-    judge = content.get("judge") if isinstance(content, Mapping) else None
-    if not isinstance(judge, Mapping) or not isinstance(judge.get("endpoints"), list):
-        return content
-    models = sorted({_at(entry, "model") or "" for entry in judge["endpoints"]})
-    return {**content, "judge": {**judge, "endpoints": {"model": models}}}
 
 
 def _read(path: epath.Path) -> Any:

@@ -5,10 +5,12 @@ import json
 
 import pytest
 
-from sl_jax.grpo import workdir
-from sl_jax.grpo.config import ConfigError, DataConfig, GrpoConfig
+from sl_jax.grpo.config import DataConfig, GrpoConfig
+from sl_jax.grpo.identity import IDENTITY
 from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
+from sl_jax.training import workdir
+from sl_jax.training.configuration import ConfigError
 
 
 def _config(folder, **changes):
@@ -24,10 +26,10 @@ def _nested(config, part, **changes):
 
 def test_the_same_configuration_comes_back(tmp_path):
     config = _config(tmp_path)
-    folder = workdir.claim(config)
+    folder = workdir.claim(config, IDENTITY)
     workdir.record(config)
     before = (folder / "config.json").read_bytes()
-    assert workdir.claim(config) == folder
+    assert workdir.claim(config, IDENTITY) == folder
     workdir.record(config)
     assert (folder / "config.json").read_bytes() == before
     assert json.loads(before)["epochs"] == 3
@@ -35,12 +37,12 @@ def test_the_same_configuration_comes_back(tmp_path):
 
 def test_another_configuration_is_refused_and_overwrites_nothing(tmp_path):
     config = _config(tmp_path)
-    folder = workdir.claim(config)
+    folder = workdir.claim(config, IDENTITY)
     workdir.record(config)
     before = (folder / "config.json").read_bytes()
     other = _nested(_nested(config, "rollout", group_size=6), "lora", rank=3)
     with pytest.raises(ConfigError) as error:
-        workdir.claim(dataclasses.replace(other, seed=5))
+        workdir.claim(dataclasses.replace(other, seed=5), IDENTITY)
     message = str(error.value)
     assert "config.rollout.group_size: 8 there, 6 here" in message
     assert "config.lora.rank: 64 there, 3 here" in message
@@ -64,9 +66,9 @@ def test_another_configuration_is_refused_and_overwrites_nothing(tmp_path):
 )
 def test_a_run_may_be_moved_and_watched_differently(tmp_path, part, changes):
     config = _config(tmp_path)
-    workdir.claim(config)
+    workdir.claim(config, IDENTITY)
     workdir.record(config)
-    workdir.claim(dataclasses.replace(_nested(config, part, **changes), epochs=9))
+    workdir.claim(dataclasses.replace(_nested(config, part, **changes), epochs=9), IDENTITY)
 
 
 def test_servers_may_come_and_go_but_not_the_models_that_judge(tmp_path):
@@ -74,37 +76,37 @@ def test_servers_may_come_and_go_but_not_the_models_that_judge(tmp_path):
         return _nested(_config(tmp_path), "judge", endpoints=tuple(servers))
 
     config = with_servers(EndpointConfig("http://a/v1", "m"), EndpointConfig("http://b/v1", "m"))
-    workdir.claim(config)
+    workdir.claim(config, IDENTITY)
     workdir.record(config)
-    workdir.claim(with_servers(EndpointConfig("http://c/v1", "m", "KEY", 3)))
+    workdir.claim(with_servers(EndpointConfig("http://c/v1", "m", "KEY", 3)), IDENTITY)
     for other in (with_servers(EndpointConfig("http://a/v1", "n")), _config(tmp_path)):
         with pytest.raises(ConfigError, match=r"config\.judge\.endpoints\.model: \['m'\] there"):
-            workdir.claim(other)
+            workdir.claim(other, IDENTITY)
 
 
 def test_neighbours_of_free_fields_are_not_free(tmp_path):
     config = _config(tmp_path)
-    workdir.claim(config)
+    workdir.claim(config, IDENTITY)
     workdir.record(config)
     for part, changes in (("learner", {"ema": 0.5}), ("compute", {"dtype": "float32"})):
         with pytest.raises(ConfigError, match=rf"config\.{part}\."):
-            workdir.claim(_nested(config, part, **changes))
+            workdir.claim(_nested(config, part, **changes), IDENTITY)
 
 
 def test_a_start_that_failed_has_claimed_nothing(tmp_path):
     """Between `claim` and `record` lies everything that may turn out not to work."""
-    workdir.claim(_config(tmp_path))
-    workdir.claim(_config(tmp_path, seed=8, data=DataConfig(path="other pictures")))
+    workdir.claim(_config(tmp_path), IDENTITY)
+    workdir.claim(_config(tmp_path, seed=8, data=DataConfig(path="other pictures")), IDENTITY)
 
 
 def test_a_damaged_record_is_no_licence(tmp_path):
     config = _config(tmp_path)
-    folder = workdir.claim(config)
+    folder = workdir.claim(config, IDENTITY)
     workdir.record(config)
     whole = (folder / "config.json").read_text()
     (folder / "config.json").write_text(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
-        workdir.claim(config)
+        workdir.claim(config, IDENTITY)
 
 
 class Others:
@@ -135,7 +137,9 @@ def test_processes_may_have_judges_of_their_own(tmp_path):
         tries=9,
     )
     distributed = DistributedConfig("auto", "host:1", 3, 1)
-    workdir.agree(config, Others(config, dataclasses.replace(other, distributed=distributed)))
+    workdir.agree(
+        config, IDENTITY, Others(config, dataclasses.replace(other, distributed=distributed))
+    )
 
 
 @pytest.mark.parametrize(
@@ -157,8 +161,8 @@ def test_processes_have_one_configuration(tmp_path, part, changes, message):
     config = _config(tmp_path)
     other = _nested(config, part, **changes)
     with pytest.raises(ConfigError, match="start all with the same fields") as error:
-        workdir.agree(config, Others(config, other))
+        workdir.agree(config, IDENTITY, Others(config, other))
     assert message in str(error.value) and len(str(error.value).splitlines()) == 2
     with pytest.raises(ConfigError):
-        workdir.claim(config, Others(other, config))
+        workdir.claim(config, IDENTITY, Others(other, config))
     assert not (tmp_path / "run").exists()

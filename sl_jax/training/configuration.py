@@ -1,0 +1,206 @@
+"""Typed configurations from nested mappings; everything wrong with one is said together."""
+
+import collections.abc
+import dataclasses
+import math
+import operator
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from sl_jax.models.attention import Implementation
+from sl_jax.parallel.joining import DistributedConfig
+from sl_jax.training.optimizer import OPTIMIZERS
+
+_SECRET = re.compile(r"key|secret|password|authorization|bearer|^token$", re.IGNORECASE)
+_Config = TypeVar("_Config")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run; the message lists each field, its value and the fix."""
+
+
+class Rule(NamedTuple):
+    """What a field's value must be: whether one is, and what is wanted, in words."""
+
+    holds: Callable[[Any], bool]
+    wanted: str
+
+
+AT_LEAST_ONE = Rule(lambda value: value >= 1, "at least 1")
+NOT_NEGATIVE = Rule(lambda value: value >= 0, "0 or more")
+POSITIVE = Rule(lambda value: value > 0, "a positive number")
+POSITIVE_OR_NONE = Rule(lambda value: value is None or value > 0, "None or a positive number")
+SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1")
+DECAY = Rule(lambda value: 0 <= value < 1, "a number from 0 up to, not with, 1")
+
+
+def one_of(values: tuple[str, ...]) -> Rule:
+    """A rule for a field that names one of several things."""
+    return Rule(values.__contains__, f"one of {values}")
+
+
+def given(wanted: str) -> Rule:
+    """A rule for a field that must not be empty."""
+    return Rule(bool, wanted)
+
+
+# Of the parts that all configurations of training have.
+PARTS = {
+    "workdir": given("a folder for what the run leaves"),
+    "model": given("a folder in the diffusers layout, a hub id, or tiny"),
+    "seed": NOT_NEGATIVE,
+    "lora.rank": AT_LEAST_ONE,
+    "lora.alpha": POSITIVE,
+    "lora.targets": given("the names of one or more modules, such as ('to_q', 'to_v')"),
+    "optimizer.name": one_of(OPTIMIZERS),
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.clip_norm": POSITIVE,
+    "optimizer.weight_decay": NOT_NEGATIVE,
+    "optimizer.warmup_steps": NOT_NEGATIVE,
+    "optimizer.b1": DECAY,
+    "optimizer.b2": DECAY,
+    "compute.dtype": one_of(("bfloat16", "float32")),
+    "compute.attention": one_of(("auto", *typing.get_args(Implementation))),
+    "compute.remat": one_of(("none", "block", "dots")),
+}
+
+
+def broken(config: Any, rules: Mapping[str, Rule]) -> Iterator[str]:
+    """A problem for each field, named by its path, whose value breaks its rule."""
+    for name, rule in rules.items():
+        value = operator.attrgetter(name)(config)
+        if not rule.holds(value):
+            yield f"config.{name} is {value!r}; please use {rule.wanted}"
+
+
+def distributed_part(config: Mapping[str, Any]) -> DistributedConfig:
+    """How processes join: the part of a configuration that is needed before devices are known.
+
+    Raises:
+        ConfigError: it is not right; of the rest nothing is looked at.
+    """
+    return checked(DistributedConfig, config.get("distributed", {}), path="config.distributed")
+
+
+def checked(
+    kind: type[_Config],
+    values: Any,
+    problems: Callable[[_Config], Iterable[str]] = lambda _: (),
+    path: str = "config",
+) -> _Config:
+    """The configuration of a dataclass's type that nested mappings hold.
+
+    Args:
+        kind: the dataclass; its annotations say what a value may be.
+        values: by field.
+        problems: what else may be wrong with one whose values are of the right types.
+        path: names it in messages.
+
+    Raises:
+        ConfigError: lists every field that is unknown, missing, of another type or a problem.
+    """
+    found: list[str] = []
+    built = _build(kind, values, path, found)
+    if built is not None:
+        found += problems(built)
+    if found:
+        raise ConfigError("this configuration cannot run:\n  " + "\n  ".join(found))
+    return built
+
+
+def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    known = ", ".join(sorted(fields))
+    if not isinstance(given, Mapping):
+        problems.append(f"{path} is {given!r}; please give its fields: {known}")
+        return None
+    types_of = typing.get_type_hints(cls)
+    before = len(problems)
+    problems += [
+        f"{path}.{name} is unknown (its value is {_shown(name, given[name])}); known fields are "
+        f"{known}"
+        for name in sorted(set(given) - set(fields))
+    ]
+    values: dict[str, Any] = {}
+    for name, entry in fields.items():
+        if name not in given:
+            if entry.default is entry.default_factory is dataclasses.MISSING:
+                problems.append(f"{path}.{name} is missing; please give {_wanted(types_of[name])}")
+        elif dataclasses.is_dataclass(types_of[name]):
+            values[name] = _build(types_of[name], given[name], f"{path}.{name}", problems)
+        elif (item := _item_class(types_of[name])) and isinstance(given[name], list | tuple):
+            values[name] = tuple(
+                _build(item, part, f"{path}.{name}[{number}]", problems)
+                for number, part in enumerate(given[name])
+            )
+        else:
+            values[name] = _tuples(given[name])
+            if not _fits(values[name], types_of[name]):
+                problems.append(
+                    f"{path}.{name} is {given[name]!r}; please give {_wanted(types_of[name])}"
+                )
+    if len(problems) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        problems.append(f"{path}.{error}")
+        return None
+
+
+def _item_class(kind: Any) -> type | None:
+    """The dataclass that a tuple's items are of, if they are."""
+    parts = typing.get_args(kind)
+    if typing.get_origin(kind) is tuple and dataclasses.is_dataclass(parts[0]):
+        return parts[0]
+    return None
+
+
+def _shown(name: str, value: Any) -> str:
+    """A value as an error shows it; what may be a secret stays one."""
+    return "[hidden]" if _SECRET.search(name) else repr(value)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a configuration file is of an annotated type; whole numbers are floats.
+
+    nan and infinity are not: no field means anything with them.
+    """
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return value in parts
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, part) for part in parts)
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return (
+            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        )
+    if origin in (tuple, collections.abc.Sequence):
+        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+    if kind is float:
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _wanted(kind: Any) -> str:
+    origin, parts = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, parts))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(map(_wanted, parts))
+    if origin is tuple and parts[-1] is not Ellipsis:
+        return "(" + ", ".join(map(_wanted, parts)) + ")"
+    if origin in (tuple, collections.abc.Sequence):
+        return f"a tuple whose items are each {_wanted(parts[0])}"
+    names = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
+    return names.get(kind, "options by name" if origin else "None")

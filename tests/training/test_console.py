@@ -1,0 +1,23 @@
+"""How a command ends where its user can do something about it."""
+
+import pytest
+
+from sl_jax.training.console import ending_in_a_line
+
+
+def test_an_expected_error_ends_in_its_message():
+    with pytest.raises(SystemExit) as end, ending_in_a_line((OSError,), "update"):
+        raise FileNotFoundError("no such folder; please make it")
+    assert end.value.code == "FileNotFoundError: no such folder; please make it"
+
+
+def test_other_errors_are_told_whole():
+    with pytest.raises(ZeroDivisionError), ending_in_a_line((OSError,), "update"):
+        raise ZeroDivisionError
+
+
+def test_ctrl_c_says_how_to_go_on(capsys):
+    with pytest.raises(SystemExit) as end, ending_in_a_line((OSError,), "update"):
+        raise KeyboardInterrupt
+    assert end.value.code == 130
+    assert "The same command goes on after the last complete update" in capsys.readouterr().out
