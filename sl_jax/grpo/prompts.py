@@ -1,18 +1,24 @@
-"""The prompts of a run as one table of hidden states."""
+"""The prompts of a run: encoded once, kept in the work directory, read batch by batch."""
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int32
 
 from sl_jax.data import Example
 from sl_jax.grpo.config import DataConfig
-from sl_jax.inference.prompts import encode_prompts
+from sl_jax.inference.prompts import PromptStore
+
+_HELD = 64  # Prompts that stay in memory: a run without captions reads its only one once.
 
 
 class PromptTable:
-    """Hidden states of every prompt that a run can meet, encoded once before training."""
+    """Hidden states of every prompt that a run can meet, encoded before training.
+
+    They are on disk; memory holds the lengths, and what the last few batches needed.
+    """
 
     def __init__(
         self,
@@ -24,21 +30,24 @@ class PromptTable:
     ):
         used = {c for c in captions if c} if config.captions else set()
         prompts = [config.prompt, *sorted(used - {config.prompt})]
-        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
-        self._captions = config.captions
-        encoded = encode_prompts(
-            model, prompts, max_tokens=config.max_text_tokens, cache_dir=cache, dtype=dtype
-        )
-        self._hidden = encoded.hidden
-        self._lengths = encoded.lengths
-        self._padded = bool(np.any(encoded.lengths != encoded.hidden.shape[1]))
+        store = PromptStore(model, cache, max_tokens=config.max_text_tokens, dtype=dtype)
+        lengths = store.complete(prompts)
+        self._read = functools.lru_cache(_HELD)(store.read)
+        self._config = config
+        self._width = max(lengths.values())  # of all batches, so that one program serves them
+        self._padded = min(lengths.values()) < self._width
 
     def __call__(
         self, examples: Sequence[Example]
-    ) -> tuple[Float[np.ndarray, "b s e"], Int[np.ndarray, " b"] | None]:
+    ) -> tuple[Float[np.ndarray, "b s e"], Int32[np.ndarray, " b"] | None]:
         """Hidden states and lengths; lengths are None where no prompt of the run is padded."""
+        config = self._config
         rows = [
-            self._rows[example.caption] if self._captions and example.caption else 0
+            self._read(example.caption if config.captions and example.caption else config.prompt)
             for example in examples
         ]
-        return self._hidden[rows], self._lengths[rows] if self._padded else None
+        hidden = np.zeros((len(rows), self._width, rows[0].shape[1]), rows[0].dtype)
+        for target, row in zip(hidden, rows, strict=True):
+            target[: len(row)] = row
+        lengths = np.array([len(row) for row in rows], np.int32)
+        return hidden, lengths if self._padded else None

@@ -7,7 +7,6 @@ dropped. The encoder lives no longer than the call; nothing of it stays in memor
 
 import dataclasses
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from etils import epath
 from jaxtyping import Float, Int32
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from tqdm import tqdm
 
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, load_params, read_config
@@ -45,6 +45,8 @@ _REAL_VOCABULARY = 151643
 _REAL_PREFIX = 34
 _MAX_TOKENS = 1024
 _BATCH = 8
+_TOKENIZED = 1000
+_WIDTH = 64  # Prompts are padded to multiples of it, so that few programs serve all lengths.
 _UNUSED = ("visual.", "lm_head.", "rotary_emb.")
 _WHOLE = 4096  # Tensors of up to so many elements enter the fingerprint whole.
 
@@ -99,25 +101,74 @@ def encode_prompts(
         CheckpointError: tokenizer or text encoder are missing or do not fit their config.
         ValueError: no prompts, or `max_tokens` out of range.
     """
+    _check(prompts, max_tokens)
+    folder, dtype = epath.Path(checkpoint), np.dtype(dtype)
+    cache = None if cache_dir is None else _Cache(folder, cache_dir, max_tokens, dtype)
+    hidden = {prompt: cache.read(prompt) if cache else None for prompt in prompts}
+    absent = [prompt for prompt, states in hidden.items() if states is None]
+    for prompt, states in _encode(folder, absent, max_tokens, dtype):
+        hidden[prompt] = states
+        if cache:
+            try:
+                cache.write(prompt, states)
+            except OSError as error:
+                warnings.warn(f"{prompt!r} is not kept: {error}", stacklevel=2)
+    return _padded([hidden[prompt] for prompt in prompts])
+
+
+class PromptStore:
+    """Any number of prompts as hidden states on disk, of which memory holds what is read.
+
+    Arguments and errors are those of `encode_prompts`; here the folder has to be writable.
+    """
+
+    def __init__(
+        self,
+        checkpoint: epath.PathLike,
+        cache_dir: epath.PathLike,
+        *,
+        max_tokens: int = 512,
+        dtype: Any,
+    ):
+        self._checkpoint = epath.Path(checkpoint)
+        self._max_tokens = max_tokens
+        self._dtype = np.dtype(dtype)
+        self._cache = _Cache(self._checkpoint, cache_dir, max_tokens, self._dtype)
+
+    def complete(self, prompts: Sequence[str]) -> dict[str, int]:
+        """Encodes what is absent; interrupted, it loses the few prompts in work.
+
+        Returns:
+            Number of valid vectors of each prompt.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        _check(prompts, self._max_tokens)
+        absent = self._cache.absent(prompts)
+        for prompt, states in _encode(self._checkpoint, absent, self._max_tokens, self._dtype):
+            self._cache.write(prompt, states)
+        prefix, rows = _tokenized(self._checkpoint, prompts, self._max_tokens)
+        return {prompt: len(row) - prefix for prompt, row in zip(prompts, rows, strict=True)}
+
+    def read(self, prompt: str) -> Float[np.ndarray, "s e"]:
+        """Hidden states of a prompt that `complete` was given.
+
+        A file that is damaged or gone is made again, which warns.
+        """
+        states = self._cache.read(prompt)
+        if states is None:
+            [(_, states)] = _encode(self._checkpoint, [prompt], self._max_tokens, self._dtype)
+            self._cache.write(prompt, states)
+        return states
+
+
+def _check(prompts: Sequence[str], max_tokens: int) -> None:
     if not prompts or not 1 <= max_tokens <= _MAX_TOKENS:
         raise ValueError(
             f"please pass at least one prompt and max_tokens between 1 and {_MAX_TOKENS}, "
             f"not {len(prompts)} prompts and {max_tokens}"
         )
-    folder, dtype = epath.Path(checkpoint), np.dtype(dtype)
-    cache = None
-    if cache_dir is not None:
-        key = (PROMPT_TEMPLATE, max_tokens, dtype.name, fingerprint(folder))
-        cache = _Cache(epath.Path(cache_dir), json.dumps(key), dtype)
-    hidden = {prompt: cache.read(prompt) if cache else None for prompt in prompts}
-    absent = [prompt for prompt, states in hidden.items() if states is None]
-    if absent:
-        encoded = _encode(folder, absent, max_tokens, dtype)
-        for prompt, states in zip(absent, encoded, strict=True):
-            hidden[prompt] = states
-            if cache:
-                cache.write(prompt, states)
-    return _padded([hidden[prompt] for prompt in prompts])
 
 
 def _padded(rows: Sequence[np.ndarray]) -> PromptEmbeddings:
@@ -130,21 +181,41 @@ def _padded(rows: Sequence[np.ndarray]) -> PromptEmbeddings:
 
 def _encode(
     folder: epath.Path, prompts: Sequence[str], max_tokens: int, dtype: np.dtype
-) -> list[np.ndarray]:
-    """Hidden states of each prompt, without prefix and padding."""
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Each prompt with its hidden states, without prefix and padding, shortest prompts first."""
+    if not prompts:
+        return
+    prefix, rows = _tokenized(folder, prompts, max_tokens)
+    batch = min(_BATCH, len(rows))
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    with (
+        _loaded(folder / "text_encoder", dtype) as encode,
+        tqdm(total=len(rows), desc="prompts", unit="prompt", delay=2.0) as progress,
+    ):
+        for start in range(0, len(rows), batch):
+            chosen = order[start : start + batch]
+            width = math.ceil(len(rows[chosen[-1]]) / _WIDTH) * _WIDTH
+            tokens = np.zeros((batch, width), np.int32)
+            for target, row in zip(tokens, chosen, strict=False):
+                target[: len(rows[row])] = rows[row]
+            for row, states in zip(chosen, encode(tokens), strict=False):
+                yield prompts[row], states[prefix : len(rows[row])].copy()
+            progress.update(len(chosen))
+
+
+def _tokenized(
+    folder: epath.Path, prompts: Sequence[str], max_tokens: int
+) -> tuple[int, list[Int32[np.ndarray, " s"]]]:
+    """Length of the template's beginning, and the tokens of each prompt in the template."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     prefix = prefix_length(tokenizer)
     texts = [PROMPT_TEMPLATE.format(prompt) for prompt in prompts]
     # Attention is causal: what is cut off after encoding may as well be cut off before.
-    rows = [ids[: prefix + max_tokens] for ids in tokenizer(texts)["input_ids"]]
-    batch = min(_BATCH, len(rows))
-    tokens = np.zeros((math.ceil(len(rows) / batch) * batch, max(map(len, rows))), np.int32)
-    for target, ids in zip(tokens, rows, strict=False):
-        target[: len(ids)] = ids
-    with _loaded(folder / "text_encoder", dtype) as encode:
-        batches = (encode(tokens[i : i + batch]) for i in range(0, len(rows), batch))
-        states = itertools.chain.from_iterable(batches)
-        return [row[prefix : len(ids)].copy() for ids, row in zip(rows, states, strict=False)]
+    return prefix, [
+        np.array(row[: prefix + max_tokens], np.int32)
+        for start in range(0, len(texts), _TOKENIZED)
+        for row in tokenizer(texts[start : start + _TOKENIZED])["input_ids"]
+    ]
 
 
 def load_tokenizer(folder: epath.PathLike) -> Any:
@@ -262,14 +333,25 @@ def _sampled(tensors: TensorFiles, name: str) -> list[np.ndarray]:
 class _Cache:
     """Hidden states on disk, one safetensors file per prompt; float32 holds every dtype exactly."""
 
-    def __init__(self, folder: epath.Path, key: str, dtype: np.dtype):
-        self._folder = folder
-        self._key = key
+    def __init__(
+        self,
+        checkpoint: epath.Path,
+        folder: epath.PathLike,
+        max_tokens: int,
+        dtype: np.dtype,
+    ):
+        self._folder = epath.Path(folder)
+        self._key = json.dumps((PROMPT_TEMPLATE, max_tokens, dtype.name, fingerprint(checkpoint)))
         self._dtype = dtype
 
     def _path(self, prompt: str) -> epath.Path:
         name = hashlib.sha256(json.dumps([self._key, prompt]).encode()).hexdigest()
         return self._folder / f"{name}.safetensors"
+
+    def absent(self, prompts: Sequence[str]) -> list[str]:
+        """The prompts without a file, each once; the folder is listed, not asked for each."""
+        there = {path.name for path in self._folder.iterdir()} if self._folder.exists() else ()
+        return [p for p in dict.fromkeys(prompts) if self._path(p).name not in there]
 
     def read(self, prompt: str) -> np.ndarray | None:
         """Hidden states of `prompt`; None if absent, or damaged, which warns."""
@@ -280,15 +362,13 @@ class _Cache:
             return load(path.read_bytes())["hidden"].astype(self._dtype)
         except (SafetensorError, KeyError, OSError) as error:
             warnings.warn(f"{path} is damaged ({error}); encoding {prompt!r} again", stacklevel=4)
+            path.unlink(missing_ok=True)
             return None
 
     def write(self, prompt: str, hidden: np.ndarray) -> None:
         """Puts a file in place at once, so that no process reads half of it."""
         partial = self._folder / f".{uuid.uuid4().hex}.partial"
         content = save({"hidden": hidden.astype(np.float32)}, {"prompt": prompt})
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            partial.write_bytes(content)
-            partial.replace(self._path(prompt))
-        except OSError as error:
-            warnings.warn(f"{prompt!r} is not kept: {error}", stacklevel=4)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(self._path(prompt))

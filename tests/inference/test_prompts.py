@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -140,8 +141,10 @@ def encoded(monkeypatch):
     asked = []
 
     def encode(folder, absent, max_tokens, dtype):
-        asked.append(absent)
-        return [np.full((len(p) + 1, 4), len(p) / 7).astype(dtype) for p in absent]
+        if absent:
+            asked.append(absent)
+        for prompt in absent:
+            yield prompt, np.full((len(prompt) + 1, 4), len(prompt) / 7).astype(dtype)
 
     monkeypatch.setattr(prompts, "_encode", encode)
     return asked
@@ -207,6 +210,50 @@ def test_a_damaged_cache_file_is_replaced(tmp_path, encoded):
         found = encode_prompts(TINY, [DEFAULT_PROMPT], **arguments)
     np.testing.assert_array_equal(found.hidden, expected.hidden)
     assert file.read_bytes() == content and len(encoded) == 2
+
+
+def test_any_number_of_prompts_is_encoded_in_steps_that_are_kept(tmp_path, monkeypatch):
+    """The second of three batches fails: the first is on disk, and is not computed again."""
+    many = [f"{'very ' * (i % 5)}number {i}" for i in range(20)] + ["word " * 60]
+    batches = []
+    loaded = prompts._loaded
+
+    @contextmanager
+    def failing(*arguments):
+        with loaded(*arguments) as encode:
+
+            def counted(tokens):
+                batches.append(tokens.shape)
+                if len(batches) == 2:
+                    raise KeyboardInterrupt
+                return encode(tokens)
+
+            yield counted
+
+    monkeypatch.setattr(prompts, "_loaded", failing)
+    store = prompts.PromptStore(TINY, tmp_path, dtype=np.float32)
+    with pytest.raises(KeyboardInterrupt):
+        store.complete(many)
+    assert len(list(tmp_path.iterdir())) == 8
+    lengths = store.complete(many)
+    # Rows of a batch are about as long as each other: one long prompt costs the others nothing.
+    assert batches == [(8, 64), (8, 64), (8, 64), (8, 384)]
+    whole = encode_prompts(TINY, many, dtype=np.float32)
+    for prompt, states, length in zip(many, *whole, strict=True):
+        assert lengths[prompt] == length
+        np.testing.assert_allclose(store.read(prompt), states[:length], atol=1e-5)
+    assert store.complete(many) == lengths and len(batches) == 4 + 3
+
+
+def test_a_store_makes_a_damaged_file_again(tmp_path, encoded):
+    store = prompts.PromptStore(TINY, tmp_path, dtype=np.float32)
+    store.complete(["a prompt"])
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    file.write_bytes(content[:-9])
+    with pytest.warns(UserWarning, match="is damaged"):
+        assert store.read("a prompt").shape == (9, 4)
+    assert file.read_bytes() == content
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_but_a_warning(tmp_path, encoded):

@@ -1,0 +1,62 @@
+"""The prompts of a run: memory holds what a batch needs, whatever the number of captions."""
+
+import tracemalloc
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.data import Bucket, Example
+from sl_jax.grpo.config import DataConfig
+from sl_jax.grpo.prompts import PromptTable
+from sl_jax.inference import encode_prompts, prompts
+
+TINY = resolve_model("tiny")
+CONFIG = DataConfig(path="", prompt="a prompt")
+
+
+def example(caption: str) -> Example:
+    return Example(np.zeros((0, 0, 3), np.uint8), caption, "", "", 3, Bucket(16, 16), 0, 0)
+
+
+def test_batches_have_the_width_of_the_run(tmp_path):
+    captions = ["a longer caption of something", "", "short"]
+    table = PromptTable(TINY, CONFIG, captions, tmp_path, "float32")
+    whole = encode_prompts(TINY, [captions[0], "a prompt", "short"], dtype=np.float32)
+    hidden, lengths = table([example(caption) for caption in captions])
+    assert lengths.tolist() == whole.lengths.tolist()
+    np.testing.assert_allclose(hidden, whole.hidden, atol=1e-5)
+    hidden, _ = table([example("short")])
+    assert hidden.shape == (1, whole.lengths[0], 64) and not hidden[0, whole.lengths[2] :].any()
+
+
+def test_captions_that_are_not_used_are_not_encoded(tmp_path):
+    config = replace(CONFIG, captions=False)
+    table = PromptTable(TINY, config, ["a caption", "another"], tmp_path, "float32")
+    assert len(list(tmp_path.iterdir())) == 1
+    hidden, lengths = table([example("a caption"), example("")])
+    np.testing.assert_array_equal(hidden[0], hidden[1])
+    assert lengths is None
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """An encoder whose states are 256 times as large as the tiny one's."""
+    encode = prompts._encode
+
+    def widened(*arguments):
+        return ((prompt, np.tile(states, 256)) for prompt, states in encode(*arguments))
+
+    monkeypatch.setattr(prompts, "_encode", widened)
+
+
+def test_memory_does_not_grow_with_the_number_of_captions(tmp_path, wide):
+    captions = [f"caption number {i}" for i in range(96)]
+    tracemalloc.start()
+    table = PromptTable(TINY, CONFIG, captions, tmp_path, "float32")
+    hidden, _ = table([example(caption) for caption in captions[:4]])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    everything = 96 * hidden[0].nbytes
+    assert peak < everything / 4
