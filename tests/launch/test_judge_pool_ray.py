@@ -120,7 +120,7 @@ class Cluster:
         for process in reversed(self.processes):
             process.send_signal(signal.SIGTERM)
             try:
-                process.wait(30)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -197,7 +197,10 @@ def test_no_score_is_lost_with_a_replica(cluster):
             scored[scores.group_id] = scores
             if killed is None and len(scored) >= GROUPS // 4:
                 killed = before[0]
+                os.kill(killed, signal.SIGSTOP)  # so that it holds requests when it dies
+                time.sleep(1)
                 os.kill(killed, signal.SIGKILL)
+    assert pool.metrics()[f"{endpoint.label}/errors"] > 0  # of the requests that it held
     assert killed and set(scored) == {group.group_id for group in shown}
     with JudgeWorker(TwoStageJudge(EmbeddedJudge())) as worker:
         for known in worker.judge_all(shown):
