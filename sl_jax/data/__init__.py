@@ -1,6 +1,6 @@
 """Pictures to train and evaluate on: folders, buckets, the training stream, procedural designs."""
 
-from sl_jax.data._walk import Skipped
+from sl_jax.data._walk import Skipped, are_folders
 from sl_jax.data.buckets import Bucket, make_buckets, nearest_bucket, standard_buckets
 from sl_jax.data.designs import write_designs
 from sl_jax.data.folder import (
@@ -22,6 +22,7 @@ from sl_jax.data.pictures import (
     picture_size,
     resize_to,
 )
+from sl_jax.data.threads import in_threads
 
 __all__ = [
     "Bucket",
@@ -39,7 +40,9 @@ __all__ = [
     "StepPictures",
     "StepPlan",
     "TrainStream",
+    "are_folders",
     "area_size",
+    "in_threads",
     "longest_side_size",
     "make_buckets",
     "nearest_bucket",

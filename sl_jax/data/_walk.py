@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from etils import epath
+
+from sl_jax.data.threads import in_threads
 
 
 class Found(NamedTuple):
@@ -48,17 +51,23 @@ def list_files(folder: epath.Path) -> tuple[list[Found], list[Skipped]]:
         except OSError as error:
             skipped.append(Skipped(name or ".", f"cannot be listed: {error.strerror or error}"))
             continue
-        for child in children:
-            if child.name.startswith(".") or child.name == "__MACOSX":
-                continue
+        children = [c for c in children if c.name[0] != "." and c.name != "__MACOSX"]
+        for child, is_folder in zip(children, are_folders(children), strict=True):
             found = Found(f"{name}/{child.name}" if name else child.name, child)
-            if not child.is_dir():
+            if not is_folder:
                 files.append(found)
             elif _is_link(child):
                 linked.append(found)
             else:
                 real.append(found)
     return sorted(files, key=name_bytes), sorted(skipped, key=name_bytes)
+
+
+def are_folders(paths: Sequence[epath.Path]) -> list[bool]:
+    """Which paths are folders; remote stores are asked about many at a time."""
+    if not paths or not _is_remote(paths[0]):
+        return [path.is_dir() for path in paths]
+    return in_threads(lambda path: path.is_dir(), paths, "listing")
 
 
 def name_bytes(entry: Found | Skipped) -> bytes:

@@ -10,7 +10,6 @@ import itertools
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -22,10 +21,12 @@ from sl_jax.data.buckets import Bucket, nearest_bucket
 from sl_jax.data.pictures import (
     PictureError,
     PictureLimits,
+    fetch_file,
     picture_size,
     picture_suffixes,
     shown,
 )
+from sl_jax.data.threads import in_threads
 
 _log = logging.getLogger(__name__)
 _NAMED_PER_REASON = 50
@@ -178,8 +179,9 @@ def scan_folder(
 ) -> PictureIndex:
     """Indexes all pictures below a folder.
 
-    Files are read in parallel; the result does not depend on the number of threads, nor on the
-    order in which the file system lists them. Of files with equal bytes the first by name is kept.
+    Files are read once, and in parallel; the result does not depend on the number of threads, nor
+    on the order in which the file system lists them. Of files with equal bytes the first by name is
+    kept.
     A file whose ending is not a picture's is used all the same if its content is a picture.
 
     Args:
@@ -202,8 +204,7 @@ def scan_folder(
     captions = Captions(files)
     pictures = [found for found in files if not _is_caption(found.name)]
     inspect = functools.partial(_inspect, captions=captions, limits=limits, verify=verify)
-    with ThreadPoolExecutor(threads or min(4 * (os.cpu_count() or 1), 32)) as pool:
-        results = list(zip(pictures, pool.map(inspect, pictures), strict=True))
+    results = list(zip(pictures, in_threads(inspect, pictures, "pictures", threads), strict=True))
     records, skipped = _records(results, buckets)
     index = PictureIndex(
         folder=os.fspath(root),
@@ -308,14 +309,13 @@ def _inspect(
     suffix = found.name[found.name.rfind(".") :].lower()
     claims = suffix in picture_suffixes()
     try:
-        height, width = picture_size(found.path, limits, decode=verify, trust_name=claims)
-        with found.path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return _Inspected(digest, height, width, captions.of(found.name))
+        if not claims:  # Most are no pictures, and some are huge: the header comes first.
+            picture_size(found.path, limits, trust_name=False)
+        file = fetch_file(found.path, limits)
+        height, width = picture_size(file, limits, decode=verify, trust_name=claims)
+        return _Inspected(file.sha256, height, width, captions.of(found.name))
     except PictureError as error:
         return Skipped(found.name, error.reason) if claims or not error.unidentified else None
-    except OSError as error:
-        return Skipped(found.name, error.strerror or str(error))
 
 
 def _records(

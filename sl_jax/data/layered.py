@@ -7,7 +7,6 @@ import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,11 +19,13 @@ from sl_jax.data.folder import FolderError, is_held_out, named_by_reason
 from sl_jax.data.pictures import (
     PictureError,
     PictureLimits,
+    fetch_file,
     open_rgba,
     picture_size,
     resize_to,
     shown,
 )
+from sl_jax.data.threads import in_threads
 
 _LAYER_NAME = re.compile(r"(?:(.+)/)?(\d+)\.png", re.IGNORECASE | re.DOTALL)
 _DEFAULT_LIMITS = PictureLimits()
@@ -109,8 +110,7 @@ class LayeredFolder(Sequence[LayeredSample]):
         inspect = functools.partial(
             _inspect, captions=captions, limits=limits, max_layers=max_layers, verify=verify
         )
-        with ThreadPoolExecutor(threads or min(4 * (os.cpu_count() or 1), 32)) as pool:
-            results = list(pool.map(inspect, designs, designs.values()))
+        results = in_threads(lambda item: inspect(*item), list(designs.items()), "designs", threads)
         first: dict[str, LayeredRecord] = {}
         for result in results:
             if isinstance(result, Skipped):
@@ -224,13 +224,11 @@ def _inspect(
     sizes: list[tuple[int, int]] = []
     for found in files:
         try:
-            sizes.append(picture_size(found.path, limits, decode=verify))
-            with found.path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
+            file = fetch_file(found.path, limits)
+            sizes.append(picture_size(file, limits, decode=verify))
+            digest.update(bytes.fromhex(file.sha256))
         except PictureError as error:
             return Skipped(name, f"{shown(found.path.name)}: {error.reason}")
-        except OSError as error:
-            return Skipped(name, f"{shown(found.path.name)}: {error.strerror or error}")
         if sizes[-1] != sizes[0]:
             return Skipped(name, f"{shown(found.path.name)} differs in size from 0000.png")
     paths = tuple(os.fspath(found.path) for found in files)

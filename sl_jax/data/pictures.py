@@ -9,6 +9,8 @@ are not applied.
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
 import math
 import os
 import stat
@@ -17,7 +19,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import numpy as np
 from etils import epath
@@ -62,6 +64,9 @@ _DECODER_ERRORS = (
 
 # A progressive JPEG is decoded once per scan; encoders write about ten.
 _MAX_JPEG_SCANS = 200
+
+# Larger files are not held as a whole, since many threads read at a time.
+_HELD_BYTES = 32 * 2**20
 
 # Pictures above this many pixels are decoded one after another by one thread of their own. That
 # bounds the memory of all threads; a lock would not: allocators keep freed memory per thread.
@@ -129,8 +134,54 @@ class PictureLimits:
 _DEFAULT_LIMITS = PictureLimits()
 
 
-def open_picture(
+@dataclass(frozen=True)
+class FetchedFile:
+    """A file that is read once, though more than one thing is asked about it; see `fetch_file`.
+
+    Attributes:
+      path: the file, as it was given.
+      content: its bytes; None where they are too many to be held.
+    """
+
+    path: str | os.PathLike[str]
+    content: bytes | None
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        """Of the bytes, in hexadecimal.
+
+        Raises:
+          PictureError: the file cannot be read any more.
+        """
+        if self.content is not None:
+            return hashlib.sha256(self.content).hexdigest()
+        try:
+            with epath.Path(self.path).open("rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise PictureError(self.path, _reason(error)) from error
+
+
+Source = str | os.PathLike[str] | FetchedFile
+
+
+def fetch_file(
     path: str | os.PathLike[str], limits: PictureLimits = _DEFAULT_LIMITS
+) -> FetchedFile:
+    """Reads a whole file, in one request if it is remote, for the functions below.
+
+    Raises:
+      PictureError: it cannot be read, or is larger than the limits allow.
+    """
+    try:
+        small = _check_file(epath.Path(path), limits) <= _HELD_BYTES
+        return FetchedFile(path, epath.Path(path).read_bytes() if small else None)
+    except OSError as error:
+        raise PictureError(path, _reason(error)) from error
+
+
+def open_picture(
+    path: Source, limits: PictureLimits = _DEFAULT_LIMITS
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Reads a picture as RGB: upright by its EXIF orientation, alpha flattened over white.
 
@@ -140,8 +191,8 @@ def open_picture(
     its profile.
 
     Args:
-      path: a local or remote (gs://…) file in any format that Pillow reads, except EPS and WMF
-        (which run another program) and FITS.
+      path: a local or remote (gs://…) file, fetched or not, in any format that Pillow reads,
+        except EPS and WMF (which run another program) and FITS.
       limits: what to refuse.
 
     Returns:
@@ -158,21 +209,22 @@ def open_picture(
 
 
 def open_rgba(
-    path: str | os.PathLike[str], limits: PictureLimits = _DEFAULT_LIMITS
+    path: Source, limits: PictureLimits = _DEFAULT_LIMITS
 ) -> UInt8[np.ndarray, "height width 4"]:
     """Reads a picture as straight RGBA; alpha is 255 where the file has none.
 
     Arguments, conversions and errors are those of `open_picture`.
     """
+    return _read(path, limits, lambda image: _decode(image, to_rgba))
 
-    def rgba(image: Image.Image) -> np.ndarray:
-        return _pixels(image, _eight_bit(image).convert("RGBA"))
 
-    return _read(path, limits, lambda image: _decode(image, rgba))
+def to_rgba(image: Image.Image) -> UInt8[np.ndarray, "height width 4"]:
+    """The pixels of an image in memory, by the conversions of `open_rgba`."""
+    return _pixels(image, _eight_bit(image).convert("RGBA"))
 
 
 def picture_size(
-    path: str | os.PathLike[str],
+    path: Source,
     limits: PictureLimits = _DEFAULT_LIMITS,
     *,
     decode: bool = False,
@@ -274,18 +326,17 @@ def _formats(trust_name: bool) -> tuple[str, ...]:
 
 
 def _read(
-    path: str | os.PathLike[str],
+    source: Source,
     limits: PictureLimits,
     use: Callable[[Image.Image], Result],
     *,
     trust_name: bool = True,
 ) -> Result:
     """Hands the opened image to `use` if it is within its limits; all errors are PictureErrors."""
+    path = source.path if isinstance(source, FetchedFile) else source
     try:
-        file_path = epath.Path(path)
-        _check_file(file_path, limits)
         with (
-            file_path.open("rb") as file,
+            _open_file(source, limits) as file,
             Image.open(file, formats=_formats(trust_name)) as image,
         ):
             _check_size(path, image, limits)
@@ -297,6 +348,16 @@ def _read(
         raise PictureError(path, reason, unidentified=True) from error
     except _DECODER_ERRORS as error:
         raise PictureError(path, _reason(error)) from error
+
+
+def _open_file(source: Source, limits: PictureLimits) -> BinaryIO:
+    path = source
+    if isinstance(source, FetchedFile):
+        if source.content is not None:
+            return io.BytesIO(source.content)
+        path = source.path
+    _check_file(epath.Path(path), limits)
+    return epath.Path(path).open("rb")
 
 
 def _decode(image: Image.Image, use: Callable[[Image.Image], Result]) -> Result:
@@ -314,8 +375,8 @@ def _decode(image: Image.Image, use: Callable[[Image.Image], Result]) -> Result:
     return _large_reader.submit(run).result() if large else run()
 
 
-def _check_file(path: epath.Path, limits: PictureLimits) -> None:
-    """Refuses what must not even be opened, such as a named pipe, which would block for ever."""
+def _check_file(path: epath.Path, limits: PictureLimits) -> int:
+    """Size in bytes; refuses what must not even be opened, such as a pipe, which would block."""
     if "://" in os.fspath(path):
         size = path.stat().length
     else:
@@ -329,6 +390,7 @@ def _check_file(path: epath.Path, limits: PictureLimits) -> None:
         raise PictureError(path, "empty file (0 bytes)")
     if size > limits.max_bytes:
         raise PictureError(path, f"{size} bytes; the limit max_bytes is {limits.max_bytes}")
+    return size
 
 
 def _check_size(path: str | os.PathLike[str], image: Image.Image, limits: PictureLimits) -> None:

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,12 +19,14 @@ from sl_jax.data import FolderError, Skipped
 from sl_jax.data.paired import is_paired, open_paired
 from sl_jax.data.pictures import (
     PictureError,
+    fetch_file,
     longest_side_size,
     open_picture,
     picture_size,
     resize_to,
 )
 from sl_jax.data.procedural import FAMILIES, MAX_LAYERS, make_design
+from sl_jax.data.threads import in_threads
 from sl_jax.eval.options import EvaluationError
 from sl_jax.eval.stacks import LIMITS, StackError, check_alpha
 from sl_jax.inference.folder import Entry, find_pictures
@@ -183,13 +184,12 @@ def _open_procedural(
 def _paired(where: str, side: int | None) -> EvalData:
     found = open_paired(where, limits=LIMITS)
     skipped, designs = list(found.skipped), []
-    with ThreadPoolExecutor() as pool:
-        checked = pool.map(lambda design: _opaque_layer(design.files), found)
-        for design, problem in zip(found, checked, strict=True):
-            if problem:
-                skipped.append(Skipped(design.name, problem))
-            else:
-                designs.append(design)
+    checked = in_threads(lambda design: _opaque_layer(design.files), found, "designs")
+    for design, problem in zip(found, checked, strict=True):
+        if problem:
+            skipped.append(Skipped(design.name, problem))
+        else:
+            designs.append(design)
     if not designs:
         raise FolderError(f"no usable design in {where}: {skipped[0].name}: {skipped[0].reason}")
     pictures = []
@@ -227,8 +227,7 @@ def _with_reference(layers: np.ndarray, size: tuple[int, int]) -> Sample:
 
 def _flat(where: str, side: int | None) -> EvalData:
     entries = find_pictures(where)
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(_inspected, entries))
+    found = in_threads(_inspected, entries, "pictures")
     pictures, skipped = [], []
     for entry, result in zip(entries, found, strict=True):
         if isinstance(result, Skipped):
@@ -254,13 +253,10 @@ def _flat(where: str, side: int | None) -> EvalData:
 
 def _inspected(entry: Entry) -> tuple[tuple[int, int], str] | Skipped:
     try:
-        size = picture_size(entry.path, LIMITS, decode=True)
-        with entry.path.open("rb") as file:
-            return size, hashlib.file_digest(file, "sha256").hexdigest()
+        file = fetch_file(entry.path, LIMITS)
+        return picture_size(file, LIMITS, decode=True), file.sha256
     except PictureError as error:
         return Skipped(entry.path.name, error.reason)
-    except OSError as error:
-        return Skipped(entry.path.name, error.strerror or str(error))
 
 
 def _open_flat(path: os.PathLike[str], size: tuple[int, int]) -> Sample:

@@ -1,5 +1,6 @@
 """Picture folders: indexing, skipping, captions, held-out split."""
 
+import collections
 import contextlib
 import hashlib
 import io
@@ -10,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import zlib
 from pathlib import Path
 
@@ -373,17 +375,47 @@ def test_remote_folders_go_through_epath(tmp_path):
     assert reasons(index) == {"bad.png": "empty file (0 bytes)"}
 
 
+def test_remote_files_are_read_once_and_at_the_same_time(tmp_path):
+    """A store that answers slowly, on many requests at a time."""
+    fill(tmp_path / "bucket", 24)
+    (tmp_path / "bucket" / "movie.bin").write_bytes(b"\0" * 100)
+    opened, waiting, most = collections.Counter(), set(), [0]
+
+    def slow(original, path, *rest, **options):
+        me = object()
+        waiting.add(me)
+        most[0] = max(most[0], len(waiting))
+        time.sleep(0.02)
+        waiting.discard(me)
+        return original(os.fspath(path).replace("gs://bucket", str(tmp_path / "bucket")), *rest)
+
+    def counted(original, path, *rest, **options):
+        opened[os.path.basename(path)] += 1
+        return slow(original, path, *rest)
+
+    functions = {"exists": slow, "listdir": slow, "stat": slow, "open": counted}
+
+    def is_folder(original, path, *rest):
+        folders.append(len(waiting))
+        return slow(original, path, *rest)
+
+    folders = []
+    with epath.testing.mock_epath(**functions, isdir=is_folder):
+        index = scan_folder("gs://bucket", BUCKETS, threads=8)
+    assert len(index) == 24 and set(opened.values()) == {1}
+    assert most[0] > 4 and max(folders) > 2
+
+
 def test_a_file_that_vanishes_while_scanning_is_skipped(tmp_path, monkeypatch):
     fill(tmp_path, 3)
-    original = folder_module.picture_size
+    original = folder_module.fetch_file
 
-    def vanishing(path, *rest, **options):
-        size = original(path, *rest, **options)
+    def vanishing(path, *rest):
         if path.name == "0001.png":
             path.unlink()
-        return size
+        return original(path, *rest)
 
-    monkeypatch.setattr(folder_module, "picture_size", vanishing)
+    monkeypatch.setattr(folder_module, "fetch_file", vanishing)
     index = scan_folder(tmp_path, BUCKETS)
     assert names(index) == ["0000.png", "0002.png"]
     assert reasons(index) == {"0001.png": "No such file or directory"}

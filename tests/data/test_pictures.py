@@ -1,5 +1,6 @@
 """Picture files of every mode and every way to be broken."""
 
+import hashlib
 import io
 import os
 import random
@@ -15,6 +16,7 @@ from sl_jax.data import pictures
 from sl_jax.data.pictures import (
     PictureError,
     PictureLimits,
+    fetch_file,
     open_picture,
     open_rgba,
     picture_size,
@@ -500,3 +502,20 @@ def test_resize_stretches_and_keeps_transparent_colour_out():
     layer[:, : WIDTH // 2] = (255, 0, 0, 255)
     small = resize_to(layer, (12, 15))
     assert (small[small[..., 3] > 8][:, 1] <= 3).all()
+
+
+def test_fetched_files_are_read_once(tmp_path, monkeypatch):
+    path = save(tmp_path / "a.png", Image.fromarray(with_alpha()))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    large = fetch_file(path)
+    monkeypatch.setattr(pictures, "_HELD_BYTES", 10)
+    small, large = large, fetch_file(path)
+    assert large.content is None and large.sha256 == digest
+    np.testing.assert_array_equal(open_rgba(large), with_alpha())
+    path.unlink()
+    assert small.sha256 == digest and picture_size(small, decode=True) == (HEIGHT, WIDTH)
+    np.testing.assert_array_equal(open_rgba(small), with_alpha())
+    with pytest.raises(PictureError, match="No such file"):
+        open_rgba(large)
+    with pytest.raises(PictureError, match="No such file"):
+        fetch_file(path)
