@@ -13,13 +13,13 @@ from etils import epath
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter, save_adapter_checkpoint
 from sl_jax.checkpoints.card import CardSettings, write_card
 from sl_jax.checkpoints.diffusers_lora import write_diffusers
-from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.merge import merge
 from sl_jax.checkpoints.peft import write_peft
 from sl_jax.checkpoints.pipeline import parameter_shapes
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.checkpoints.verify import TOLERANCES, compare
 from sl_jax.inference.decomposer import RELEASE
+from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.training.console import set_up_logging
 
@@ -38,9 +38,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_up_logging()
     flags = _parser().parse_args(argv)
     try:
+        if "output" in flags:
+            require_writable(flags.output)
         flags.run(flags)
-    except (CheckpointError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(disk_problem(error, getattr(flags, "output", flags.source)))
     except KeyboardInterrupt:
         print("\nStopped.", flush=True)
         sys.exit(130)

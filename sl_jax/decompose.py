@@ -11,9 +11,9 @@ from absl import app, flags
 from etils import epath
 
 from sl_jax.checkpoints.adapters import adapter_digest
-from sl_jax.checkpoints.huggingface import CheckpointError
-from sl_jax.data import FolderError
 from sl_jax.inference.decomposer import RELEASE, Decomposer, PictureDecomposer, Sampling
+from sl_jax.inference.disk import disk_problem
+from sl_jax.inference.fingerprints import checkpoint_digest
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.training.console import set_up_logging
@@ -48,6 +48,7 @@ _NEGATIVE = flags.DEFINE_string("negative_prompt", " ", "Prompt that guidance le
 _NORMALIZE = flags.DEFINE_boolean(
     "cfg_normalize", RELEASE.normalize, "Guidance keeps the norm of the velocity."
 )
+_SAMPLING = (_LAYERS, _STEPS, _SAMPLER, _SIZE, _RESIZE, _GUIDANCE, _NORMALIZE)
 _PROMPT = flags.DEFINE_string("prompt", DEFAULT_PROMPT, "Prompt for all pictures.")
 _SEED = flags.DEFINE_integer(
     "seed", 42, "Of the first picture; the next has seed + 1.", lower_bound=0
@@ -82,8 +83,10 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please quote patterns")
     try:
         sys.exit(run())
-    except (CheckpointError, FolderError, ValueError) as error:
+    except ValueError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(disk_problem(error, _OUTPUT.value))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on with what is missing.", flush=True)
         sys.exit(130)
@@ -93,15 +96,7 @@ def run() -> int:
     """One run by the flags; the exit code."""
     job = Job(
         epath.Path(_OUTPUT.value).expanduser(),
-        Sampling(
-            _LAYERS.value,
-            _STEPS.value,
-            _SAMPLER.value,
-            _SIZE.value,
-            _RESIZE.value,
-            _GUIDANCE.value,
-            _NORMALIZE.value,
-        ),
+        Sampling(*(flag.value for flag in _SAMPLING)),
         seed=_SEED.value,
         made_by=_made_by(),
         transparent=_TRANSPARENT.value,
@@ -127,6 +122,7 @@ def run() -> int:
 def _made_by() -> dict[str, str | None]:
     return {
         "model": _MODEL.value,
+        "model_sha256": checkpoint_digest(_MODEL.value),
         "adapter": _ADAPTER.value,
         "adapter_sha256": adapter_digest(_ADAPTER.value) if _ADAPTER.value else None,
         "prompt": _PROMPT.value,

@@ -8,13 +8,12 @@ import sys
 
 from absl import app, flags
 
-from sl_jax.checkpoints.huggingface import CheckpointError
-from sl_jax.data import FolderError
 from sl_jax.eval import options
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.run import BASE, EvaluationConfig, evaluate
 from sl_jax.eval.systems import ModelConfig
 from sl_jax.inference.decomposer import RELEASE
+from sl_jax.inference.disk import disk_problem
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.scoring import JudgeError
 from sl_jax.scoring.cache import CacheError
@@ -89,10 +88,7 @@ _SHARD = flags.DEFINE_string(
     "shard", "", "Share of this process, as in 0/8 to 7/8; the report is then written without it."
 )
 
-_EXPECTED = (
-    *(CheckpointError, FolderError, CacheError, JudgeError, KeyMissingError, PreflightError),
-    ValueError,
-)
+_EXPECTED = (ValueError, CacheError, JudgeError, KeyMissingError, PreflightError)
 
 
 def main(argv: list[str]) -> None:
@@ -104,6 +100,8 @@ def main(argv: list[str]) -> None:
         outcome = evaluate(_config())
     except _EXPECTED as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        sys.exit(disk_problem(error, _OUTPUT.value))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on with what is missing.", flush=True)
         sys.exit(130)

@@ -11,6 +11,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest  # noqa: E402
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory):
+    """Tests, and the commands that they start, never write the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SL_JAX_CACHE", str(folder))
+        yield folder
+
+
 @pytest.fixture(scope="session")
 def random_checkpoint(tmp_path_factory):
     """A whole checkpoint folder in the diffusers layout: small, with random float32 weights."""

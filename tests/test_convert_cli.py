@@ -129,13 +129,6 @@ def test_the_card_tells_how_to_sample(workdir, random_checkpoint, tmp_path):
     assert not re.search(r"\$\w", card + (tmp_path / "infer.py").read_text())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept_prompts(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SL_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
 @pytest.fixture(scope="module")
 def decomposer(random_checkpoint, peft_folder):
     return sl_jax.Decomposer.from_pretrained(
@@ -403,6 +396,30 @@ def test_mistakes_end_in_one_message(peft_folder, random_checkpoint, tmp_path, c
     for arguments in ((), ("to-peft", "a"), ("to-peft", "a", "b", "--format", "ckpt"), ("melt",)):
         assert refused(*arguments) == "2"
     assert "--format" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["to-peft", "from-peft", "merge"])
+def test_outputs_that_cannot_be_written(
+    peft_folder, random_checkpoint, tmp_path, monkeypatch, command
+):
+    """Noticed before anything is read."""
+    monkeypatch.setattr(convert, "read_adapter", None)
+    monkeypatch.setattr(convert, "load_adapter", None)
+    (tmp_path / "taken").write_text("no folder")
+    for output in (tmp_path / "taken", tmp_path / "taken" / "inside"):
+        message = refused(command, peft_folder, output)
+        assert message == f"{output}: Not a directory; something else is in its way; please " + (
+            "choose another place"
+        )
+
+
+def test_a_disk_that_is_full(peft_folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "adapter_config.json").symlink_to("/dev/full")
+    message = refused("to-peft", peft_folder, tmp_path / "out")
+    assert message == f"{tmp_path / 'out'}: No space left on device; please free some space, " + (
+        "or choose a place on another disk"
+    )
 
 
 @pytest.mark.slow

@@ -34,15 +34,6 @@ torch.set_num_threads(1)
 SHORT = Sampling(layers=2, steps=2, size=32)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kept_prompts(tmp_path_factory):
-    """Where prompts are kept, here and by the command."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SL_JAX_CACHE", str(folder))
-        yield folder / "prompts"
-
-
 @pytest.fixture(scope="module")
 def checkpoint(random_checkpoint, tmp_path_factory):
     """The random checkpoint with the real model's σ grid, which depends on the size."""
@@ -65,9 +56,9 @@ def _picture(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.array(image)
 
 
-def test_prompts_are_encoded_once(decomposer, checkpoint, kept_prompts, monkeypatch):
-    assert len(list(kept_prompts.iterdir())) >= 2
-    monkeypatch.setattr(prompts, "_encode", None)
+def test_prompts_are_encoded_once(decomposer, checkpoint, user_cache, monkeypatch):
+    assert len(list((user_cache / "prompts").iterdir())) >= 2
+    monkeypatch.setattr(prompts, "_loaded", None)
     again = sl_jax.Decomposer.from_pretrained(str(checkpoint), dtype="float32")
     np.testing.assert_array_equal(again._prompts.hidden, decomposer._prompts.hidden)
 
@@ -85,6 +76,35 @@ def test_from_python(decomposer):
     stacks = decomposer.decompose(frames, _keys(42, 43), SHORT)
     np.testing.assert_array_equal(np.stack([np.asarray(layer) for layer in layers]), stacks[0])
     assert np.abs(stacks[0].astype(int) - stacks[1]).max() > 2
+
+
+def test_from_python_pictures_are_read_like_files(decomposer, tmp_path):
+    """Lying on their side by EXIF, and of 16 bits."""
+    settings = {"layers": 1, "steps": 1, "size": 32}
+    lying = Image.fromarray(_picture(32, 20)[..., :3])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    lying.save(tmp_path / "lying.png", exif=exif)
+    upright = lying.transpose(Image.Transpose.ROTATE_270)
+    (found,) = decomposer(Image.open(tmp_path / "lying.png"), **settings)
+    (wanted,) = decomposer(upright, **settings)
+    assert found.size == (32, 16)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+    grey = _picture(16, 32)[..., 0]
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    (found,) = decomposer(Image.open(tmp_path / "deep.png"), **settings)
+    (wanted,) = decomposer(Image.fromarray(grey), **settings)
+    np.testing.assert_array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_seeds_beyond_31_bits(decomposer):
+    image = Image.fromarray(_picture(16, 16))
+    settings = {"layers": 1, "steps": 1, "size": 16}
+    first, last = (decomposer(image, seed=s, **settings)[0] for s in (2**31, 2**32 - 1))
+    assert np.abs(np.asarray(first, int) - np.asarray(last, int)).max() > 2
+    for seed in (-1, 2**32):
+        with pytest.raises(ValueError, match="please use 0 to 4294967295"):
+            decomposer(image, seed=seed, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +161,14 @@ def test_command(checkpoint, adapter, tmp_path):
     assert "0 decomposed, 2 there before, 0 failed" in again.stderr
     assert written == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
 
+    config = checkpoint / "transformer" / "config.json"
+    before = config.read_text()
+    config.write_text(before + "\n")  # another model, as far as one can tell
+    other = _run(*flags)
+    config.write_text(before)
+    assert other.returncode == 1 and "was made with model_sha256" in other.stderr
+    assert written == {path: path.stat().st_mtime_ns for path in output.rglob("*")}
+
 
 @pytest.mark.slow
 def test_an_adapter_changes_the_layers(checkpoint, adapter, decomposer):
@@ -154,6 +182,13 @@ def test_command_says_what_is_wrong(tmp_path):
     missing = _run("--input", tmp_path / "no.png", "--output", tmp_path / "out")
     assert missing.returncode == 1
     assert "FolderError: no picture at" in missing.stderr
+    (tmp_path / "taken").write_text("no folder")
+    Image.new("RGB", (16, 16)).save(tmp_path / "a.png")
+    for output in ("taken", "taken/inside"):
+        taken = _run("--input", tmp_path, "--output", tmp_path / output, "--model", "tiny")
+        assert taken.returncode == 1 and "Traceback" not in taken.stderr
+        said = taken.stderr.splitlines()[-1]
+        assert said.startswith(f"{tmp_path / output}: ") and "please choose another place" in said
     unnamed = _run("--input", tmp_path)
     assert unnamed.returncode != 0 and "--output" in unnamed.stderr
 

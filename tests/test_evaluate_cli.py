@@ -52,6 +52,15 @@ def test_mistakes_are_said_before_anything_is_loaded(tmp_path):
     assert not (tmp_path / "o").exists()
 
 
+def test_an_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "taken").write_text("no folder")
+    told = _run("--data=procedural:B:1:2:32", "--model=tiny", f"--output={tmp_path}/taken")
+    assert told.returncode == 1 and "Traceback" not in told.stderr
+    assert told.stderr.strip().splitlines()[-1] == (
+        f"{tmp_path}/taken: File exists; something else is in its way; please choose another place"
+    )
+
+
 @pytest.mark.slow
 def test_an_evaluation_from_start_to_page(random_checkpoint, adapter, tmp_path):
     output = tmp_path / "out"

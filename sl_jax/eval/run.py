@@ -27,6 +27,7 @@ from sl_jax.eval.samples import EvalData, open_data, own_side
 from sl_jax.eval.summary import Evaluated, LeftOut, evaluation_report, summary_text
 from sl_jax.eval.systems import Model, ModelConfig, System, baseline_systems, ready_made
 from sl_jax.eval.work import Plan, Work
+from sl_jax.inference.decomposer import check_seeds
 
 _log = logging.getLogger(__name__)
 
@@ -101,11 +102,14 @@ def evaluate(config: EvaluationConfig, systems: Sequence[System] = ()) -> Outcom
     Raises:
       EvaluationError: it cannot be done as asked, or the folder holds another evaluation.
       FolderError: there are no pictures.
+      ValueError: a picture's seed would be out of range.
       CheckpointError: a model or adapter is missing or damaged.
     """
     data = open_data(config.data, _side(config), config.limit)
     for name, reason in data.skipped:
         _log.warning("skipped %s: %s", name, reason)
+    if config.model:
+        check_seeds(config.model.seed, len(data.pictures))
     found = _systems(config, systems)
     base = _base(config, found)
     protocols = allowed_protocols(

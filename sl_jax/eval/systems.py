@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
@@ -26,13 +25,16 @@ from sl_jax.eval.baselines import BASELINES, Baseline
 from sl_jax.eval.options import SamplerChoice
 from sl_jax.eval.samples import EvalPicture, Sample
 from sl_jax.eval.stacks import StackError, read_stack
-from sl_jax.inference.decomposer import Decomposer, PictureDecomposer, Sampling
-from sl_jax.inference.prompts import PromptEmbeddings, encode_prompts
+from sl_jax.inference.decomposer import (
+    Decomposer,
+    PictureDecomposer,
+    Sampling,
+    picture_keys,
+)
+from sl_jax.inference.fingerprints import checkpoint_digest
+from sl_jax.inference.prompts import PromptEmbeddings, encode_prompts, user_cache
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
-
-_HASHED_BYTES = 2**20
-_COMPONENTS = ("scheduler", "text_encoder", "tokenizer", "transformer", "vae")
 
 
 class Task(NamedTuple):
@@ -197,9 +199,7 @@ class Model:
                 guidance=config.guidance,
                 normalize=config.normalize,
             )
-            keys = jax.vmap(jax.random.key)(
-                jnp.asarray([config.seed + task.picture.index for task in tasks])
-            )
+            keys = picture_keys([config.seed + task.picture.index for task in tasks])
             frames = np.stack([_opaque(task.sample.source) for task in tasks])
             return list(
                 self._decomposer(adapter).decompose(frames, keys, sampling, batch=config.batch)
@@ -238,7 +238,7 @@ def _load(config: ModelConfig, where: Mapping[str, str]) -> _Loaded:
     adapters = {name: load_adapter(path, shapes) for name, path in where.items()}
     layout = Layout(make_mesh(MeshConfig(), jax.local_devices()))
     texts = [config.prompt, config.negative_prompt]
-    prompts = encode_prompts(folder, texts, dtype=config.dtype)
+    prompts = encode_prompts(folder, texts, cache_dir=user_cache(), dtype=config.dtype)
     pipeline = load_pipeline(folder, ComputeConfig(config.dtype, remat="none"), layout)
     placed = {name: shard_adapter(adapter, pipeline.params) for name, adapter in adapters.items()}
     return _Loaded(Decomposer(pipeline), prompts, {None: None, **placed}, layout)
@@ -246,29 +246,3 @@ def _load(config: ModelConfig, where: Mapping[str, str]) -> _Loaded:
 
 def _opaque(source: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 4"]:
     return np.concatenate([source, np.full_like(source[..., :1], 255)], axis=-1)
-
-
-def checkpoint_digest(model: str) -> str:
-    """SHA-256 (hex) of names, sizes, heads and tails of a checkpoint's files.
-
-    It changes with any training, and does not read forty gigabytes.
-
-    Raises:
-      CheckpointError: there is no such checkpoint.
-    """
-    folder = resolve_model(model)
-    digest = hashlib.sha256()
-    for component in _COMPONENTS:
-        inside = folder / component
-        for path in sorted(inside.iterdir()) if inside.is_dir() else ():
-            if path.is_dir():
-                continue
-            with path.open("rb") as file:
-                size = file.seek(0, 2)
-                file.seek(0)
-                head = file.read(_HASHED_BYTES)
-                file.seek(max(size - _HASHED_BYTES, 0))
-                tail = file.read(_HASHED_BYTES)
-            parts = f"{component}/{path.name} {size}\n".encode(), head, tail
-            digest.update(hashlib.sha256(b"".join(parts)).digest())
-    return digest.hexdigest()

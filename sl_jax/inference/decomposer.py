@@ -4,6 +4,7 @@
 `Decomposer.from_pretrained` returns, a `PictureDecomposer`, works on Pillow images.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -25,7 +26,7 @@ from sl_jax.checkpoints.pipeline import (
     shard_adapter,
 )
 from sl_jax.checkpoints.source import resolve_model
-from sl_jax.data.pictures import area_size, longest_side_size, resize_to
+from sl_jax.data.pictures import area_size, longest_side_size, resize_to, to_rgba
 from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
 from sl_jax.imaging import flatten
 from sl_jax.inference.prompts import (
@@ -47,6 +48,8 @@ from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shards, make_mesh
 
 SizeRule = Literal["longest", "area"]
+
+MAX_SEED = 2**32 - 1
 
 
 class Guidance(NamedTuple):
@@ -272,6 +275,30 @@ class Sampling:
 RELEASE = Sampling()
 
 
+def check_seeds(first: int, count: int = 1) -> None:
+    """Makes sure that `count` pictures in a row have seeds.
+
+    Raises:
+        ValueError: a seed is out of range.
+    """
+    if first < 0 or first + count - 1 > MAX_SEED:
+        raise ValueError(
+            f"seed = {first}, of the first of {count} pictures; please use 0 to {MAX_SEED}, so "
+            "that the last one, whose seed is larger by one for each picture, is in range too"
+        )
+
+
+def picture_keys(seeds: Sequence[int]) -> PRNGKeyArray:
+    """The random key of each seed.
+
+    Raises:
+        ValueError: a seed is out of range.
+    """
+    for seed in seeds:
+        check_seeds(seed)
+    return jax.vmap(jax.random.key)(np.asarray(seeds, np.uint32))
+
+
 class PictureDecomposer:
     """A loaded model with its prompt and adapter: one Pillow image in, a list of layers out."""
 
@@ -307,15 +334,19 @@ class PictureDecomposer:
     ) -> list[Image.Image]:
         """Layers of one picture as RGBA images, back to front; the first is the background.
 
-        They have the size at which the picture was decomposed, see `Sampling`. The same arguments
+        They have the size at which the picture was decomposed, see `Sampling`. The picture is read
+        as files are: upright by its EXIF orientation, of 16 bits the upper ones. The same arguments
         give the same layers, and those of the command's first picture.
+
+        Args:
+            seed: 0 to 2³² − 1.
 
         Raises:
             ValueError: an argument is out of range.
         """
         sampling = Sampling(layers, steps, sampler, size, resize, guidance)
-        frame = sampling.frame(np.asarray(image.convert("RGBA")))
-        stack = self.decompose(frame[None], jax.random.key(seed)[None], sampling)[0]
+        frame = sampling.frame(to_rgba(image))
+        stack = self.decompose(frame[None], picture_keys([seed]), sampling)[0]
         return [Image.fromarray(layer) for layer in stack]
 
     def decompose(

@@ -8,30 +8,35 @@ import collections
 import dataclasses
 import functools
 import glob
-import hashlib
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
-from sl_jax.data.folder import FolderError
+from sl_jax.data import FolderError, are_folders, in_threads
 from sl_jax.data.pictures import (
     PictureError,
     PictureLimits,
+    fetch_file,
     open_rgba,
     picture_size,
     picture_suffixes,
     shown,
 )
-from sl_jax.inference.decomposer import PictureDecomposer, Sampling
-from sl_jax.inference.outputs import layer_names, read_record, write_outputs
+from sl_jax.inference.decomposer import (
+    PictureDecomposer,
+    Sampling,
+    check_seeds,
+    picture_keys,
+)
+from sl_jax.inference.disk import require_writable
+from sl_jax.inference.outputs import clear_outputs, layer_names, read_record, write_outputs
 
 _MAGIC = frozenset("*?[")
 
@@ -75,7 +80,7 @@ class Job:
     Attributes:
         output: each picture gets a folder in it.
         sampling: how layers are sampled.
-        seed: of the first picture; the next has seed + 1.
+        seed: of the first picture; the next has seed + 1. All are 0 to 2³² − 1.
         made_by: what else decides the result (model, adapter, prompt); kept in `layers.json`.
         transparent: see `write_outputs`.
         overwrite: decompose again what is complete.
@@ -131,11 +136,11 @@ def find_pictures(where: str) -> list[Entry]:
     """
     path = epath.Path(where).expanduser()
     if path.is_dir():
-        found = [child for child in path.iterdir() if _claims(child)]
+        found = _pictures(path.iterdir())
     elif path.exists():
         found = [path]
     else:
-        found = [child for child in _matching(path) if _claims(child)]
+        found = _pictures(_matching(path))
     if not found:
         raise FolderError(
             f"no picture at {shown(where)}; please give a picture, a folder with pictures "
@@ -145,9 +150,14 @@ def find_pictures(where: str) -> list[Entry]:
     return [Entry(i, p, n) for i, (p, n) in enumerate(zip(found, _names(found), strict=True))]
 
 
-def _claims(path: epath.Path) -> bool:
-    hidden = path.name.startswith(".")
-    return not hidden and path.suffix.lower() in picture_suffixes() and not path.is_dir()
+def _pictures(paths: Iterable[epath.Path]) -> list[epath.Path]:
+    """Files whose names claim that they are pictures."""
+    claim = [
+        path
+        for path in paths
+        if not path.name.startswith(".") and path.suffix.lower() in picture_suffixes()
+    ]
+    return [p for p, folder in zip(claim, are_folders(claim), strict=True) if not folder]
 
 
 def _matching(pattern: epath.Path) -> list[epath.Path]:
@@ -180,16 +190,29 @@ def decompose_pictures(
 
     Args:
         load: called once, and only if there is anything to do.
+
+    Raises:
+        OSError: the output cannot be written, which is noticed before anything is loaded.
+        ValueError: the seed of the last picture is out of range.
     """
+    check_seeds(job.seed, len(entries))
     outcome = Outcome([], [], [])
-    todo = [entry for entry in entries if not _settled(entry, job, outcome)]
-    groups = _by_size(todo, job, outcome)
+    groups: dict[tuple[int, int], list[Entry]] = collections.defaultdict(list)
+    seen = in_threads(functools.partial(_seen, job=job), entries, "pictures")
+    for entry, found in zip(entries, seen, strict=True):
+        if isinstance(found, Problem):
+            outcome.problems.append(found)
+        elif found is None:
+            outcome.kept.append(job.output / entry.name)
+        else:
+            groups[found].append(entry)
     if not groups:
         return outcome
+    require_writable(job.output)
     decomposer = load()
     total = sum(map(len, groups.values()))
     with tqdm(total=total, unit="picture", desc="decompose") as bar:
-        for (height, width), group in groups.items():
+        for (height, width), group in sorted(groups.items()):
             bar.set_postfix_str(f"{width}x{height}")
             for batch in _batches(group, job, outcome):
                 _decompose(batch, job, decomposer, outcome)
@@ -197,48 +220,35 @@ def decompose_pictures(
     return outcome
 
 
-def _settled(entry: Entry, job: Job, outcome: Outcome) -> bool:
-    """Whether a picture's folder is complete, or holds what must not be lost unasked."""
-    folder = job.output / entry.name
-    record = None if job.overwrite else read_record(folder)
-    if record is None:
-        return False
-    wanted = job.settings(entry)
-    made = record.get("settings", {})
-    other = [f"{key} {made.get(key)!r}" for key in wanted if made.get(key) != wanted[key]]
+def _seen(entry: Entry, job: Job) -> tuple[int, int] | Problem | None:
+    """At what size a picture is to be decomposed, or why it is not; None if that has been done.
+
+    What was made with other settings is no less a problem: it must not be lost unasked.
+    """
     try:
-        if record.get("sha256") != _digest(entry.path):
-            other.append("another picture")
-    except OSError as error:
-        outcome.problems.append(Problem(os.fspath(entry.path), error.strerror or str(error)))
-        return True
-    if other:
-        reason = f"{folder} was made with {', '.join(other)}; please pass --overwrite, or another "
-        outcome.problems.append(Problem(os.fspath(entry.path), f"{reason}--output"))
-        return True
-    if job.recurse is not None and record.get("recursed") != job.recurse:
-        return False
-    outcome.kept.append(folder)
-    return True
+        record = None if job.overwrite else read_record(job.output / entry.name)
+        if record is not None:
+            if other := _differences(record, entry, job):
+                return Problem(os.fspath(entry.path), other)
+            if job.recurse is None or record.get("recursed") == job.recurse:
+                return None
+        return job.sampling.frame_size(*picture_size(entry.path, job.limits))
+    except PictureError as error:
+        return Problem(os.fspath(entry.path), error.reason)
 
 
-def _digest(path: epath.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _by_size(
-    entries: Sequence[Entry], job: Job, outcome: Outcome
-) -> dict[tuple[int, int], list[Entry]]:
-    groups: dict[tuple[int, int], list[Entry]] = collections.defaultdict(list)
-    for entry in entries:
-        try:
-            size = picture_size(entry.path, job.limits)
-        except PictureError as error:
-            outcome.problems.append(Problem(os.fspath(entry.path), error.reason))
-        else:
-            groups[job.sampling.frame_size(*size)].append(entry)
-    return dict(sorted(groups.items()))
+def _differences(record: Mapping[str, Any], entry: Entry, job: Job) -> str:
+    """How a complete folder is not what would be made now; "" if it is."""
+    wanted, made = job.settings(entry), record.get("settings", {})
+    other = [f"{key} {made.get(key)!r}" for key in wanted if made.get(key) != wanted[key]]
+    if record.get("sha256") != fetch_file(entry.path, job.limits).sha256:
+        other.append("another picture")
+    if not other:
+        return ""
+    folder = job.output / entry.name
+    return (
+        f"{folder} was made with {', '.join(other)}; please pass --overwrite, or another --output"
+    )
 
 
 class _Opened(NamedTuple):
@@ -257,23 +267,22 @@ def _batches(group: Sequence[Entry], job: Job, outcome: Outcome) -> Iterator[lis
 
 def _open(entry: Entry, job: Job, outcome: Outcome) -> _Opened | None:
     try:
-        picture = open_rgba(entry.path, job.limits)
-        return _Opened(entry, _digest(entry.path), picture.shape[:2], job.sampling.frame(picture))
+        file = fetch_file(entry.path, job.limits)
+        picture = open_rgba(file, job.limits)
+        return _Opened(entry, file.sha256, picture.shape[:2], job.sampling.frame(picture))
     except PictureError as error:
         outcome.problems.append(Problem(os.fspath(entry.path), error.reason))
-    except OSError as error:
-        outcome.problems.append(Problem(os.fspath(entry.path), error.strerror or str(error)))
     return None
 
 
 def _decompose(
     batch: Sequence[_Opened], job: Job, decomposer: PictureDecomposer, outcome: Outcome
 ) -> None:
-    keys = jax.vmap(jax.random.key)(
-        jnp.asarray([job.seed + picture.entry.index for picture in batch])
-    )
+    keys = picture_keys([job.seed + picture.entry.index for picture in batch])
     sample = functools.partial(decomposer.decompose, sampling=job.sampling, batch=job.batch)
     stacks = sample(np.stack([picture.frame for picture in batch]), keys)
+    for picture in batch:
+        clear_outputs(job.output / picture.entry.name)
     if job.recurse is not None:
         # The layer keeps its alpha: what it leaves transparent is no part of the picture.
         chosen = stacks[:, job.recurse]

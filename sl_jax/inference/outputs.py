@@ -10,6 +10,7 @@ layers.json     how they were made, and what is on each layer; written last
 import io
 import json
 import logging
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -34,6 +35,9 @@ from sl_jax.imaging import (
 
 RECORD = "layers.json"
 
+_FILE = re.compile(r"source\.png|composite\.png|layer_\d+\.png|layers\.psd|\.[0-9a-f]{32}\.partial")
+_LAYER_FOLDER = re.compile(r"layer_\d+")
+
 _log = logging.getLogger(__name__)
 
 
@@ -48,7 +52,7 @@ def write_outputs(
     """Writes all files of one picture; an interrupted call leaves no `layers.json`.
 
     Args:
-        folder: made if needed; layers of an earlier decomposition in it are replaced.
+        folder: made if needed; see `clear_outputs` for one with an earlier decomposition.
         source: the frame that was decomposed.
         layers: straight RGBA, back to front.
         record: what to put into `layers.json` besides the description of the layers.
@@ -56,9 +60,6 @@ def write_outputs(
     """
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
-    for stale in folder.glob("layer_*.png"):
-        stale.unlink()
     opaque = bool((source[..., 3] == 255).all())
     _save_png(folder / "source.png", source[..., :3] if opaque else source)
     together = to_uint8(over(layers)) if transparent else recompose(layers)
@@ -71,6 +72,24 @@ def write_outputs(
     partial = folder / f".{uuid.uuid4().hex}.partial"
     partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     partial.replace(folder / RECORD)
+
+
+def clear_outputs(folder: epath.PathLike) -> None:
+    """Removes what `write_outputs` left in a folder, and in those of layers in it.
+
+    Other files stay, with the folders that they are in.
+    """
+    folder = epath.Path(folder)
+    if not folder.is_dir():
+        return
+    (folder / RECORD).unlink(missing_ok=True)  # from here on it is not complete
+    for path in list(folder.iterdir()):
+        if _LAYER_FOLDER.fullmatch(path.name) and path.is_dir():
+            clear_outputs(path)
+        elif _FILE.fullmatch(path.name):
+            path.unlink()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def read_record(folder: epath.PathLike) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """From pictures to layers: what rollout, learner, evaluation and `decompose` have in common."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -46,11 +47,16 @@ def decode_layers(
 ) -> UInt8[Array, "b l h w 4"]:
     """Straight RGBA layers, back to front; frame 0, the whole picture again, is dropped.
 
-    Frame by frame for all samples, so that memory does not grow with the number of layers.
+    Few frames are decoded at a time, so that memory grows neither with the number of layers nor
+    with the batch: so many samples as devices that split the batch may be, and one layer.
     """
     frames = unpack(latents, grid.height, grid.width)[:, 1:]
-    by_layer = jax.lax.map(lambda x: decode_frames(vae, params, x), jnp.moveaxis(frames, 1, 0))
-    return jnp.moveaxis(by_layer, 0, 1)
+    batch, layers, *shape = frames.shape
+    together = math.gcd(batch, jax.device_count())
+    # Samples of one step are far from each other, and so on different devices.
+    steps = jnp.moveaxis(frames.reshape(together, -1, *shape), 1, 0)
+    decoded = jax.lax.map(lambda x: decode_frames(vae, params, x), steps)
+    return jnp.moveaxis(decoded, 0, 1).reshape(batch, layers, *decoded.shape[2:])
 
 
 def modulation_table(

@@ -1,5 +1,7 @@
 """Folders of pictures: what is found, what is written, what is kept, and what noise they get."""
 
+import collections
+import errno
 import json
 from pathlib import Path
 
@@ -10,10 +12,11 @@ from etils import epath
 from PIL import Image
 from psd_tools import PSDImage
 
-from sl_jax.data import FolderError, longest_side_size
+from sl_jax.data import FolderError, longest_side_size, pictures
 from sl_jax.imaging import flatten, over, recompose, to_uint8
-from sl_jax.inference import outputs
+from sl_jax.inference import folder, outputs
 from sl_jax.inference.decomposer import Sampling
+from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 
 SAMPLING = Sampling(layers=3, steps=1, size=32)
@@ -181,6 +184,73 @@ def test_a_layer_is_decomposed_once_more(tmp_path):
     assert len(outcome.kept) == 1 and not fake.calls
     with pytest.raises(ValueError, match="0 to 2"):
         Job(epath.Path("out"), SAMPLING, recurse=3)
+
+
+def test_what_an_earlier_decomposition_left_is_removed(tmp_path):
+    path = _picture(tmp_path / "photo.png", 32, 32)
+    _decompose(path, tmp_path / "out", transparent=True, recurse=1)
+    folder = tmp_path / "out" / "photo"
+    (folder / "layer_1" / "notes.txt").write_text("not ours")
+    (folder / f".{'0' * 32}.partial").write_text("of a process that was killed")
+    _decompose(path, tmp_path / "out", overwrite=True, recurse=0, transparent=True)
+    assert [file.name for file in (folder / "layer_1").iterdir()] == ["notes.txt"]
+    assert (folder / "layer_0").is_dir()
+    (folder / "layer_1" / "notes.txt").unlink()
+    fewer = Sampling(layers=2, steps=1, size=32)
+    _decompose(path, tmp_path / "out", overwrite=True, sampling=fewer)
+    assert {f.name for f in folder.iterdir()} == FILES | {"layer_0.png", "layer_1.png"}
+
+
+def test_outputs_are_tried_before_anything_is_loaded(tmp_path):
+    path = _picture(tmp_path / "photo.png", 32, 32)
+    job = Job(epath.Path(tmp_path / "photo.png" / "out"), SAMPLING)
+    with pytest.raises(NotADirectoryError) as error:
+        decompose_pictures(find_pictures(str(path)), job, lambda: 1 / 0)
+    assert disk_problem(error.value, "elsewhere") == (
+        f"{path / 'out'}: Not a directory; something else is in its way; please choose another "
+        "place"
+    )
+    require_writable(tmp_path / "new" / "folder")
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.png"]
+
+
+def test_disk_problems_name_a_path():
+    full = OSError(errno.ENOSPC, "any words")
+    assert disk_problem(full, "out") == (
+        "out: No space left on device; please free some space, or choose a place on another disk"
+    )
+    odd = disk_problem(OSError("two\nlines"), "out")
+    assert odd == "out: two lines; please check the path, or choose another place"
+
+
+def test_seeds_up_to_32_bits(tmp_path):
+    for name in "ab":
+        _picture(tmp_path / "in" / f"{name}.png", 32, 32)
+    outcome, _ = _decompose(tmp_path / "in", tmp_path / "out", seed=2**32 - 2)
+    assert len(outcome.written) == 2
+    key = jax.random.wrap_key_data(np.array([0, 2**32 - 1], np.uint32))
+    frame = SAMPLING.frame(np.asarray(Image.open(tmp_path / "in" / "b.png").convert("RGBA")))
+    layer = FakeDecomposer.stack(frame, key, SAMPLING)[1]
+    found = _read(tmp_path / "out" / "b" / "layer_1.png")
+    np.testing.assert_array_equal(found, flatten(layer))
+    with pytest.raises(ValueError, match="please use 0 to 4294967295"):
+        _decompose(tmp_path / "in", tmp_path / "other", seed=2**32 - 1)
+
+
+def test_files_are_read_once(tmp_path, monkeypatch):
+    for index, name in enumerate("abc"):
+        _picture(tmp_path / "in" / f"{name}.png", 32, 32, index)
+    read = collections.Counter()
+    fetch = pictures.fetch_file
+
+    def counted(path, limits):
+        read[path.name] += 1
+        return fetch(path, limits)
+
+    monkeypatch.setattr(folder, "fetch_file", counted)
+    for times in (1, 2):  # to decompose them, and to know that they are the same
+        _decompose(tmp_path / "in", tmp_path / "out")
+        assert set(read.values()) == {times} and len(read) == 3
 
 
 def test_a_bad_picture_stops_no_other(tmp_path):

@@ -1,0 +1,56 @@
+"""What can go wrong with files and folders, found early and said in one line."""
+
+import errno
+import os
+import uuid
+
+from etils import epath
+
+from sl_jax.checkpoints.byte_ranges import import_problem, is_remote
+
+_FULL = "please free some space, or choose a place on another disk"
+_CLOSED = "please allow access to it, or choose another place"
+_TAKEN = "something else is in its way; please choose another place"
+_ADVICE = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EACCES: _CLOSED,
+    errno.EPERM: _CLOSED,
+    errno.EROFS: _CLOSED,
+    errno.ENOTDIR: _TAKEN,
+    errno.EEXIST: _TAKEN,
+    errno.EISDIR: _TAKEN,
+}
+
+
+def disk_problem(error: OSError, place: epath.PathLike) -> str:
+    """One line that names the path and what to do about it.
+
+    Args:
+        error: raised by reading or writing.
+        place: what was being written, for errors that name no file, as those of full disks.
+    """
+    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    advice = _ADVICE.get(error.errno or 0, "please check the path, or choose another place")
+    return f"{error.filename or os.fspath(place)}: {' '.join(reason.split())}; {advice}"
+
+
+def require_writable(folder: epath.PathLike) -> None:
+    """Makes sure that files can be written to a folder, or that it can be made; leaves nothing.
+
+    Raises:
+        OSError: they cannot.
+        CheckpointError: its store needs a package that is not installed.
+    """
+    folder = epath.Path(folder)
+    try:
+        place = folder
+        while not is_remote(place) and not place.exists():
+            place = place.parent
+        probe = place / f".{uuid.uuid4().hex}.partial"
+        probe.write_bytes(b"may this be written?")
+        probe.unlink()
+    except ImportError as error:
+        raise import_problem(folder, error) from error
+    except OSError as error:
+        raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error
