@@ -71,6 +71,7 @@ setup(
         "cpu": TRAINING,
         "cuda": [*TRAINING, "jax[cuda12]>=0.10,<0.13"],
         "tpu": [*TRAINING, "jax[tpu]>=0.10,<0.13"],
+        "gcs": ["gcsfs"],
         "judge": JUDGE,
         "wandb": ["wandb"],
         "test-without-torch": TEST,
