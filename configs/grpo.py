@@ -10,6 +10,11 @@ or verl-omni), ours (measured here), or unmeasured.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from sl_jax.data import standard_buckets
+
+# width : height
+ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16), (2, 1), (1, 2))
+
 
 def get_config(variant: str = "production") -> ConfigDict:
     """The configuration of `python -m sl_jax.train`; variants: production, tiny."""
@@ -31,10 +36,11 @@ def _production() -> ConfigDict:
     data.path = ""  # a folder of pictures
     data.eval_data = ""  # a folder of held-out pictures, or
     data.eval_fraction = 0.05  # the share of `path` held out by content hash
-    data.buckets = ((640, 640), (480, 640), (640, 480), (432, 640), (640, 432))
+    # Longest side 640 (the Stable-Layers release), up to 2:1 both ways; which ones: ours.
+    data.buckets = standard_buckets(640, ASPECTS)
     data.layers = (3, 4)  # paper: 4 at inference
     data.prompt = "a clean, well composed image"  # the Stable-Layers release's default
-    data.captions = True
+    data.caption = "files"  # beside the pictures; "vlm": from the judge pool; "prompt": none
     data.max_text_tokens = 512  # the checkpoint's pipeline
 
     rollout = config.rollout = ConfigDict()
@@ -48,16 +54,19 @@ def _production() -> ConfigDict:
     rollout.window_size = 2  # peer: Flow-GRPO-Fast
     rollout.window_range = (0, 5)  # peer: Flow-GRPO-Fast
     rollout.group_noise = "shared"  # unmeasured
-    rollout.ode_method = "euler"
+    rollout.ode_method = "euler"  # paper
+    rollout.train_frames = "all"  # unmeasured; "layers" leaves frame 0 out of the likelihood
 
     advantage = config.advantage = ConfigDict()
-    advantage.scale = "group"  # paper
+    advantage.scale = "group"  # paper; "criterion" is GDPO's, arXiv 2601.05242
     advantage.std_floor = 0.01  # unmeasured; the judge's own noise
 
     objective = config.objective = ConfigDict()
     objective.ratio = "velocity"  # ours
     objective.clip_low = 1e-2  # from GRPO-Guard's public 2e-6 on the velocity scale
     objective.clip_high = 1e-2
+    objective.advantage_limit = 5.0  # peer: flow_grpo
+    objective.log_ratio_limit = 20.0  # beyond it exp leaves float32; clipping comes long before
     objective.kl_weight = 0.0  # unmeasured; public β do not carry over
     objective.inverse_dt_weight = False
 
@@ -83,6 +92,11 @@ def _production() -> ConfigDict:
     optimizer.learning_rate = 3e-4  # peer: flow_grpo
     optimizer.weight_decay = 1e-4  # peer: flow_grpo
     optimizer.clip_norm = 1.0  # peer: flow_grpo
+    optimizer.name = "adamw"  # peer: flow_grpo; or "muon"
+    optimizer.b1 = 0.9  # peer: flow_grpo
+    optimizer.b2 = 0.999  # peer: flow_grpo
+    optimizer.warmup_steps = 0  # peer: flow_grpo
+    optimizer.decay_steps = 0  # constant; peer: flow_grpo
 
     learner = config.learner = ConfigDict()
     learner.updates = 2  # paper

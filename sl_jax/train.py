@@ -5,7 +5,7 @@ Stopped and started again with the same configuration, a run goes on where it wa
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
 import jax
@@ -22,11 +22,12 @@ from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, trainin
 from sl_jax.eval.report import write_html
 from sl_jax.grpo.adapter import first_adapter
 from sl_jax.grpo.batches import rows_here, same_pictures
+from sl_jax.grpo.captions import captioned
 from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.identity import IDENTITY
-from sl_jax.grpo.judges import open_judges
-from sl_jax.grpo.judging import JudgeUnavailableError, Judging
+from sl_jax.grpo.judges import judgings, open_judges
+from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.learner import Learner
 from sl_jax.grpo.loop import Parts, train
 from sl_jax.grpo.prompts import PromptTable
@@ -37,10 +38,10 @@ from sl_jax.models.lora import Adapter
 from sl_jax.parallel.joining import joined
 from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.parallel.processes import ALONE, ProcessError, Processes, to_everywhere
-from sl_jax.scoring import BudgetError, Rewards
+from sl_jax.scoring import BudgetError
 from sl_jax.scoring.cache import CacheError
+from sl_jax.scoring.captions import CaptionError
 from sl_jax.scoring.keys import KeyMissingError
-from sl_jax.scoring.records import JudgeRecords
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training import workdir as work
 from sl_jax.training.configuration import ConfigError, distributed_part
@@ -53,6 +54,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 _EXPECTED = (
     *(ConfigError, CheckpointError, FolderError, ProcessError),
     *(KeyMissingError, PreflightError, CacheError, JudgeUnavailableError, BudgetError),
+    CaptionError,
 )
 
 
@@ -63,7 +65,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     config = _CONFIG.value.to_dict()
     with (
-        ending_in_a_line(_EXPECTED, "epoch"),
+        ending_in_a_line(_EXPECTED, "epoch", config["workdir"]),
         joined(distributed_part(config)) as processes,
     ):
         run(from_mapping(config, jax.device_count()), processes)
@@ -110,28 +112,26 @@ def _parts(
         eval_data=data.eval_data or None,
         eval_fraction=data.eval_fraction,
     )
-    examples = EvalSet(held_out, layers=data.layers, count=config.evaluation.pictures)
+    held_out_set = partial(EvalSet, layers=data.layers, count=config.evaluation.pictures)
     layout = Layout(make_mesh(config.mesh))
     groups, rows = rollout.batch_groups, rows_here(config, layout, processes).held
-    stream = TrainStream(index, groups=groups, layers=data.layers, seed=config.seed, slots=rows)
+    training_stream = partial(
+        TrainStream, groups=groups, layers=data.layers, seed=config.seed, slots=rows
+    )
     same_pictures((index, held_out), processes)
     model = resolve_model(config.model)
     first = first_adapter(config, model, layout)
     left = config.epochs - (checkpoints.latest or 0)
-    judging = open_judges(config, folder, left, len(examples), processes)
-    with judging as judges, closing(stream):
+    judging = open_judges(config, folder, left, len(held_out_set(held_out)), processes)
+    with judging as judges, ExitStack() as stack:
+        index, held_out = captioned((index, held_out), data.caption, judges.training, processes)
+        stream = stack.enter_context(closing(training_stream(index)))
+        examples = held_out_set(held_out)
         captions = [record.caption for part in (index, held_out) for record in part]
         with processes.together("loading the model"):
             prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
             pipeline = load_pipeline(model, config.compute, layout)
-        records = JudgeRecords(
-            folder / "judge", config.judge.recorded_pictures, config.judge.render
-        )
-        rewards = Rewards(config.rewards)
-        training = Judging(judges.training, rewards, config.judge, records, processes)
-        grading = Judging(
-            judges.evaluation, Rewards((("judge", 1.0),)), config.judge, processes=processes
-        )
+        training, grading = judgings(config, folder, judges, processes)
         sampled = (Decomposer(pipeline), examples, prompts)
         evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
         rolling = Rollout(pipeline, rollout, layout)

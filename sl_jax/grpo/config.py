@@ -17,8 +17,8 @@ from sl_jax.scoring import JudgeConfig, RenderConfig, Rewards
 from sl_jax.scoring.encoding import RequestConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.scoring.endpoint_state import CoolDown
+from sl_jax.scoring.rewards import BUILT_IN, Spec
 from sl_jax.scoring.rewards import DEFAULT as DEFAULT_REWARDS
-from sl_jax.scoring.rewards import Spec
 from sl_jax.scoring.rubric import load_prompts
 from sl_jax.training.configuration import (
     AT_LEAST_ONE,
@@ -48,8 +48,9 @@ class DataConfig:
         buckets: (height, width) in pixels, multiples of 16; each picture is stretched to the
             nearest by aspect ratio.
         layers: numbers of layers L that a step may have.
-        prompt: for pictures without a caption; `captions` false uses it for all.
-        captions: use the captions beside the pictures.
+        caption: where captions come from: the "files" beside the pictures, or the "vlm" of the
+            judge pool, asked once per picture; "prompt" for none.
+        prompt: for pictures without a caption.
         max_text_tokens: longer prompts are cut.
     """
 
@@ -58,8 +59,8 @@ class DataConfig:
     eval_fraction: float = 0.05
     buckets: tuple[tuple[int, int], ...] = ((640, 640),)
     layers: tuple[int, ...] = (3, 4)
+    caption: Literal["files", "prompt", "vlm"] = "files"
     prompt: str = "a clean, well composed image"
-    captions: bool = True
     max_text_tokens: int = 512
 
 
@@ -79,6 +80,8 @@ class RolloutConfig:
         group_noise: whether the candidates of a group share the initial noise, and with it the
             prefix before the window.
         ode_method: of the other steps.
+        train_frames: which frames a sample's likelihood is of; "layers" leaves out frame 0, the
+            whole picture again, which is dropped from the result. Noise is drawn in all.
     """
 
     groups: int = 32
@@ -92,6 +95,7 @@ class RolloutConfig:
     window_range: tuple[int, int] = (0, 5)
     group_noise: Literal["shared", "independent"] = "shared"
     ode_method: OdeMethod = "euler"
+    train_frames: Literal["all", "layers"] = "all"
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,13 @@ class AdvantageConfig:
     """From rewards to advantages, see `grpo.advantages`.
 
     Attributes:
-        scale: divide by the "group" std, the "batch" std, or by nothing ("none").
+        scale: divide by the "group" std, the "batch" std, or by nothing ("none"); "criterion"
+            divides each of the judge's criteria, and stage 2, by its own std in the group before
+            they are weighted and summed.
         std_floor: least divisor, from the judge's measured noise.
     """
 
-    scale: Literal["group", "batch", "none"] = "group"
+    scale: Literal["group", "batch", "none", "criterion"] = "group"
     std_floor: float = 0.01
 
 
@@ -392,11 +398,33 @@ def _judge_problems(config: GrpoConfig) -> Iterator[str]:
         labels = [endpoint.label for endpoint in endpoints]
         if len(set(labels)) < len(labels):
             yield f"config.{name} are called {labels}; please give each a name of its own"
+    yield from _caption_problems(config)
     yield from _spending_problems(config)
     try:
         Rewards(config.rewards)
     except (ValueError, TypeError) as error:  # TypeError: options that a reward does not take
         yield f"config.rewards {config.rewards}: {error}"
+    others = [name for name, *_ in config.rewards if name not in BUILT_IN]
+    if config.advantage.scale == "criterion" and others:
+        yield (
+            f"config.advantage.scale is 'criterion', which knows the judge's criteria and the "
+            f"packaged vetoes alone; please use another, or leave {others} out of config.rewards"
+        )
+
+
+def _caption_problems(config: GrpoConfig) -> Iterator[str]:
+    if config.data.caption != "vlm":
+        return
+    if not config.judge.endpoints:
+        yield (
+            "config.data.caption is 'vlm', but no server is there to ask, and the judge in process "
+            "describes nothing; please name config.judge.endpoints, or use 'files' or 'prompt'"
+        )
+    if not config.judge.cache:
+        yield (
+            "config.judge.cache is False; please set it True where config.data.caption is 'vlm': "
+            "a run that goes on would ask for all captions again, and get others"
+        )
 
 
 def _spending_problems(config: GrpoConfig) -> Iterator[str]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from etils import epath
 
 from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings
+from sl_jax.grpo.judging import Judging
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.scoring import (
     EmbeddedConfig,
@@ -16,11 +17,13 @@ from sl_jax.scoring import (
     Endpoint,
     JudgeConfig,
     JudgeWorker,
+    Rewards,
     TwoStageJudge,
 )
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
 from sl_jax.scoring.endpoint_config import EndpointConfig
+from sl_jax.scoring.records import JudgeRecords
 
 if TYPE_CHECKING:
     from sl_jax.scoring.pool import JudgePool
@@ -109,6 +112,17 @@ def open_judges(
             _try_out(config, worker, training, other, epochs, groups, graded)
         ready.close()
         yield Judges(worker, graders)
+
+
+def judgings(
+    config: GrpoConfig, folder: epath.Path, judges: Judges, processes: Processes
+) -> tuple[Judging, Judging]:
+    """How training is rewarded, on record; and how held-out pictures are, by the judge alone."""
+    judge = config.judge
+    records = JudgeRecords(folder / "judge", judge.recorded_pictures, judge.render)
+    training = Judging(judges.training, Rewards(config.rewards), judge, records, processes)
+    alone = Rewards((("judge", 1.0),))
+    return training, Judging(judges.evaluation, alone, judge, processes=processes)
 
 
 def make_endpoint(settings: JudgeSettings) -> Endpoint:

@@ -236,6 +236,9 @@ class Learner:
             for other in others
         )
         velocity, vjp = self.velocity(adapter, step, batch.sigmas, batch.grid)
+        trained = None
+        if self._rollout.train_frames == "layers":
+            trained = np.arange(batch.grid.generated_tokens) >= batch.grid.frame_tokens
         return self._backward(
             gradient,
             vjp,
@@ -244,6 +247,7 @@ class Learner:
             reference,
             step,
             batch.sigmas,
+            trained,
         )
 
     def _reference(self, state: LearnerState) -> Adapter:
@@ -320,6 +324,7 @@ class Learner:
         velocity_reference: Array | None,
         step: Step,
         sigmas: Array,
+        trained: Array | None,
     ) -> tuple[Any, StepReport]:
         coefficients = self._coefficients(sigmas, step.index)
 
@@ -334,6 +339,7 @@ class Learner:
                 weight=step.weight,
                 config=self._objective,
                 velocity_reference=velocity_reference,
+                token_mask=trained,
             )
 
         cotangent, metrics = jax.grad(loss, has_aux=True)(velocity)
@@ -345,6 +351,7 @@ class Learner:
             x=step.x,
             x_next=step.x_next,
             coefficients=coefficients,
+            token_mask=trained,
         )
         report = StepReport(step.index, metrics, mismatch, step.weight, optax.tree.norm(here))
         return jax.tree.map(jnp.add, gradient, here), report

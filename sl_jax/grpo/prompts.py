@@ -28,12 +28,11 @@ class PromptTable:
         cache: epath.PathLike,
         dtype: str,
     ):
-        used = {c for c in captions if c} if config.captions else set()
-        prompts = [config.prompt, *sorted(used - {config.prompt})]
+        prompts = [config.prompt, *sorted({*captions} - {"", config.prompt})]
         store = PromptStore(model, cache, max_tokens=config.max_text_tokens, dtype=dtype)
         lengths = store.complete(prompts)
         self._read = functools.lru_cache(_HELD)(store.read)
-        self._config = config
+        self._prompt = config.prompt
         self._width = max(lengths.values())  # of all batches, so that one program serves them
         self._padded = min(lengths.values()) < self._width
 
@@ -41,11 +40,7 @@ class PromptTable:
         self, examples: Sequence[Example]
     ) -> tuple[Float[np.ndarray, "b s e"], Int32[np.ndarray, " b"] | None]:
         """Hidden states and lengths; lengths are None where no prompt of the run is padded."""
-        config = self._config
-        rows = [
-            self._read(example.caption if config.captions and example.caption else config.prompt)
-            for example in examples
-        ]
+        rows = [self._read(example.caption or self._prompt) for example in examples]
         hidden = np.zeros((len(rows), self._width, rows[0].shape[1]), rows[0].dtype)
         for target, row in zip(hidden, rows, strict=True):
             target[: len(row)] = row

@@ -128,8 +128,9 @@ async def captions_of(
 ) -> dict[str, str]:
     """Asks for a caption of every picture.
 
-    A picture that the model refuses, or of which it gives no proper answer, gets none and is named
-    in the log: the run uses the default prompt for it.
+    A picture that the model refuses, of which it gives no proper answer, or that cannot be opened
+    (its opener raises ValueError) gets none and is named in the log: the run uses the default
+    prompt for it.
 
     Args:
       endpoint: a pool of servers, or what remembers its answers.
@@ -151,11 +152,11 @@ async def captions_of(
 
     async def one(name: str) -> str:
         async with slots:
-            picture = await asyncio.to_thread(pictures[name])
-            request = await asyncio.to_thread(caption_request, picture, template, config)
             try:
+                picture = await asyncio.to_thread(pictures[name])
+                request = await asyncio.to_thread(caption_request, picture, template, config)
                 return parse_caption(await endpoint.answer(request))
-            except (PermanentJudgeError, BrokenAnswerError) as error:
+            except (PermanentJudgeError, BrokenAnswerError, ValueError) as error:
                 refused[name] = str(error)
                 return ""
 

@@ -37,16 +37,24 @@ def set_up_logging() -> None:
 
 
 @contextmanager
-def ending_in_a_line(expected: tuple[type[Exception], ...], unit: str) -> Iterator[None]:
+def ending_in_a_line(
+    expected: tuple[type[Exception], ...], unit: str, folder: str = ""
+) -> Iterator[None]:
     """Ends the program with a message, not a traceback, where its user can do something about it.
 
     Args:
-        expected: errors that say what to do; exit code 1.
+        expected: errors that say what to do; exit code 1. Errors of the system, such as a full
+            disk, are expected as well, and name a path.
         unit: what a run that Ctrl-C stopped is whole after: "epoch", "update"; exit code 130.
+        folder: what the run writes to: the path of errors that know none.
     """
     try:
         yield
     except expected as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = folder or None
         sys.exit(f"{type(error).__name__}: {error}")
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on after the last complete {unit}.", flush=True)

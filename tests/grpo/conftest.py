@@ -1,6 +1,7 @@
 """What tests share: the random checkpoint on a mesh, and served judges."""
 
 import collections
+import json
 import threading
 import time
 
@@ -77,18 +78,24 @@ class CountingJudge(EmbeddedJudge):
 
     Attributes:
         asked: how often each request came.
+        captions: what it says of pictures, by request; None where it describes nothing.
         dies_after: number of requests after which `die` is called; None for never.
     """
 
     def __init__(self):
         super().__init__()
         self.asked = collections.Counter()
+        self.captions = None
         self.dies_after, self.die = None, lambda: None
 
     async def answer(self, request):
         self.asked[request.digest()] += 1
         if self.dies_after is not None and self.asked.total() > self.dies_after:
             self.die()
+        if request.stage == 0 and self.captions is not None:
+            caption = f"shades about {request.parts[1].mean():.3f}"
+            self.captions[request.digest()] = caption
+            return json.dumps({"caption": caption})
         return await super().answer(request)
 
 

@@ -1,5 +1,8 @@
 """Advantages by their laws: invariances, sums, what is left out, and who shares a std."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -7,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sl_jax.grpo import advantages as adv
+from sl_jax.grpo.config import AdvantageConfig, JudgeSettings
 
 SCORES = st.floats(0, 1, width=32).map(lambda x: round(x, 4))
 
@@ -224,3 +228,48 @@ def test_normalise_weights_after_dropping_samples():
 def test_arrays_that_do_not_fit_are_named(call):
     with pytest.raises(ValueError, match="please"):
         call()
+
+
+def _judged(criteria, stage2, reward=None, capped=None):
+    """Scores of one group of equal numbers per criterion but for the first."""
+    rows = np.full((len(stage2), 5), 0.5)
+    rows[:, 0] = criteria
+    reward = np.asarray(stage2 if reward is None else reward, float)
+    return SimpleNamespace(
+        criteria=rows,
+        stage2=np.asarray(stage2, float),
+        reward=reward,
+        valid=np.isfinite(reward),
+        two_stage=bool(np.isfinite(stage2).any()),
+        capped=np.zeros(len(stage2), bool) if capped is None else np.asarray(capped),
+    )
+
+
+def test_each_scale_of_the_configuration_is_another():
+    scores = [_judged([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]), _judged([0.9, 0.1, 0.5], [0.1, 0.2, 0.6])]
+    judge = JudgeSettings(stage2_weight=0.5)
+    found = {
+        scale: adv.judged_advantages(scores, AdvantageConfig(scale, 0.0), judge)
+        for scale in ("group", "batch", "none", "criterion")
+    }
+    reward, valid = (np.stack([getattr(s, n) for s in scores]) for n in ("reward", "valid"))
+    for scale in ("group", "batch", "none"):
+        wanted = adv.reward_advantages(reward, valid, scale=scale)
+        np.testing.assert_array_equal(found[scale].advantage, wanted.advantage)
+    terms = np.stack([np.column_stack([s.criteria, s.stage2]) for s in scores])
+    weights = np.array([0.1] * 5 + [0.5])
+    wanted = adv.criteria_advantages(terms, weights, valid)
+    np.testing.assert_allclose(found["criterion"].advantage, wanted.advantage)
+    # One criterion against stage 2, which weighs five times as much.
+    assert np.argmax(found["criterion"].advantage[0]) == 0
+    alone = adv.judged_advantages(
+        scores, AdvantageConfig("criterion", 0.0), dataclasses.replace(judge, two_stage=False)
+    )
+    assert np.argmax(alone.advantage[0]) == 2
+
+
+def test_a_veto_holds_for_each_criterion():
+    """The best of a group by every criterion, but its layers do not give the source back."""
+    scores = [_judged([0.9, 0.4, 0.3], [0.9, 0.4, 0.3], [0.1, 0.4, 0.3], [True, False, False])]
+    found = adv.judged_advantages(scores, AdvantageConfig("criterion"), JudgeSettings())
+    assert np.argmin(found.advantage[0]) == 0 and found.advantage[0, 0] < -1

@@ -1,5 +1,7 @@
 """Configurations that cannot run are refused, each field with its value and what would be right."""
 
+import dataclasses
+import itertools
 import runpy
 from pathlib import Path
 
@@ -43,6 +45,31 @@ def test_the_packaged_configurations_are_complete(variant):
     assert isinstance(from_mapping(mapping, 1), GrpoConfig)
 
 
+def test_every_field_can_be_set_in_the_packaged_configuration():
+    """Flags change what the file names, and nothing else."""
+
+    def absent(given, built, path="config"):
+        for entry in dataclasses.fields(built):
+            here, value = f"{path}.{entry.name}", getattr(built, entry.name)
+            if entry.name not in given:
+                yield here
+            elif dataclasses.is_dataclass(value):
+                yield from absent(given[entry.name], value, here)
+
+    mapping = _mapping("production")
+    assert list(absent(mapping, from_mapping(mapping, 1))) == []
+
+
+def test_packaged_buckets_reach_two_to_one_both_ways():
+    buckets = runpy.run_path(str(_FILE))["get_config"]().data.buckets
+    assert (320, 640) in buckets and (640, 320) in buckets and (640, 640) in buckets
+    assert all((width, height) in buckets for height, width in buckets)
+    assert all(max(b) == 640 and b[0] % 16 == b[1] % 16 == 0 for b in buckets)
+    # Up to there a picture is stretched by a sixth at most.
+    shapes = sorted(width / height for height, width in buckets)
+    assert max(b / a for a, b in itertools.pairwise(shapes)) < 1.34
+
+
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_a_configuration_that_runs(devices):
     config = from_mapping(_mapping(), devices)
@@ -78,6 +105,10 @@ def test_rewards_may_have_options():
         ("data.layers", 3, "a tuple"),
         ("data.path", "", "a folder of pictures"),
         ("data.eval_fraction", 0.0, "config.data.eval_data"),
+        ("data.caption", "vlm", "name config.judge.endpoints, or use 'files' or 'prompt'"),
+        ("data.caption", True, "one of 'files', 'prompt', 'vlm'"),
+        ("rollout.train_frames", "none", "one of 'all', 'layers'"),
+        ("advantage.scale", "judge", "'criterion'"),
         ("data.max_text_tokens", 2000, "from 1 to 1024"),
         ("learner.micro_batch", 24, "a divisor of batch_groups × group_size = 32"),
         ("learner.updates", 0, "at least 1"),
@@ -295,3 +326,17 @@ def test_every_field_can_be_overridden(variant):
     config.rollout.shift = 0.25
     with pytest.raises(TypeError):
         config.rollout.shift = "auto"
+
+
+def test_captions_from_a_model_are_kept():
+    served = {"judge__endpoints": ("http://a/v1",), "judge__model": "m", "data__caption": "vlm"}
+    assert from_mapping(_mapping(**served), 1).data.caption == "vlm"
+    with pytest.raises(ConfigError, match=r"judge\.cache is False; please set it True"):
+        from_mapping(_mapping(**served, judge__cache=False), 1)
+
+
+def test_criteria_know_no_other_rewards():
+    rewards = (("judge", 1.0), ("sl_jax.scoring.rewards.JudgeReward", 1.0))
+    with pytest.raises(ConfigError, match=r"leave \['sl_jax.*JudgeReward'\] out"):
+        from_mapping(_mapping(advantage__scale="criterion", rewards=rewards), 1)
+    from_mapping(_mapping(advantage__scale="criterion"), 1)

@@ -16,6 +16,7 @@ from sl_jax.grpo.config import from_mapping
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.parallel.mesh import make_mesh
 from sl_jax.scoring import BudgetError
+from sl_jax.scoring.captions import CaptionError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.records import read_records
 from sl_jax.scoring.types import PreflightError
@@ -227,3 +228,22 @@ def test_a_missing_key_and_a_wrong_model_show_before_weights_load(
         runner(workdir, servers)
     _nothing_was_loaded(workdir)
     assert not _asked(servers)
+
+
+@pytest.mark.slow
+def test_captions_come_from_the_pool_once(runner, servers, tmp_path):
+    workdir = tmp_path / "run"
+    with pytest.raises(CaptionError, match="no caption could be had"):
+        runner(workdir, servers, data__caption="vlm")
+    _nothing_was_loaded(workdir)
+    for served in servers:
+        served.judge.captions = {}
+        served.judge.asked.clear()
+    runner(workdir, servers, data__caption="vlm", epochs=1)
+    captions = servers[0].judge.captions | servers[1].judge.captions
+    assert len(captions) == 16
+    # The policy, the judge and the records know them.
+    assert {record.caption for record in read_records(workdir / "judge")} <= {*captions.values()}
+    assert len(list((workdir / "prompts").iterdir())) >= len({*captions.values()})
+    runner(workdir, servers, data__caption="vlm", epochs=2)
+    assert {_asked(servers)[digest] for digest in captions} == {1}

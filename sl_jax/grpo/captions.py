@@ -1,0 +1,66 @@
+"""Where the captions of a run's pictures come from."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+from sl_jax.data import PictureIndex, open_picture
+from sl_jax.parallel.processes import Processes
+from sl_jax.scoring import JudgeWorker
+from sl_jax.scoring.captions import captions_of
+
+_log = logging.getLogger(__name__)
+
+
+def captioned(
+    indices: Sequence[PictureIndex],
+    source: Literal["files", "prompt", "vlm"],
+    judge: JudgeWorker,
+    processes: Processes,
+) -> list[PictureIndex]:
+    """The pictures with the captions that the configuration wants; "" where there is none.
+
+    A model is asked by the main process, once per content; all processes get its answers.
+
+    Args:
+        indices: pictures with the captions beside them.
+        source: see `DataConfig.caption`.
+        judge: whose endpoint is asked.
+        processes: of the run.
+
+    Raises:
+        CaptionError: nobody can describe pictures.
+        BudgetError: the run may ask no more.
+        ProcessError: the main process met one of these.
+    """
+    if source == "files":
+        return list(indices)
+    captions: dict[str, str] = {}
+    if source == "vlm":
+        with processes.together("captioning pictures"):
+            if processes.is_main:
+                captions = _asked(indices, judge)
+        captions = processes.from_main("sharing captions", captions)
+    return [
+        dataclasses.replace(
+            index,
+            records=tuple(
+                dataclasses.replace(record, caption=captions.get(record.content_hash, ""))
+                for record in index
+            ),
+        )
+        for index in indices
+    ]
+
+
+def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker) -> dict[str, str]:
+    """Content hash → caption."""
+    openers = {
+        record.content_hash: partial(open_picture, record.path, index.limits)
+        for index in indices
+        for record in index
+    }
+    _log.info("Asking for captions of %d pictures.", len(openers))
+    return judge.call(captions_of(judge.endpoint, openers)).result()
