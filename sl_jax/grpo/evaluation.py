@@ -5,7 +5,7 @@ scores of all, and the main process has the layers that the report shows.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass, fields
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -13,10 +13,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from sl_jax import imaging
 from sl_jax.data import EvalSet, Example, FolderError
 from sl_jax.data.loader import EvalBatch
 from sl_jax.eval.bootstrap import interval
-from sl_jax.eval.reference_free import reference_free
+from sl_jax.eval.reference_free import ReferenceFree, reference_free
 from sl_jax.grpo.batches import group_keys, laid_out
 from sl_jax.grpo.config import EvaluationConfig
 from sl_jax.grpo.judging import Judging, Submitted
@@ -38,14 +39,14 @@ class Evaluated(NamedTuple):
         layers: uint8 [L, H, W, 4]; None in a process that neither judged nor shows them.
         reward: stage-1 score, 0 to 1; nan if the judge gave none.
         criteria: [5], 0 to 1.
-        psnr: of the recomposition, dB.
+        measures: of the layers and the picture alone.
     """
 
     example: Example
     layers: UInt8[np.ndarray, "l h w 4"] | None
     reward: float
     criteria: Float[np.ndarray, " 5"]
-    psnr: float
+    measures: ReferenceFree
 
 
 class _Pending(NamedTuple):
@@ -107,7 +108,7 @@ class Evaluator:
         )
         pictures = laid_out(self.layout, batch.examples, self.prompts, self._keys(batch), groups)
         latents = rollout(adapter, pictures, window_start, grid).latents
-        layers = to_local(rollout.decode(latents, grid))
+        layers = to_local(rollout.decode(latents, grid).layers)
         first = layers[:: len(layers) // len(batch.examples)]
         return self._finished(self._submitted(batch, first, rows.judged))
 
@@ -161,12 +162,13 @@ class Evaluator:
         own = {e.example.slot: _evaluated(e, s) for e, s in zip(pending, scores, strict=True)}
         told = self.judging.processes.all_gather(
             "sharing evaluations",
-            [[slot, r.reward, r.criteria, r.psnr] for slot, r in own.items()],
+            [[s, r.reward, r.criteria, list(astuple(r.measures))] for s, r in own.items()],
         )
         results = [
-            own.get(slot) or Evaluated(self._named(slot), None, reward, criteria, psnr)
+            own.get(slot)
+            or Evaluated(self._named(slot), None, reward, criteria, ReferenceFree(*measures))
             for part in told
-            for slot, reward, criteria, psnr in part
+            for slot, reward, criteria, measures in part
         ]
         return sorted(results, key=lambda r: r.example.slot)
 
@@ -206,7 +208,7 @@ def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
         entry.layers,
         float(scores.stage1[0]),
         scores.criteria[0],
-        reference_free(entry.layers, entry.example.picture).psnr,
+        reference_free(entry.layers, entry.example.picture),
     )
 
 
@@ -218,6 +220,21 @@ def evaluation_metrics(results: Sequence[Evaluated]) -> dict[str, float]:
         "evaluation/reward": reward.mean,
         "evaluation/reward_low": reward.low,
         "evaluation/reward_high": reward.high,
-        "evaluation/psnr": float(np.mean([r.psnr for r in results])),
         **{f"evaluation/{name}": float(v) for name, v in zip(CRITERIA, criteria, strict=True)},
+        **{
+            f"evaluation/{field.name}": float(
+                np.mean([getattr(r.measures, field.name) for r in results])
+            )
+            for field in fields(ReferenceFree)
+        },
     }
+
+
+def strip(result: Evaluated) -> UInt8[np.ndarray, "height width 3"]:
+    """Source, recomposition, and the layers on a checkerboard, side by side."""
+    cells = [
+        result.example.picture,
+        imaging.recompose(result.layers),
+        *imaging.on_checkerboard(result.layers),
+    ]
+    return imaging.contact_sheet(cells, len(cells))

@@ -15,18 +15,24 @@ import jax
 import numpy as np
 import optax
 from etils import epath
+from jaxtyping import Bool
 from tqdm import tqdm
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.data import Example, FolderError, StepPictures, TrainStream
 from sl_jax.flow.sampler import window_starts
-from sl_jax.grpo.advantages import Advantages, reward_advantages
+from sl_jax.grpo.advantages import Advantages, judged_advantages
 from sl_jax.grpo.batches import group_keys, laid_out, rows_here
 from sl_jax.grpo.config import GrpoConfig
-from sl_jax.grpo.evaluation import Evaluated, Evaluator, evaluation_metrics
+from sl_jax.grpo.evaluation import Evaluated, Evaluator, evaluation_metrics, strip
 from sl_jax.grpo.judging import Judging, Submitted, refusals
 from sl_jax.grpo.learner import Learner, LearnerState, Scored, StepReport
-from sl_jax.grpo.metrics import learner_metrics, warn_of_mismatch
+from sl_jax.grpo.metrics import (
+    learner_metrics,
+    warn_of_divergence,
+    warn_of_mismatch,
+    warn_of_spoiled,
+)
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Candidates, Rollout
 from sl_jax.models.lora import Adapter
@@ -35,7 +41,7 @@ from sl_jax.parallel.mesh import Layout
 from sl_jax.parallel.processes import ProcessError, Processes, to_local
 from sl_jax.scoring import Group, GroupScores, summarize
 from sl_jax.training.interruption import uninterrupted
-from sl_jax.training.metrics import MetricsWriter
+from sl_jax.training.metrics import MetricsWriter, read_metrics
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +79,7 @@ class Rolled(NamedTuple):
         told: picture id and caption of every row, all processes' together.
         candidates: of all rows.
         grid: static shape.
+        finite: [groups, G], of which candidates there is anything to judge and to learn from.
         submitted: groups that this process judges, by row.
     """
 
@@ -80,6 +87,7 @@ class Rolled(NamedTuple):
     told: list[tuple[str, str]]
     candidates: Candidates
     grid: LatentGrid
+    finite: Bool[np.ndarray, "groups candidates"]
     submitted: dict[int, Submitted]
 
 
@@ -146,13 +154,15 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         before, after = evaluator(state.initial), None
         if epoch == 0:
             writer.scalars(0, evaluation_metrics(before) | _sampler_gap(parts, state, before))
+            writer.pictures(0, before)
         phases.finish()
         position = parts.stream.state()
         try:
             while epoch < config.epochs:
                 changed, metrics = run_epoch(parts, state, epoch, phases)
                 done = epoch + 1
-                if done % config.evaluation.every == 0 or done == config.epochs:
+                scheduled = done % config.evaluation.every == 0 or done == config.epochs
+                if scheduled:
                     phases.begin("evaluating")
                     after = evaluator(changed.ema)
                     metrics |= evaluation_metrics(after)
@@ -162,6 +172,8 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     state, epoch, position = changed, done, parts.stream.state()
                     if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
                         _save(parts, state, epoch, position)
+                if scheduled:
+                    writer.look_for_divergence()
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
         except BaseException as error:
@@ -172,7 +184,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     parts.checkpoints.wait()
             raise
         parts.checkpoints.wait()
-        return Outcome(state, before, evaluator(state.ema) if after is None else after)
+        after = evaluator(state.ema) if after is None else after
+        writer.pictures(epoch, after)
+        return Outcome(state, before, after)
 
 
 class _Books:
@@ -180,6 +194,8 @@ class _Books:
 
     def __init__(self, parts: Parts, epoch: int):
         self._processes = parts.processes
+        self._folder, self._shown = parts.folder, parts.config.evaluation.shown
+        self._findings: set[str] = set()
         self._writer = None
         with self._processes.together("opening the metrics"):
             if self._processes.is_main:
@@ -190,6 +206,20 @@ class _Books:
         with self._processes.together("writing metrics"):
             if self._writer:
                 self._writer.scalars(step, values)
+
+    def pictures(self, step: int, results: Sequence[Evaluated]) -> None:
+        """Shows held-out pictures in TensorBoard."""
+        with self._processes.together("writing pictures"):
+            if self._writer:
+                for result in results[: self._shown]:
+                    name = f"held_out/{result.example.picture_id}"
+                    self._writer.picture(step, name, strip(result))
+
+    def look_for_divergence(self) -> None:
+        """Says once of each independent measure that it falls while the reward rises."""
+        with self._processes.together("reading metrics"):
+            if self._writer:
+                warn_of_divergence(list(read_metrics(self._folder)), self._findings)
 
     def close(self) -> None:
         """As `MetricsWriter`."""
@@ -227,6 +257,8 @@ def run_epoch(
         rolled.append(_roll_out(parts, state.adapter, start))
     phases.begin("judging")
     rolled, judged = _judged(parts, rolled, state.adapter, start, phases)
+    finite = np.concatenate([batch.finite for batch in rolled])
+    judged = [_only_finite(*entry) for entry in zip(judged, finite, strict=True)]
     _record(parts, epoch + 1, rolled, judged)
     phases.begin("learning")
     old = state.adapter
@@ -243,6 +275,7 @@ def run_epoch(
     learned = learner_metrics(reports)
     if parts.processes.is_main:
         warn_of_mismatch(learned, config.objective)
+        warn_of_spoiled(finite)
     return state, {
         **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
         **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
@@ -252,6 +285,7 @@ def run_epoch(
         "learner/adapter_norm": float(optax.tree.norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
+        "rollout/not_finite": int((~finite).sum()),
         "rollout/window_start": start,
         "rollout/staleness": 0,
     }
@@ -267,16 +301,15 @@ def _roll_out(parts: Parts, adapter: Adapter, start: int) -> Rolled:
     """Samples the next pictures of the stream and sends them to the judge."""
     with parts.processes.together("reading pictures"):
         step = next(parts.stream)
-    candidates, grid, layers = _sampled(parts, adapter, start, step)
-    return Rolled(
-        step, _told(parts, step.examples), candidates, grid, _submitted(parts, step, layers)
-    )
+    candidates, grid, finite, layers = _sampled(parts, adapter, start, step)
+    submitted = _submitted(parts, step, layers)
+    return Rolled(step, _told(parts, step.examples), candidates, grid, finite, submitted)
 
 
 def _sampled(
     parts: Parts, adapter: Adapter, start: int, step: StepPictures
-) -> tuple[Candidates, LatentGrid, np.ndarray]:
-    """Candidates of a step's pictures, and the layers of those that this process holds.
+) -> tuple[Candidates, LatentGrid, np.ndarray, np.ndarray]:
+    """Candidates of a step's pictures, which are finite, and the layers that this process holds.
 
     The layers are uint8 [groups, G, L, H, W, 4].
     """
@@ -290,8 +323,15 @@ def _sampled(
         parts.config.rollout.batch_groups,
     )
     candidates = parts.rollout(adapter, pictures, start, grid)
-    layers = to_local(parts.rollout.decode(candidates.latents, grid))
-    return candidates, grid, layers.reshape(len(step.examples), -1, *layers.shape[1:])
+    decoded = parts.rollout.decode(candidates.latents, grid)
+    finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
+    layers = to_local(decoded.layers)
+    return (
+        candidates,
+        grid,
+        finite.reshape(parts.config.rollout.batch_groups, -1),
+        layers.reshape(len(step.examples), -1, *layers.shape[1:]),
+    )
 
 
 def _submitted(
@@ -379,9 +419,9 @@ def _replaced(
             for e in batch.pictures.examples
         )
     step = dataclasses.replace(batch.pictures, examples=examples)
-    candidates, grid, layers = _sampled(parts, adapter, start, step)
+    candidates, grid, finite, layers = _sampled(parts, adapter, start, step)
     submitted = batch.submitted | _submitted(parts, step, layers, rows)
-    return Rolled(step, _told(parts, examples), candidates, grid, submitted)
+    return Rolled(step, _told(parts, examples), candidates, grid, finite, submitted)
 
 
 def _judged_again(
@@ -395,6 +435,13 @@ def _judged_again(
     others = [judged[place] for place in places if judged[place].refusal is None]
     fresh = parts.judging.collect([mine[place] for place in changed], phases.say, others)
     return _in_order(dict(enumerate(judged)) | parts.judging.share(changed, fresh))
+
+
+def _only_finite(scores: GroupScores, finite: Bool[np.ndarray, " g"]) -> GroupScores:
+    """The scores without those of candidates that were not finite, whatever the judge saw there."""
+    return dataclasses.replace(
+        scores, valid=scores.valid & finite, reward=np.where(finite, scores.reward, np.nan)
+    )
 
 
 def _record(
@@ -420,14 +467,7 @@ def _scored(
     parts: Parts, rolled: Sequence[Rolled], scores: Sequence[GroupScores]
 ) -> tuple[list[Scored], Advantages]:
     """The rollout batches of one update with advantages; weights sum to 1 over all of them."""
-    settings = parts.config.advantage
-    worth = reward_advantages(
-        np.stack([entry.reward for entry in scores]),
-        np.stack([entry.valid for entry in scores]),
-        scale=settings.scale,
-        std_floor=settings.std_floor,
-        two_stage=np.array([entry.two_stage for entry in scores]),
-    )
+    worth = judged_advantages(scores, parts.config.advantage, parts.config.judge)
     size = parts.config.rollout.batch_groups
     return [
         Scored(

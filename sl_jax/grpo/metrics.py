@@ -2,12 +2,15 @@
 
 import logging
 import math
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from sl_jax.eval.divergence import divergence
 from sl_jax.grpo.learner import StepReport
 from sl_jax.grpo.objective import ObjectiveConfig, ObjectiveMetrics
 
@@ -50,6 +53,30 @@ def warn_of_mismatch(metrics: Mapping[str, float], objective: ObjectiveConfig) -
         )
 
 
+def warn_of_spoiled(finite: np.ndarray) -> None:
+    """Says so where candidates were not finite; they take no part in the update."""
+    if not finite.all():
+        _log.warning(
+            "%d of %d candidates are not finite and are left out of the update; if it goes on, "
+            "please go back to an earlier checkpoint with a lower optimizer.learning_rate.",
+            *(np.sum(~finite), finite.size),
+        )
+
+
+def warn_of_divergence(records: Sequence[Mapping[str, Any]], said: set[str]) -> None:
+    """Says what falls on held-out pictures while the training reward rises.
+
+    Args:
+        records: of the run so far.
+        said: findings, without their numbers, that are not said again; new ones are added.
+    """
+    for finding in divergence(records):
+        kind = re.sub(r"-?\d\S*", "", finding)
+        if kind not in said:
+            said.add(kind)
+            _log.warning("In this run %s.", finding)
+
+
 def _by_step(
     reports: Sequence[StepReport], summarise: Callable[[Sequence[StepReport]], dict[str, float]]
 ) -> dict[str, float]:
@@ -68,10 +95,9 @@ def _objective(reports: Sequence[StepReport]) -> dict[str, float]:
     samples: ObjectiveMetrics = jax.tree.map(
         lambda *parts: np.concatenate(parts), *(report.objective for report in reports)
     )
-    weight = np.concatenate([report.weight for report in reports])
 
     def mean(values: np.ndarray) -> float:
-        return float(np.average(values, weights=weight)) if weight.any() else math.nan
+        return _mean(reports, [values])
 
     excess = mean(samples.ratio_excess)
     return {
@@ -87,9 +113,13 @@ def _objective(reports: Sequence[StepReport]) -> dict[str, float]:
 
 
 def _mismatch(reports: Sequence[StepReport]) -> dict[str, float]:
-    distances = np.concatenate([report.mismatch.distance for report in reports])
-    log_ratios = np.concatenate([report.mismatch.log_ratio for report in reports])
     return {
-        "mismatch": float(distances.mean()),
-        "mismatch_log_ratio": float(np.abs(log_ratios).mean()),
+        "mismatch": _mean(reports, [report.mismatch.distance for report in reports]),
+        "mismatch_log_ratio": _mean(reports, [np.abs(r.mismatch.log_ratio) for r in reports]),
     }
+
+
+def _mean(reports: Sequence[StepReport], values: Sequence[np.ndarray]) -> float:
+    """Over the samples of all reports, by their weight; nan where none has any."""
+    weight = np.concatenate([report.weight for report in reports])
+    return float(np.average(np.concatenate(values), weights=weight)) if weight.any() else math.nan

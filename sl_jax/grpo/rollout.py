@@ -5,20 +5,22 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from sl_jax.checkpoints.pipeline import Pipeline
 from sl_jax.flow import sampler
 from sl_jax.grpo.config import RolloutConfig
 from sl_jax.inference.sampling import (
     Condition,
-    decode_layers,
+    each_layer,
     modulation_table,
     picture_latents,
     velocity_function,
 )
+from sl_jax.models.codec import to_uint8
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import LatentGrid
+from sl_jax.models.vae import Vae, denormalize_latents
 from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 
 
@@ -44,11 +46,26 @@ class Candidates(NamedTuple):
         latents: x₀ of all frames.
         window: the stochastic steps.
         condition: of every sample.
+        finite: whether all of this was finite; of samples that were not, zeros stand here, so that
+            the learner, which gives them no weight, meets no nan. Known to every process.
     """
 
     latents: Float[Array, "b n c"]
     window: sampler.WindowSteps
     condition: Condition
+    finite: Bool[Array, " b"]
+
+
+class Decoded(NamedTuple):
+    """Layers of every sample, back to front, without frame 0, which is the whole picture again.
+
+    Attributes:
+        layers: straight RGBA.
+        finite: whether the pixels were, before they were rounded. Known to every process.
+    """
+
+    layers: UInt8[Array, "b l h w 4"]
+    finite: Bool[Array, " b"]
 
 
 class Rollout:
@@ -66,10 +83,14 @@ class Rollout:
         whole = replicated(layout.mesh)
         window = sampler.WindowSteps(x=steps, x_next=steps, mean=steps, std=whole, index=whole)
         self._sample = jax.jit(
-            self._program, static_argnames="grid", out_shardings=Candidates(rows, window, rows)
+            self._program,
+            static_argnames="grid",
+            out_shardings=Candidates(rows, window, rows, whole),
         )
         self._decode = jax.jit(
-            partial(decode_layers, pipeline.vae), static_argnames="grid", out_shardings=rows
+            partial(_decoded, pipeline.vae),
+            static_argnames="grid",
+            out_shardings=Decoded(rows, whole),
         )
 
     def sigmas(self, grid: LatentGrid) -> Float[Array, " steps_1"]:
@@ -93,8 +114,8 @@ class Rollout:
             grid=grid,
         )
 
-    def decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> UInt8[Array, "b l h w 4"]:
-        """Layers of every sample, back to front."""
+    def decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> Decoded:
+        """Layers of every sample."""
         return self._decode(self._pipeline.vae_params, latents, grid=grid)
 
     def _program(
@@ -141,7 +162,7 @@ class Rollout:
             keys=keys,
             ode_method=config.ode_method,
         )
-        return Candidates(trajectory.final, trajectory.window, samples)
+        return _without_spoiled(trajectory, samples)
 
     def _spread(self, x: Array) -> Array:
         return self._layout(x, ("batch", None, None))
@@ -149,3 +170,33 @@ class Rollout:
 
 def _candidate_keys(key: PRNGKeyArray, count: int) -> PRNGKeyArray:
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(jnp.arange(count))
+
+
+def _without_spoiled(trajectory: sampler.Trajectory, condition: Condition) -> Candidates:
+    """The candidates, with zeros in place of all that belongs to one that is not finite."""
+    window = trajectory.window
+    values = (trajectory.final, condition.picture, condition.text)  # [B, ·, ·]
+    steps = (window.x, window.x_next, window.mean)  # [W, B, ·, ·]
+    finite = jnp.stack(
+        [jnp.isfinite(x).all(axis=(1, 2)) for x in values]
+        + [jnp.isfinite(x).all(axis=(0, 2, 3)) for x in steps]
+    ).all(axis=0)
+    latents, picture, text, x, x_next, mean = (
+        jnp.where(finite[:, None, None], value, 0) for value in (*values, *steps)
+    )
+    return Candidates(
+        latents,
+        window._replace(x=x, x_next=x_next, mean=mean),
+        condition._replace(picture=picture, text=text),
+        finite,
+    )
+
+
+def _decoded(vae: Vae, params: Any, latents: Float[Array, "b n c"], *, grid: LatentGrid) -> Decoded:
+    def frames(x: Float[Array, "k i j z"]) -> tuple[Array, Array]:
+        raw = denormalize_latents(x, vae.config)
+        pixels = vae.apply({"params": params}, raw, method="decode")
+        return to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
+
+    layers, finite = each_layer(frames, latents, grid)
+    return Decoded(layers, finite.all(axis=1))

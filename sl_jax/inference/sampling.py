@@ -1,7 +1,7 @@
 """From pictures to layers: what rollout, learner, evaluation and `decompose` have in common."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,16 @@ def picture_latents(
 def decode_layers(
     vae: Vae, params: Any, latents: Float[Array, "b n c"], grid: LatentGrid
 ) -> UInt8[Array, "b l h w 4"]:
-    """Straight RGBA layers, back to front; frame 0, the whole picture again, is dropped.
+    """Straight RGBA layers, back to front, without frame 0; see `each_layer`."""
+    return each_layer(lambda x: decode_frames(vae, params, x), latents, grid)
+
+
+def each_layer(
+    decode: Callable[[Float[Array, "k i j z"]], Any],
+    latents: Float[Array, "b n c"],
+    grid: LatentGrid,
+) -> Any:
+    """What `decode` makes of the layers, [b, l, …]; frame 0, the whole picture again, is dropped.
 
     Few frames are decoded at a time, so that memory grows neither with the number of layers nor
     with the batch: so many samples as devices that split the batch may be, and one layer.
@@ -55,8 +64,10 @@ def decode_layers(
     together = math.gcd(batch, jax.device_count())
     # Samples of one step are far from each other, and so on different devices.
     steps = jnp.moveaxis(frames.reshape(together, -1, *shape), 1, 0)
-    decoded = jax.lax.map(lambda x: decode_frames(vae, params, x), steps)
-    return jnp.moveaxis(decoded, 0, 1).reshape(batch, layers, *decoded.shape[2:])
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(batch, layers, *x.shape[2:]),
+        jax.lax.map(decode, steps),
+    )
 
 
 def modulation_table(

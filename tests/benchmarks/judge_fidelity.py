@@ -105,7 +105,7 @@ def _rolled_out(arguments: argparse.Namespace, pictures: np.ndarray) -> np.ndarr
         words = jnp.repeat(jnp.asarray(text), _BATCH, axis=0)
         window = starts[(start // _BATCH) % len(starts)]
         latents = rollout(adapter, Pictures(jnp.asarray(full), words, None, keys), window, grid)
-        layers = np.asarray(rollout.decode(latents.latents, grid))
+        layers = np.asarray(rollout.decode(latents.latents, grid).layers)
         made.append(layers.reshape(_BATCH, arguments.group_size, *layers.shape[1:])[: len(batch)])
     return np.concatenate(made)
 

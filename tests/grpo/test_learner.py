@@ -1,5 +1,7 @@
 """Updates: what they change, what they leave, and what they do not depend on."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -56,7 +58,7 @@ def scored(bench):
     window = WindowSteps(x, x_next, 0.9 * x, jnp.full(steps, 0.3), jnp.arange(1, 1 + steps))
     lengths = jnp.asarray(rng.integers(2, 6, SAMPLES), jnp.int32)
     condition = Condition(draw(SAMPLES, frame, 64), draw(SAMPLES, 5, 64), lengths)
-    return _scored(bench, Candidates(x[0], window, condition))
+    return _scored(bench, Candidates(x[0], window, condition, jnp.ones(SAMPLES, bool)))
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +223,26 @@ def test_two_batches_are_one_update(bench, scored, learner):
     )
     _close(_gradient(split), _gradient(whole))
     assert int(split.updates) == 1
+
+
+def test_frame_zero_may_be_left_out(bench, scored):
+    """What was drawn there is then no reason for any update; elsewhere it is."""
+    config = dataclasses.replace(bench.config, train_frames="layers")
+    learner = Learner(
+        *(bench.pipeline, config, ObjectiveConfig(), OptimizerConfig(1e-3)),
+        *(LearnerConfig(micro_batch=16), bench.layout),
+    )
+    window, first = scored.candidates.window, bench.grid.frame_tokens
+
+    def updated(x_next):
+        candidates = scored.candidates._replace(window=window._replace(x_next=x_next))
+        start = learner.start(bench.adapter)
+        batch = scored._replace(candidates=candidates)
+        return learner.update(start, [batch], bench.adapter, first=True)[0].adapter
+
+    whole = updated(window.x_next)
+    assert _same(updated(window.x_next.at[:, :, :first].add(1.0)), whole)
+    assert not _same(updated(window.x_next.at[:, :, first:].add(1.0)), whole)
 
 
 def test_weights_of_all_steps_sum_to_one(bench, scored, learner):

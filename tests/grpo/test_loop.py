@@ -46,6 +46,7 @@ class Run:
 
     def __init__(self, folder, monkeypatch, every=2, epochs=6):
         self.folder, self.fault, self.seen = folder, lambda phase, epoch: None, []
+        self.shown, self.warned = [], []
         self.config = GrpoConfig(
             str(folder),
             "tiny",
@@ -57,6 +58,10 @@ class Run:
         monkeypatch.setattr(
             loop, "evaluation_metrics", lambda value: {"evaluation/reward": float(value)}
         )
+        monkeypatch.setattr(
+            loop._Books, "pictures", lambda books, step, results: self._pictures(step, results)
+        )
+        monkeypatch.setattr(loop, "warn_of_divergence", self._warn)
         monkeypatch.setattr(loop, "_sampler_gap", lambda *args: {"rollout/score_gap": 0.5})
 
     def _epoch(self, parts, state, epoch, phases):
@@ -68,6 +73,12 @@ class Run:
         changed = State(state.initial, state.ema * 1.01 + epoch, state.updates + 2)
         self.fault("learning", epoch)
         return changed, {"judge/reward_mean": float(changed.ema), "position": parts.stream.position}
+
+    def _pictures(self, step, results):
+        self.shown.append((step, float(results)))
+
+    def _warn(self, records, said):
+        self.warned.append(records[-1]["step"])
 
     def _evaluated(self, value):
         self.fault("evaluating", len(self.seen))
@@ -239,6 +250,13 @@ def test_an_interrupt_waits_for_what_belongs_together(tmp_path, monkeypatch, who
     assert run.records() == whole[1]
 
 
+def test_pictures_before_and_after_and_a_look_after_each_evaluation(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch)
+    outcome = run.start()
+    assert run.shown == [(0, 1.0), (6, float(outcome.after))]
+    assert run.warned == [3, 6]
+
+
 def test_prolonging_a_run(tmp_path, monkeypatch):
     short = Run(tmp_path, monkeypatch, epochs=2)
     short.start()
@@ -264,6 +282,7 @@ def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_start", start)
     monkeypatch.setattr(run, "_evaluated", lambda value: None)
     monkeypatch.setattr(loop, "evaluation_metrics", lambda value: {})
+    monkeypatch.setattr(loop._Books, "pictures", lambda *args: None)
     monkeypatch.setattr(loop, "run_epoch", epoch)
     run.start()
     # When an epoch begins, the one state's three arrays are all there is.

@@ -11,12 +11,33 @@ from sl_jax.data import FolderError, TrainStream, make_buckets, scan_folder, wri
 from sl_jax.grpo import loop
 from sl_jax.grpo.config import GrpoConfig, JudgeSettings, RolloutConfig
 from sl_jax.grpo.judging import Judging
+from sl_jax.grpo.rollout import Decoded
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 from sl_jax.parallel.processes import Processes
 from sl_jax.scoring import Failure, GroupScores, JudgeWorker, Rewards
 from sl_jax.scoring.records import JudgeRecords, read_records
 
 CANDIDATES, GROUPS = 2, 4
+
+
+def scores(name, reward, failure=None):
+    """A judgement whose every number is the reward."""
+    count = len(reward)
+    return GroupScores(
+        group_id=name,
+        criteria=np.repeat(reward[:, None], 5, axis=1),
+        stage1=reward,
+        stage2=reward,
+        reward=reward,
+        valid=np.isfinite(reward),
+        two_stage=True,
+        reasons=((),) * count,
+        failures=(failure,) * count,
+        grid_failure=None,
+        capped=np.zeros(count, bool),
+        grid_scores=reward[None],
+        permutations=np.arange(count)[None],
+    )
 
 
 class Judge:
@@ -37,37 +58,26 @@ class Judge:
         picture_id = group.group_id.split(".")[-1]
         failure = Failure(True, "I cannot help") if picture_id in self.refused else None
         reward = np.full(CANDIDATES, np.nan) if failure else np.arange(CANDIDATES) / CANDIDATES
-        return GroupScores(
-            group_id=group.group_id,
-            criteria=np.repeat(reward[:, None], 5, axis=1),
-            stage1=reward,
-            stage2=reward,
-            reward=reward,
-            valid=np.isfinite(reward),
-            two_stage=True,
-            reasons=((),) * CANDIDATES,
-            failures=(failure,) * CANDIDATES,
-            grid_failure=None,
-            capped=np.zeros(CANDIDATES, bool),
-            grid_scores=reward[None],
-            permutations=np.arange(CANDIDATES)[None],
-        )
+        return scores(group.group_id, reward, failure)
 
 
 class Rollout:
     """Candidates are the picture itself; counts how often it was called."""
 
     calls = 0
+    finite = np.ones(GROUPS, bool)
 
     def __call__(self, adapter, pictures, start, grid):
         self.calls += 1
-        return SimpleNamespace(latents=pictures.pixels)
+        finite = np.repeat(self.finite, CANDIDATES)
+        return SimpleNamespace(latents=pictures.pixels, finite=finite)
 
     def decode(self, latents, grid):
         latents = np.asarray(latents)
         alpha = np.full((*latents.shape[:3], 1), 255, np.uint8)
         layers = np.concatenate([latents, alpha], axis=-1)
-        return jnp.asarray(np.repeat(np.stack([layers, layers], axis=1), CANDIDATES, axis=0))
+        stacks = jnp.asarray(np.repeat(np.stack([layers, layers], axis=1), CANDIDATES, axis=0))
+        return Decoded(stacks, np.ones(len(stacks), bool))
 
 
 class Phases:

@@ -115,12 +115,12 @@ def test_the_size_of_a_batch_changes_nothing(bench, group_noise):
 
 def test_layers_come_in_order_without_frame_zero(bench, rollout):
     latents = rollout(bench.adapter, bench.pictures(), 1, bench.grid).latents
-    layers = rollout.decode(latents, bench.grid)
+    layers = rollout.decode(latents, bench.grid).layers
     assert layers.shape == (bench.groups * bench.config.group_size, 2, 32, 16, 4)
     tokens = bench.grid.frame_tokens
     changed = latents.at[:, :tokens].set(9.0)  # frame 0 is the whole picture
-    assert np.array_equal(layers, rollout.decode(changed, bench.grid))
+    assert np.array_equal(layers, rollout.decode(changed, bench.grid).layers)
     swapped = jnp.concatenate(
         [latents[:, :tokens], latents[:, 2 * tokens :], latents[:, tokens : 2 * tokens]], 1
     )
-    assert np.array_equal(layers[:, ::-1], rollout.decode(swapped, bench.grid))
+    assert np.array_equal(layers[:, ::-1], rollout.decode(swapped, bench.grid).layers)

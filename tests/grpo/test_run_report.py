@@ -1,13 +1,17 @@
 """The report of a run: what it says of before and after."""
 
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
 from sl_jax.data import make_buckets
 from sl_jax.data.loader import Example
+from sl_jax.eval.reference_free import ReferenceFree, reference_free
 from sl_jax.eval.report import write_html
 from sl_jax.grpo.config import DataConfig, EvaluationConfig, GrpoConfig
-from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics
+from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics, strip
+from sl_jax.grpo.metrics import warn_of_divergence
 from sl_jax.grpo.report import run_report
 from sl_jax.training.metrics import MetricsWriter
 
@@ -18,7 +22,7 @@ def _evaluated(slot, reward):
     picture = rng.integers(0, 256, (16, 16, 3), np.uint8)
     example = Example(picture, "", f"{slot}.png", f"id{slot}", 2, bucket, 0, slot)
     layers = rng.integers(0, 256, (2, 16, 16, 4), np.uint8)
-    return Evaluated(example, layers, reward, np.full(5, reward), 20.0 + slot)
+    return Evaluated(example, layers, reward, np.full(5, reward), reference_free(layers, picture))
 
 
 @pytest.fixture
@@ -75,3 +79,48 @@ def test_pictures_without_a_score_are_no_number():
     metrics = evaluation_metrics(results)
     assert metrics["evaluation/reward"] == pytest.approx(0.4)
     assert metrics["evaluation/validity"] == pytest.approx(0.4)
+
+
+def test_all_measures_without_reference_are_metrics():
+    results = [_evaluated(0, 0.4), _evaluated(1, 0.5)]
+    metrics = evaluation_metrics(results)
+    for field in fields(ReferenceFree):
+        wanted = np.mean([getattr(r.measures, field.name) for r in results])
+        assert metrics[f"evaluation/{field.name}"] == pytest.approx(wanted), field.name
+
+
+def test_a_strip_shows_source_recomposition_and_layers():
+    result = _evaluated(0, 0.4)
+    blank = result._replace(layers=np.zeros_like(result.layers))
+    first, second = strip(result), strip(blank)
+    assert first.shape == second.shape and first.shape[1] > 4 * 16  # and gaps
+    differ = np.flatnonzero((first != second).any(axis=(0, 2)))
+    assert differ.min() > 16  # the source is the same in both
+    assert len(differ) == 3 * 16
+
+
+RISING = [
+    {"step": step, "judge/reward_mean": 0.1 * step, "evaluation/psnr": 30.0 - step}
+    for step in range(5)
+]
+
+
+def test_a_reward_that_rises_while_pictures_get_worse_is_said_once(caplog):
+    said = set()
+    for length in range(2, 6):
+        warn_of_divergence(RISING[:length], said)
+    assert len(caplog.records) == 1 and "recomposition PSNR" in caplog.text
+    worse = [record | {"evaluation/reward": 0.5 - 0.1 * record["step"]} for record in RISING]
+    warn_of_divergence(worse, said)
+    assert len(caplog.records) == 2 and "the evaluation judge's score" in caplog.text
+
+
+def test_and_stands_in_the_report(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    for record in RISING:
+        writer.scalars(record["step"], {k: v for k, v in record.items() if k != "step"})
+    writer.close()
+    results = [_evaluated(i, 0.5) for i in range(2)]
+    report = run_report(_config(), tmp_path, results, results)
+    write_html(report, tmp_path / "report.html")
+    assert "Warning: the training reward rose by 0.4" in (tmp_path / "report.html").read_text()

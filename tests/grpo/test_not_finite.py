@@ -1,0 +1,120 @@
+"""Candidates that are not finite: nothing is learned from them, and nothing spoiled by them."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sl_jax.grpo import loop
+from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig
+from sl_jax.grpo.learner import Learner, Scored
+from sl_jax.grpo.metrics import learner_metrics
+from sl_jax.grpo.objective import ObjectiveConfig
+from sl_jax.grpo.rollout import Rollout
+from sl_jax.parallel.processes import Processes
+from sl_jax.training.optimizer import OptimizerConfig
+
+SPOILED = 2  # group
+
+
+@pytest.fixture(scope="module")
+def rollout(bench):
+    return Rollout(bench.pipeline, bench.config, bench.layout)
+
+
+@pytest.fixture(scope="module")
+def spoiled(bench, rollout):
+    """Candidates, of which those of one group come from a prompt that is nan."""
+    pictures = bench.pictures()
+    text = pictures.text.at[SPOILED, 0].set(jnp.nan)
+    return rollout(bench.adapter, pictures._replace(text=text), 1, bench.grid)
+
+
+def _of_spoiled(bench):
+    size = bench.config.group_size
+    return np.repeat(np.arange(bench.groups) == SPOILED, size)
+
+
+def test_zeros_stand_for_them_and_the_others_stay(bench, rollout, spoiled):
+    whole = rollout(bench.adapter, bench.pictures(), 1, bench.grid)
+    out = _of_spoiled(bench)
+    assert np.array_equal(spoiled.finite, ~out) and np.all(whole.finite)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((spoiled, whole)))
+    assert not np.any(np.asarray(spoiled.latents)[out])
+    assert np.array_equal(np.asarray(spoiled.latents)[~out], np.asarray(whole.latents)[~out])
+    assert np.array_equal(spoiled.window.mean[:, ~out], whole.window.mean[:, ~out])
+
+
+def test_a_picture_that_is_not_finite_is_noticed(bench, rollout, spoiled):
+    out = _of_spoiled(bench)
+    latents = jnp.where(out[:, None, None], jnp.inf, spoiled.latents)
+    assert np.array_equal(rollout.decode(latents, bench.grid).finite, ~out)
+    assert np.all(rollout.decode(spoiled.latents, bench.grid).finite)
+
+
+def test_the_others_are_learned_from(bench, rollout, spoiled):
+    objective = ObjectiveConfig(kl_weight=0.1)
+    learner = Learner(
+        *(bench.pipeline, bench.config, objective, OptimizerConfig(1e-3)),
+        *(LearnerConfig(micro_batch=16), bench.layout),
+    )
+    weight = np.where(_of_spoiled(bench), 0, 1 / 14)
+    advantage = np.random.default_rng(0).normal(size=16) * (weight > 0)
+    scored = Scored(spoiled, rollout.sigmas(bench.grid), advantage, weight, bench.grid)
+    state = learner.start(bench.adapter)
+    state, first = learner.update(state, [scored], bench.adapter, first=True)
+    state, second = learner.update(state, [scored], bench.adapter, first=False)
+    assert (int(state.updates), int(state.skipped)) == (2, 0)
+    metrics = learner_metrics([first, second])
+    assert all(np.isfinite(value) for value in metrics.values())
+    # Zeros are no rollout of the learner's: they do not count as a mismatch.
+    assert metrics["learner/mismatch_log_ratio/all"] < 1e-3
+
+
+@pytest.mark.parametrize("left", [0, 1, 4])
+def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left):
+    """With fewer than two that are finite a group has nothing to compare."""
+    finite = np.ones((4, 4), bool)
+    finite[SPOILED, left:] = False
+    updates = []
+
+    def update(state, scored, old, first):
+        updates.append(np.concatenate([batch.weight for batch in scored]).reshape(-1, 4))
+        return state, []
+
+    parts = SimpleNamespace(
+        config=GrpoConfig(
+            *("", "", 1),
+            rollout=RolloutConfig(groups=4, batch_groups=2, group_size=4),
+            learner=LearnerConfig(updates=1),
+        ),
+        rollout=SimpleNamespace(sigmas=lambda grid: None),
+        learner=SimpleNamespace(update=update),
+        judging=SimpleNamespace(metrics=dict),
+        stream=SimpleNamespace(quarantined={}),
+        processes=Processes(),
+    )
+    batches = iter(finite.reshape(2, 2, 4))
+    monkeypatch.setattr(
+        loop, "_roll_out", lambda *args: loop.Rolled(None, [], None, None, next(batches), {})
+    )
+    monkeypatch.setattr(loop, "_judged", lambda parts, rolled, *args: (rolled, _judged()))
+    monkeypatch.setattr(loop, "_record", lambda *args: None)
+    state = SimpleNamespace(
+        adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
+    )
+    _, metrics = loop.run_epoch(parts, state, 0, SimpleNamespace(begin=lambda name: None))
+    (weight,) = updates
+    assert np.array_equal(weight > 0, finite & (finite.sum(1, keepdims=True) > 1))
+    assert metrics["rollout/not_finite"] == 4 - left
+    assert metrics["judge/valid_share"] == finite.mean()
+    assert ("not finite" in caplog.text) == (left < 4)
+
+
+def _judged():
+    """Scores of four groups, as the judge gave them."""
+    from test_refused_pictures import scores
+
+    return [scores(f"{number}", np.arange(4) / 4) for number in range(4)]
