@@ -1,5 +1,6 @@
 """A decomposition model loaded from a checkpoint folder: transformer, autoencoder, scheduler."""
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -14,13 +15,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sl_jax.checkpoints.huggingface import CheckpointError, load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT, VAE
 from sl_jax.flow.schedule import SchedulerConfig
-from sl_jax.models.attention import default_implementation
+from sl_jax.models.attention import Attention, choose_implementation
 from sl_jax.models.lora import Adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.packing import PATCH
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
 from sl_jax.parallel.mesh import Layout, replicated
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,9 @@ class ComputeConfig:
 
     Attributes:
         dtype: "bfloat16" or "float32", of the base parameters and of all matrix products.
-        attention: "auto" chooses by platform; or "xla", "cudnn".
+        attention: "auto" takes flash attention where the mesh's devices have one for this dtype
+            and head size, and says so where they do not; or "splash" (TPU), "cudnn" (NVIDIA GPU),
+            "xla" (anywhere, with memory for the scores of all pairs of tokens).
         remat: what the backward pass recomputes: "none", "block" or "dots"; see `MMDiT`.
     """
 
@@ -85,18 +90,31 @@ def _check_fit(folder: epath.Path, model: MMDiTConfig, vae: VaeConfig) -> None:
 
 
 def make_model(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -> MMDiT:
-    """The transformer that `folder` describes, without parameters."""
+    """The transformer that `folder` describes, without parameters.
+
+    Raises:
+        ValueError: the attention of `compute` does not run on the devices of `layout`.
+    """
     dtype = jnp.dtype(compute.dtype)
-    attention = compute.attention
-    platform = layout.mesh.devices.flat[0].platform
+    config = MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer"))
     return MMDiT(
-        MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer")),
-        attention=default_implementation(platform, dtype) if attention == "auto" else attention,
+        config,
+        attention=_attention(compute, config.attention_head_dim, layout),
         remat=compute.remat,
         constrain=layout,
         dtype=dtype,
         param_dtype=dtype,
     )
+
+
+def _attention(compute: ComputeConfig, head_size: int, layout: Layout) -> Attention:
+    platform = layout.mesh.devices.flat[0].platform
+    implementation, drawback = choose_implementation(
+        compute.attention, platform, compute.dtype, head_size
+    )
+    if drawback:
+        _log.warning("Attention is %s, slow and with large memory: %s", implementation, drawback)
+    return Attention(implementation, layout)
 
 
 def abstract_params(model: MMDiT) -> Any:

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from sl_jax.models.attention import Implementation, attend
+from sl_jax.models.attention import Attention
 from sl_jax.models.lora import LoRADense
 from sl_jax.models.packing import PATCH
 from sl_jax.models.rope import LatentGrid, RopeTable, layer3d_rope, rotate
@@ -139,7 +139,7 @@ class MMDiT(nn.Module):
 
     Attributes:
         config: sizes.
-        attention: implementation of joint attention.
+        attention: joint attention, which may have a mesh of its own to split itself over.
         remat: "none", "block" (recompute everything inside a block) or "dots" (keep the results
             of matrix products).
         constrain: lays an activation out over devices by the logical names of its axes.
@@ -148,7 +148,7 @@ class MMDiT(nn.Module):
     """
 
     config: MMDiTConfig
-    attention: Implementation = "xla"
+    attention: Attention = Attention()
     remat: str = "none"
     constrain: Constrain = unconstrained
     dtype: Any = jnp.float32
@@ -320,7 +320,7 @@ class _OutputModulation(nn.Module):
 
 class _Block(nn.Module):
     config: MMDiTConfig
-    attention: Implementation
+    attention: Attention
     constrain: Constrain
     dtype: Any
     param_dtype: Any
@@ -336,9 +336,7 @@ class _Block(nn.Module):
         image, text = streams
         image_mod, text_mod = ([m[:, i, None] for i in range(6)] for m in modulation)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        attention = _JointAttention(
-            self.config, self.attention, self.constrain, name="attn", **types
-        )
+        attention = _JointAttention(self.config, self.attention, name="attn", **types)
         image_update, text_update = attention(
             _modulated(image, image_mod[0], image_mod[1]),
             _modulated(text, text_mod[0], text_mod[1]),
@@ -358,8 +356,7 @@ class _Block(nn.Module):
 
 class _JointAttention(nn.Module):
     config: MMDiTConfig
-    implementation: Implementation
-    constrain: Constrain
+    attention: Attention
     dtype: Any
     param_dtype: Any
 
@@ -385,11 +382,7 @@ class _JointAttention(nn.Module):
         query = normed(joined("to_q", "add_q_proj"), "norm_q", "norm_added_q")
         key = normed(joined("to_k", "add_k_proj"), "norm_k", "norm_added_k")
         value = joined("to_v", "add_v_proj")
-        query, key, value = (
-            self.constrain(x, ("batch", "attention_tokens", "heads", None))
-            for x in (query, key, value)
-        )
-        out = attend(query, key, value, key_lengths, self.implementation)
+        out = self.attention(query, key, value, key_lengths)
         out = out.reshape(*out.shape[:2], -1)
         return (
             self._dense("to_out_0", ("heads", "embed"))(out[:, :tokens]),

@@ -1,7 +1,7 @@
 """The device mesh and the rule table that lays arrays out over it."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,13 +102,48 @@ class Layout:
         """Constrains an activation inside a jitted program."""
         return jax.lax.with_sharding_constraint(x, self.sharding(x.shape, axes))
 
+    def parts(self, axis: str) -> int:
+        """Into how many parts the mesh splits the axes of this name."""
+        return self._size(dict(self.rules).get(axis))
+
+    def _size(self, names: str | tuple[str, ...] | None) -> int:
+        parts = (names,) if isinstance(names, str) else (names or ())
+        return math.prod(self.mesh.shape[part] for part in parts)
+
+    def on_shards(
+        self,
+        function: Callable[..., jax.Array],
+        arrays: Sequence[jax.Array],
+        axes: Sequence[tuple[str | None, ...]],
+    ) -> jax.Array:
+        """Maps a function over the devices, each with its parts of the arrays.
+
+        For kernels that the compiler cannot split. An array that is whole along a mesh axis is
+        given to all devices of that axis, which then compute the same.
+
+        Args:
+            function: of one array for each of `arrays`; its result has the first one's shape.
+            arrays: laid out by `axes` before they are split.
+            axes: for each array the names of its axes.
+
+        Returns:
+            The results of all devices, laid out like the first array.
+        """
+        specs = tuple(
+            self.sharding(x.shape, names).spec for x, names in zip(arrays, axes, strict=True)
+        )
+        # What a kernel returns is not annotated with the mesh axes over which it varies.
+        mapped = jax.shard_map(
+            function, mesh=self.mesh, in_specs=specs, out_specs=specs[0], check_vma=False
+        )
+        return mapped(*arrays)
+
     def sharding(self, shape: tuple[int, ...], axes: tuple[str | None, ...]) -> NamedSharding:
         """The sharding of an array of `shape` whose axes have these names."""
         table = dict(self.rules)
         spec = [table.get(name) if name else None for name in axes]
         for axis, names in enumerate(spec):
-            parts = (names,) if isinstance(names, str) else (names or ())
-            if shape[axis] % math.prod(self.mesh.shape[part] for part in parts):
+            if shape[axis] % self._size(names):
                 spec[axis] = None
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 

@@ -16,7 +16,6 @@ from diffusers.models.transformers.transformer_qwenimage import QwenEmbedLayer3D
 from sl_jax.checkpoints.huggingface import load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT
 from sl_jax.checkpoints.pipeline import abstract_params
-from sl_jax.models.attention import default_implementation
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig, time_sinusoids
 from sl_jax.models.rope import LatentGrid, layer3d_rope
 
@@ -257,10 +256,3 @@ def test_config_refuses_what_the_model_cannot_do(change, message):
     content = {k: v for k, v in (TINY.to_dict() | change).items() if v is not None}
     with pytest.raises(ValueError, match=message):
         MMDiTConfig.from_dict(content)
-
-
-def test_default_attention_of_a_platform():
-    assert default_implementation("gpu", jnp.bfloat16) == "cudnn"
-    assert default_implementation("gpu", "float32") == "xla"
-    assert default_implementation("tpu", "bfloat16") == "xla"
-    assert default_implementation("cpu", jnp.float16) == "xla"

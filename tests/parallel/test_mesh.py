@@ -11,6 +11,7 @@ from flax import traverse_util
 from jax.sharding import PartitionSpec
 
 from sl_jax.checkpoints.pipeline import abstract_params, shard_adapter
+from sl_jax.models.attention import Attention
 from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig, unconstrained
 from sl_jax.models.rope import LatentGrid
@@ -142,7 +143,7 @@ def test_adapters_lie_like_their_kernels(layout):
 
 @pytest.fixture(scope="module")
 def model(layout):
-    """(constrain, lora, params) → mean square velocity and velocity; and what to call it with."""
+    """(mesh, lora, params) → mean square velocity and velocity; and what to call it with."""
     draw = np.random.default_rng(1)
     params, adapter = random_model(draw, layout)
     grid = LatentGrid(1, 2, 2)
@@ -153,9 +154,10 @@ def model(layout):
     def run(module):
         return module(*inputs, lengths, module.modulate(times), grid)
 
-    def loss(constrain, lora, params):
+    def loss(mesh, lora, params):
         variables = Adapter(lora, adapter.lora_scale).variables()
-        velocity = nn.apply(run, MMDiT(CONFIG, constrain=constrain))
+        attention, constrain = Attention(shards=mesh), mesh or unconstrained
+        velocity = nn.apply(run, MMDiT(CONFIG, attention, constrain=constrain))
         velocity = velocity({"params": params, **variables})
         return jnp.square(velocity).mean(), velocity
 
@@ -174,7 +176,7 @@ def assert_close(found, wanted):
 def test_velocity_does_not_depend_on_the_mesh(layout, model):
     loss, *variables = model
     _, found = compiled(partial(loss, layout))(*variables)
-    _, wanted = compiled(partial(loss, unconstrained))(*jax.tree.map(np.asarray, variables))
+    _, wanted = compiled(partial(loss, None))(*jax.tree.map(np.asarray, variables))
     assert_close(found, wanted)
 
 
@@ -182,12 +184,12 @@ def test_velocity_does_not_depend_on_the_mesh(layout, model):
 def test_gradients_do_not_depend_on_the_mesh(layout, model):
     loss, *variables = model
 
-    def gradients(constrain, variables):
-        gradient = jax.grad(partial(loss, constrain), has_aux=True)
+    def gradients(mesh, variables):
+        gradient = jax.grad(partial(loss, mesh), has_aux=True)
         return traverse_util.flatten_dict(compiled(gradient)(*variables)[0])
 
     found = gradients(layout, variables)
-    wanted = gradients(unconstrained, jax.tree.map(np.asarray, variables))
+    wanted = gradients(None, jax.tree.map(np.asarray, variables))
     assert found.keys() == wanted.keys()
     for path, leaf in found.items():
         assert_close(leaf, wanted[path])
