@@ -49,6 +49,9 @@ def _production() -> ConfigDict:
     config.eval_every = 250
     config.checkpoint_every = 250
 
+    log = config.log = ConfigDict()
+    log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
+
     lora = config.lora = ConfigDict()
     lora.rank = 64
     lora.alpha = 128.0

@@ -17,6 +17,9 @@ def get_config() -> ConfigDict:
     config.export_dtype = "float16"
     config.stages = ("vae", "flow")
 
+    log = config.log = ConfigDict()
+    log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
+
     data = config.data = ConfigDict()
     data.family = "A"
     data.size = 64
@@ -36,12 +39,16 @@ def get_config() -> ConfigDict:
     vae.designs = 3_000  # per number of layers
     vae.batch = 16
     vae.steps = 1_600
-    vae.optimizer = "muon"  # AdamW needs more than ten times as many updates here
-    vae.learning_rate = 2e-3
-    vae.warmup_steps = 100
-    vae.weight_decay = 1e-4
-    vae.clip_norm = 1.0
     vae.ema = 0.998
+    vae.optimizer = ConfigDict()
+    vae.optimizer.name = "muon"  # AdamW needs more than ten times as many updates here
+    vae.optimizer.learning_rate = 2e-3
+    vae.optimizer.warmup_steps = 100
+    vae.optimizer.weight_decay = 1e-4
+    vae.optimizer.clip_norm = 1.0
+    vae.log_every = 50
+    vae.eval_every = 500
+    vae.checkpoint_every = 500
     # Noise of a few percent of the latents' size, which the decoder learns to forgive.
     vae.kl_weight = 5e-4
 
@@ -59,12 +66,16 @@ def get_config() -> ConfigDict:
     flow.held_out_designs = 256
     flow.batch = 48
     flow.steps = 2_200
-    flow.optimizer = "muon"
-    flow.learning_rate = 5e-3
-    flow.warmup_steps = 100
-    flow.weight_decay = 1e-2
-    flow.clip_norm = 1.0
     flow.ema = 0.998
+    flow.optimizer = ConfigDict()
+    flow.optimizer.name = "muon"
+    flow.optimizer.learning_rate = 5e-3
+    flow.optimizer.warmup_steps = 100
+    flow.optimizer.weight_decay = 1e-2
+    flow.optimizer.clip_norm = 1.0
+    flow.log_every = 50
+    flow.eval_every = 500
+    flow.checkpoint_every = 500
     # Sixteen condition tokens would give μ = 0.25, a grid with hardly any high noise; production
     # (640 px) has 2.5. The exported scheduler applies this one.
     flow.mu = 2.5

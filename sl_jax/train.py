@@ -20,7 +20,6 @@ from sl_jax.checkpoints.pipeline import load_pipeline
 from sl_jax.checkpoints.source import TINY, resolve_model
 from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, training_and_held_out
 from sl_jax.eval.report import write_html
-from sl_jax.grpo.adapter import first_adapter
 from sl_jax.grpo.batches import rows_here, same_pictures
 from sl_jax.grpo.captions import captioned
 from sl_jax.grpo.config import GrpoConfig, from_mapping
@@ -44,6 +43,7 @@ from sl_jax.scoring.captions import CaptionError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training import workdir as work
+from sl_jax.training.adapter import first_adapter
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.flags import parse_config_flags

@@ -31,6 +31,7 @@ from sl_jax.training.configuration import (
     broken,
     checked,
     given,
+    split_problems,
 )
 from sl_jax.training.optimizer import OptimizerConfig
 
@@ -444,23 +445,13 @@ def _spending_problems(config: GrpoConfig) -> Iterator[str]:
 
 
 def _mesh_problems(config: GrpoConfig, devices: int) -> Iterator[str]:
-    try:
-        data, fsdp, *_ = config.mesh.shape(devices)
-    except ValueError as error:
-        yield f"config.{error}"
-        return
-    shards = data * fsdp
+    batches = {
+        "rollout.batch_groups": config.rollout.batch_groups,
+        "learner.micro_batch": config.learner.micro_batch,
+        "evaluation.batch": config.evaluation.batch,
+    }
+    yield from split_problems(config.mesh, devices, batches)
     samples = config.rollout.batch_groups * config.rollout.group_size
-    for name, value in (
-        ("rollout.batch_groups", config.rollout.batch_groups),
-        ("learner.micro_batch", config.learner.micro_batch),
-        ("evaluation.batch", config.evaluation.batch),
-    ):
-        if value % shards:
-            yield (
-                f"config.{name} is {value}; please use a multiple of data × fsdp = {shards}, the "
-                f"number of parts that a batch is split into on {devices} devices"
-            )
     if config.learner.micro_batch > 0 and samples % config.learner.micro_batch:
         yield (
             f"config.learner.micro_batch is {config.learner.micro_batch}; please use a divisor of "

@@ -2,6 +2,7 @@
 
 import collections.abc
 import dataclasses
+import importlib.util
 import math
 import operator
 import re
@@ -12,6 +13,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from sl_jax.models.attention import Implementation
 from sl_jax.parallel.joining import DistributedConfig
+from sl_jax.parallel.mesh import MeshConfig
 from sl_jax.training.optimizer import OPTIMIZERS
 
 _SECRET = re.compile(r"key|secret|password|authorization|bearer|^token$", re.IGNORECASE)
@@ -47,7 +49,7 @@ def given(wanted: str) -> Rule:
     return Rule(bool, wanted)
 
 
-# Of the parts that all configurations of training have.
+# Of the parts that all trainings of a loaded checkpoint have.
 PARTS = {
     "workdir": given("a folder for what the run leaves"),
     "model": given("a folder in the diffusers layout, a hub id, or tiny"),
@@ -66,6 +68,12 @@ PARTS = {
     "compute.attention": one_of(("auto", *typing.get_args(Implementation))),
     "compute.remat": one_of(("none", "block", "dots")),
 }
+LOG = {
+    "log.wandb": Rule(
+        lambda project: not project or importlib.util.find_spec("wandb") is not None,
+        "'', or install its package: pip install 'sl_jax[wandb]'",
+    )
+}
 
 
 def broken(config: Any, rules: Mapping[str, Rule]) -> Iterator[str]:
@@ -74,6 +82,22 @@ def broken(config: Any, rules: Mapping[str, Rule]) -> Iterator[str]:
         value = operator.attrgetter(name)(config)
         if not rule.holds(value):
             yield f"config.{name} is {value!r}; please use {rule.wanted}"
+
+
+def split_problems(mesh: MeshConfig, devices: int, batches: Mapping[str, int]) -> Iterator[str]:
+    """What is wrong with a mesh on so many devices, and with batches, by field, on that mesh."""
+    try:
+        data, fsdp, *_ = mesh.shape(devices)
+    except ValueError as error:
+        yield f"config.{error}"
+        return
+    shards = data * fsdp
+    for name, value in batches.items():
+        if value % shards:
+            yield (
+                f"config.{name} is {value}; please use a multiple of data × fsdp = {shards}, the "
+                f"number of parts that a batch is split into on {devices} devices"
+            )
 
 
 def distributed_part(config: Mapping[str, Any]) -> DistributedConfig:

@@ -3,13 +3,16 @@
 import dataclasses
 import itertools
 import json
+import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.huggingface import named_tensors, save_params
 from sl_jax.checkpoints.naming import MMDIT, VAE
 from sl_jax.models.codec import encode_frames
@@ -28,9 +31,42 @@ _PIPELINE = {
 }
 
 
-def unit_statistics(settings: Mapping[str, Any]) -> dict[str, Any]:
+@contextmanager
+def in_place_of(target: Path) -> Iterator[Path]:
+    """A folder to write in, which takes the place of `target` when the block is done.
+
+    Cut short at any moment, it leaves `target` as it was, or missing, but never in part.
+    """
+    partial, earlier = (target.with_name(f".{target.name}.{end}") for end in ("partial", "earlier"))
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        shutil.rmtree(earlier, ignore_errors=True)
+        if target.exists():
+            target.rename(earlier)
+        partial.rename(target)
+        shutil.rmtree(earlier, ignore_errors=True)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def place_problems(export: str) -> Iterator[str]:
+    """What is wrong with `config.export`, whose content a checkpoint is to replace."""
+    target = Path(export)
+    if not export:
+        yield "config.export is ''; please name a folder for the trained checkpoint"
+    elif is_remote(export):
+        yield f"config.export is {export!r}; please name a folder on a local disk"
+    elif target.exists() and not (target / "model_index.json").exists():
+        yield (
+            f"config.export is {export!r}, which exists and is no checkpoint; please name a folder "
+            "that does not exist yet, or a checkpoint to replace"
+        )
+
+
+def unit_statistics(channels: int) -> dict[str, Any]:
     """Latent statistics of an autoencoder that is not trained yet: mean 0, deviation 1."""
-    channels = settings["architecture"]["z_dim"]
     return {"latents_mean": [0.0] * channels, "latents_std": [1.0] * channels}
 
 

@@ -6,15 +6,15 @@ parameters travel with each batch, as an argument of the compiled update.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,44 +22,60 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
-from sl_jax.checkpoints.adapters import load_adapter
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.peft import save_peft
-from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline, shard_adapter
+from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline
 from sl_jax.checkpoints.tensor_files import local_path
 from sl_jax.data.buckets import Bucket, make_buckets
 from sl_jax.data.paired import PairedData, open_paired
 from sl_jax.data.paired_stream import PairedBatch, PairedShape, PairedStream
-from sl_jax.flow.schedule import SchedulerConfig, shift_mu
+from sl_jax.flow.schedule import SchedulerConfig, SigmaDistribution, shift_mu
 from sl_jax.models.codec import encode_frames
-from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
+from sl_jax.models.lora import Adapter, LoRAConfig
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae
+from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, make_mesh
 from sl_jax.parallel.processes import ALONE, Processes, batch_rows, from_local, to_everywhere
-from sl_jax.training.export import save_transformer
-from sl_jax.training.metrics import MetricsWriter
-from sl_jax.training.optimizer import OptimizerConfig
+from sl_jax.training import workdir
+from sl_jax.training.adapter import first_adapter
+from sl_jax.training.configuration import (
+    AT_LEAST_ONE,
+    DECAY,
+    LOG,
+    NOT_NEGATIVE,
+    PARTS,
+    POSITIVE_OR_NONE,
+    ConfigError,
+    Rule,
+    broken,
+    checked,
+    given,
+    split_problems,
+)
+from sl_jax.training.export import in_place_of, place_problems, save_transformer
+from sl_jax.training.metrics import LogConfig
 from sl_jax.training.supervised import (
+    STAGE_RULES,
+    WATCHED,
     FlowBatch,
     Loss,
-    Stage,
     StageConfig,
     StageState,
     flow_loss,
+    open_stage,
+    warmup_problems,
 )
 
 _log = logging.getLogger(__name__)
 
-_CONFIG = "config.json"
 # A run may be watched differently and moved to other machines without becoming another.
-_FREE = ("workdir", "export", "mesh", "log_every", "eval_every", "checkpoint_every")
-
-
-class TuneError(ValueError):
-    """A configuration that cannot run; the message says what to change."""
+_IDENTITY = workdir.Identity(
+    frozenset({*("workdir", "export", "mesh", "distributed", "log", *WATCHED)})
+    | {"compute.attention", "compute.remat"}
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +96,7 @@ class PairedConfig:
     eval_data: str = ""
     eval_fraction: float = 0.02
     held_out: int = 64
-    buckets: Sequence[Sequence[int]] = ((640, 640),)
+    buckets: tuple[tuple[int, int], ...] = ((640, 640),)
     min_layers: int = 2
     max_layers: int = 8
     prompt: str = ""
@@ -88,11 +104,12 @@ class PairedConfig:
     max_text_tokens: int = 512
 
 
-@dataclass(frozen=True)
-class FineTuneConfig:
-    """One fine-tuning run.
+@dataclass(frozen=True, kw_only=True)
+class FineTuneConfig(StageConfig):
+    """One fine-tuning run; steps, optimizer and average are those of its only stage.
 
     Attributes:
+        stages: what the command runs.
         seed: of adapter, order and noise.
         workdir: where checkpoints, metrics and the adapter go.
         model: the checkpoint; as `checkpoints.source.resolve_model` takes it.
@@ -101,95 +118,72 @@ class FineTuneConfig:
         export: folder for the trained checkpoint, where all parameters are trained.
         train: "lora", or "full" for all parameters.
         batch: designs per update, over all devices.
-        steps: updates.
-        ema: decay of the average that is the result.
         mu: shift of the noise levels; None for the checkpoint's own rule.
         time_distribution: "uniform", the density of the sampling grid, or "logit_normal".
     """
 
+    stages: tuple[Literal["tune"]] = ("tune",)
     seed: int
     workdir: str
     model: str
     data: PairedConfig
-    optimizer: OptimizerConfig
-    steps: int
     batch: int
     export: str = ""
     init_adapter: str = ""
-    train: str = "lora"
-    ema: float = 0.999
+    train: Literal["lora", "full"] = "lora"
     mu: float | None = None
-    time_distribution: str = "uniform"
-    log_every: int = 10
-    eval_every: int = 250
-    checkpoint_every: int = 250
+    time_distribution: SigmaDistribution = "uniform"
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-
-    def __post_init__(self) -> None:
-        make_buckets(self.data.buckets, "data.buckets")
-        problems = [
-            text
-            for wrong, text in (
-                (not self.data.path, "data.path is empty; please name designs with layers"),
-                (self.train not in ("lora", "full"), f"train is {self.train!r}; use lora or full"),
-                (
-                    self.train == "full" and not self.export,
-                    "export is empty; please name a folder for the trained checkpoint",
-                ),
-                (
-                    self.train == "full" and bool(self.init_adapter),
-                    "init_adapter is for train = lora; please fold it into the model first, with "
-                    "sl_jax.convert merge",
-                ),
-                (self.batch < 1 or self.steps < 1, "batch and steps must be 1 or more"),
-                (
-                    not 1 <= self.data.min_layers <= self.data.max_layers,
-                    "data.min_layers must be 1 or more, and data.max_layers not below it",
-                ),
-                (
-                    not self.optimizer.warmup_steps < self.steps,
-                    f"optimizer.warmup_steps is {self.optimizer.warmup_steps}; please use less "
-                    f"than steps, which are {self.steps}",
-                ),
-                (not 0 <= self.ema < 1, f"ema is {self.ema}; please use 0 up to, not with, 1"),
-            )
-            if wrong
-        ]
-        if problems:
-            raise TuneError("\n  ".join(["this configuration cannot run:", *problems]))
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
-_PARTS = {
-    "data": PairedConfig,
-    "optimizer": OptimizerConfig,
-    "lora": LoRAConfig,
-    "compute": ComputeConfig,
-    "mesh": MeshConfig,
+_RULES = {
+    **PARTS,
+    **LOG,
+    **STAGE_RULES,
+    "batch": AT_LEAST_ONE,
+    "mu": POSITIVE_OR_NONE,
+    "data.path": given("a folder of designs with layers, .psd files, or crello#train"),
+    "data.eval_fraction": DECAY,
+    "data.held_out": NOT_NEGATIVE,
+    "data.min_layers": AT_LEAST_ONE,
+    "data.max_text_tokens": Rule(lambda value: 1 <= value <= 1024, "1 to 1024"),  # the pipeline's
 }
 
 
-def from_mapping(values: Mapping[str, Any]) -> FineTuneConfig:
-    """The configuration in nested dicts, such as `ConfigDict.to_dict()` gives.
-
-    Fields of the command that are not of the run (`stages`, `distributed`) are passed over.
+def from_mapping(config: Mapping[str, Any], devices: int) -> FineTuneConfig:
+    """Builds and checks the configuration of a run on `devices` devices.
 
     Raises:
-        TuneError: what is wrong with the values.
+        ConfigError: lists every field that is unknown, missing or out of range.
     """
-    known = {f.name for f in dataclasses.fields(FineTuneConfig)}
+    return checked(FineTuneConfig, config, lambda built: _problems(built, devices))
+
+
+def _problems(config: FineTuneConfig, devices: int) -> Iterator[str]:
+    yield from broken(config, _RULES)
+    data = config.data
     try:
-        parts = {name: make(**values[name]) for name, make in _PARTS.items() if name in values}
-        rest = {name: value for name, value in values.items() if name in known - parts.keys()}
-        parts["optimizer"] = dataclasses.replace(
-            parts["optimizer"], decay_steps=parts["optimizer"].decay_steps or values["steps"]
+        make_buckets(data.buckets, "config.data.buckets")
+    except ValueError as error:
+        yield str(error)
+    if data.max_layers < data.min_layers:
+        yield (
+            f"config.data.max_layers is {data.max_layers}; please use at least data.min_layers, "
+            f"which is {data.min_layers}"
         )
-        return FineTuneConfig(**rest | parts)
-    except TuneError:
-        raise
-    except (KeyError, TypeError, ValueError) as error:
-        raise TuneError(f"this configuration cannot run: {error}") from error
+    if config.train == "full":
+        yield from place_problems(config.export)
+        if config.init_adapter:
+            yield (
+                f"config.init_adapter is {config.init_adapter!r}, and config.train full; please "
+                "fold the adapter into the model first, with python -m sl_jax.convert merge"
+            )
+    yield from warmup_problems(config)
+    yield from split_problems(config.mesh, devices, {"batch": config.batch})
 
 
 class Texts(Protocol):
@@ -236,26 +230,32 @@ def fine_tune(
 
     Raises:
         FolderError: the designs cannot be used.
-        CheckpointError: the checkpoint or the adapter cannot be used.
-        TuneError: batch and mesh do not fit.
+        CheckpointError: the checkpoint cannot be used.
+        ConfigError: the work directory is another run's, the adapter does not fit the model, or
+            mesh and processes do not fit.
     """
-    folder = epath.Path(config.workdir)
+    folder = workdir.claim(config, _IDENTITY, processes)
+    layout = Layout(make_mesh(config.mesh))
     try:
-        layout = Layout(make_mesh(config.mesh))
         rows = batch_rows(layout.mesh, config.batch, processes.index).held
     except ValueError as error:
-        raise TuneError(
-            f"config.mesh is {config.mesh}, config.batch {config.batch}: {error}"
-        ) from (error)
+        raise ConfigError(f"config.mesh is {config.mesh}: {error}") from error
+    first = _first(config, model, layout)
     training, held_out = _data(config.data, processes)
-    _claim(folder, config, processes)
-    streams = [_stream(config, data, rows) for data in (training, held_out) if len(data)]
-    with closing(streams[0]), closing(streams[-1]):
+    with ExitStack() as stack:
+        streams = [
+            stack.enter_context(closing(_stream(config, data, rows)))
+            for data in (training, held_out)
+            if len(data)
+        ]
         _log.info("%d designs to train on, %d held out.", streams[0].used, len(held_out))
         captions = {design.caption for data in (training, held_out) for design in data}
         texts = _TextTable(config.data, captions, encode_texts)
         pipeline = load_pipeline(model, config.compute, layout)
-        parts = _parts(config, pipeline)
+        with processes.together("recording the configuration"):
+            if processes.is_main:
+                workdir.record(config)
+        parts = first(pipeline.params)
         feed = _Feed(pipeline, parts, texts, layout, config.batch)
         shapes = {shape for stream in streams for shape in stream.shapes}
         losses = {_grid(s): _loss(config, pipeline, _grid(s)) for s in sorted(shapes)}
@@ -273,28 +273,6 @@ class _Parts(NamedTuple):
     trained: Any
     base: Any
     scale: Any
-
-
-def _claim(folder: epath.Path, config: FineTuneConfig, processes: Processes) -> None:
-    """Notes the configuration in the work directory; refuses another run's."""
-    content = json.loads(json.dumps(dataclasses.asdict(config)))
-    path = folder / _CONFIG
-    with processes.together("claiming the work directory"):
-        if path.exists():
-            found = json.loads(path.read_text())
-            differing = sorted(
-                name
-                for name in {*found, *content} - set(_FREE)
-                if found.get(name) != content.get(name)
-            )
-            if differing:
-                raise TuneError(
-                    f"{folder} holds a run with other values of {', '.join(differing)}; please "
-                    "choose another config.workdir, or set them back"
-                )
-        elif processes.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _data(config: PairedConfig, processes: Processes) -> tuple[PairedData, PairedData]:
@@ -318,7 +296,7 @@ def _data(config: PairedConfig, processes: Processes) -> tuple[PairedData, Paire
 def _stream(config: FineTuneConfig, data: PairedData, rows: Sequence[int]) -> PairedStream:
     return PairedStream(
         data,
-        make_buckets(config.data.buckets, "data.buckets"),
+        make_buckets(config.data.buckets),
         batch=config.batch,
         min_layers=config.data.min_layers,
         max_layers=config.data.max_layers,
@@ -332,16 +310,29 @@ def _grid(shape: PairedShape) -> LatentGrid:
     return LatentGrid(shape.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
 
 
-def _parts(config: FineTuneConfig, pipeline: Pipeline) -> _Parts:
-    params = pipeline.params
+def _first(
+    config: FineTuneConfig, model: epath.PathLike, layout: Layout
+) -> Callable[[Any], _Parts]:
+    """Base parameters → what is trained first; what is wrong is said before they load."""
     if config.train == "full":
-        return _Parts(jax.tree.map(lambda x: x.astype(jnp.float32), params), None, None)
-    if config.init_adapter:
-        adapter = load_adapter(config.init_adapter, params)
-    else:
-        adapter = init_adapter(jax.random.key(config.seed), params, config.lora)
-    adapter = shard_adapter(adapter, params)
-    return _Parts(adapter.lora, params, adapter.lora_scale)
+        _check_apart(Path(config.export), local_path(model))
+        return lambda base: _Parts(jax.tree.map(lambda x: x.astype(jnp.float32), base), None, None)
+    adapter_on = first_adapter(config, epath.Path(model), layout)
+
+    def parts(base: Any) -> _Parts:
+        adapter = adapter_on(base)
+        return _Parts(adapter.lora, base, adapter.lora_scale)
+
+    return parts
+
+
+def _check_apart(export: Path, model: Path) -> None:
+    one, other = export.resolve(), model.resolve()
+    if one.is_relative_to(other) or other.is_relative_to(one):
+        raise ConfigError(
+            f"config.export is {export}, and the model is in {model}; please write the result "
+            "elsewhere"
+        )
 
 
 def time_shift(scheduler: SchedulerConfig, condition_tokens: int) -> float:
@@ -439,13 +430,6 @@ def packed_frames(
     return target, tokens[0]
 
 
-class _Silent:
-    """Of a process that writes no metrics."""
-
-    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
-        """Nothing."""
-
-
 class _AdapterCheckpoints:
     """Checkpoints whose average is a whole adapter, as every other command reads it."""
 
@@ -458,8 +442,8 @@ class _AdapterCheckpoints:
     def latest(self) -> int | None:
         return self._checkpoints.latest
 
-    def save(self, step: int, state: StageState) -> None:
-        self._checkpoints.save(step, self._whole(state))
+    def save(self, step: int, state: StageState, record: Mapping[str, Any]) -> None:
+        self._checkpoints.save(step, self._whole(state), record)
 
     def restore(self, like: StageState) -> tuple[int, StageState, dict[str, Any]]:
         step, state, record = self._checkpoints.restore(self._whole(like))
@@ -479,19 +463,16 @@ def _trained(
     feed: _Feed,
     processes: Processes,
 ) -> StageState:
-    with closing(RunCheckpoints(folder / "checkpoints", keep=2)) as kept:
-        checkpoints = kept if parts.scale is None else _AdapterCheckpoints(kept, parts.scale)
-        resume = None if kept.latest is None else kept.latest + 1
-        writer = MetricsWriter(folder, resume) if processes.is_main else _Silent()
-        stage_config = StageConfig(
-            config.steps,
-            config.optimizer,
-            config.ema,
-            config.log_every,
-            config.eval_every,
-            config.checkpoint_every,
-        )
-        stage = Stage(stage_config, losses, checkpoints, writer, config.seed, layout.mesh)
+    def kept_as(checkpoints: RunCheckpoints) -> Any:
+        full = parts.scale is None
+        return checkpoints if full else _AdapterCheckpoints(checkpoints, parts.scale)
+
+    with open_stage(
+        *(config, losses, folder, config.seed, config.log),
+        mesh=layout.mesh,
+        processes=processes,
+        kept_as=kept_as,
+    ) as stage:
         examples = [feed(read) for read in _held_out(streams)]
         state = stage.start(parts.trained)
         return stage.run(state, lambda step: feed(streams[0](step)), examples, "tune")
@@ -516,11 +497,11 @@ def _write(
         if processes.is_main:
             save_peft(target, Adapter(result, jax.tree.map(np.asarray, scale)), config.model)
         return target
-    base, target = local_path(model), local_path(config.export)
+    target = Path(config.export)
     if processes.is_main:
-        shutil.copytree(
-            base, target, ignore=shutil.ignore_patterns("transformer"), dirs_exist_ok=True
-        )
         dtype = jnp.dtype(config.compute.dtype)
-        save_transformer(target / "transformer", module.config, result, dtype)
+        with in_place_of(target) as place:
+            others = shutil.ignore_patterns("transformer")
+            shutil.copytree(local_path(model), place, ignore=others, dirs_exist_ok=True)
+            save_transformer(place / "transformer", module.config, result, dtype)
     return epath.Path(target)

@@ -1,23 +1,88 @@
-"""Where numbers of a run go: TensorBoard and one JSON line per record."""
+"""Where numbers of a run go: TensorBoard, one JSON line per record, and Weights & Biases."""
 
 import json
 import math
+import os
+import uuid
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
 from tensorboardX import SummaryWriter
 
+from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.parallel.processes import ALONE, Processes
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Where numbers go besides the work directory.
+
+    Attributes:
+        wandb: project of Weights & Biases; "" for none. The package's own environment variables
+            say the rest: WANDB_API_KEY, WANDB_ENTITY, WANDB_MODE=offline.
+    """
+
+    wandb: str = ""
+
+
+class RunMetrics(Protocol):
+    """What takes the numbers of a run."""
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        """Records numbers at `step`."""
+        ...
+
+
+@contextmanager
+def open_metrics(
+    folder: epath.PathLike, resume_from: int, log: LogConfig, processes: Processes = ALONE
+) -> Iterator[RunMetrics]:
+    """The metrics of a run, which its main process alone writes; closed at the end.
+
+    Args:
+        folder: as for `MetricsWriter`, as `resume_from`.
+        log: where else they go.
+        processes: of the run; all of them record in step.
+    """
+    writer = None
+    with processes.together("opening the metrics"):
+        if processes.is_main:
+            writer = MetricsWriter(folder, resume_from, log)
+    try:
+        yield _Together(writer, processes)
+    finally:
+        if writer:
+            writer.close()
+
+
+class _Together:
+    def __init__(self, writer: "MetricsWriter | None", processes: Processes):
+        self._writer, self._processes = writer, processes
+
+    def scalars(self, step: int, values: Mapping[str, Any]) -> None:
+        with self._processes.together("writing metrics"):
+            if self._writer:
+                self._writer.scalars(step, values)
+
 
 class MetricsWriter:
     """Writes scalars and pictures of a run to `directory`.
 
-    `metrics.jsonl` is the record that reports read; TensorBoard event files hold the same. After a
-    restart, records at or beyond `resume_from` are dropped first, so that no step stands twice.
+    `metrics.jsonl` is the record that reports read; TensorBoard event files and Weights & Biases,
+    if `log` names a project, get the same. After a restart, records at or beyond `resume_from` are
+    dropped first, so that no step stands twice.
     """
 
-    def __init__(self, directory: epath.PathLike, resume_from: int | None = None):
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        resume_from: int | None = None,
+        log: LogConfig = LogConfig(),
+    ):
         self._directory = epath.Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._path = self._directory / "metrics.jsonl"
@@ -30,6 +95,7 @@ class MetricsWriter:
         self._board = SummaryWriter(
             str(self._directory / "tensorboard"), purge_step=resume_from, flush_secs=30
         )
+        self._wandb = _wandb_run(self._directory, log.wandb) if log.wandb else None
 
     def scalars(self, step: int, values: Mapping[str, Any]) -> None:
         """Records numbers at `step`; values that are not finite are kept as null in JSON."""
@@ -40,6 +106,8 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **record}) + "\n")
+        if self._wandb:
+            self._wandb.log(numbers, step=step)
 
     def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
         """Shows a uint8 [H, W, 3] picture in TensorBoard."""
@@ -48,6 +116,24 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes everything."""
         self._board.close()
+        if self._wandb:
+            self._wandb.finish()
+
+
+def _wandb_run(folder: epath.Path, project: str) -> Any:
+    """The run of Weights & Biases of a work directory; it passes over steps that it has already."""
+    import wandb
+
+    noted = folder / "wandb_id"
+    if not noted.exists():
+        noted.write_text(uuid.uuid4().hex)
+    return wandb.init(
+        project=project,
+        id=noted.read_text(),
+        name=folder.name,
+        resume="allow",
+        dir=None if is_remote(folder) else os.fspath(folder),  # None: the current one
+    )
 
 
 def read_metrics(directory: epath.PathLike) -> Iterator[dict[str, Any]]:

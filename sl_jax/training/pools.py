@@ -1,11 +1,14 @@
 """Training examples with true layers, held in memory, addressed by update number."""
 
+import hashlib
 import multiprocessing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, UInt8
@@ -13,12 +16,28 @@ from tqdm import tqdm
 
 from sl_jax.data.procedural import make_design
 from sl_jax.imaging import recompose
-from sl_jax.models.codec import to_unit_range
+from sl_jax.models.codec import encode_frames, to_unit_range
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import LatentGrid
+from sl_jax.models.vae import Vae
 from sl_jax.training.supervised import FlowBatch, Frames
 
 _ENCODED = 32  # designs per call of the encoder
+
+
+@dataclass(frozen=True)
+class DesignsConfig:
+    """Procedural designs.
+
+    Attributes:
+        family: a key of `data.procedural.FAMILIES`.
+        size: side in pixels, a multiple of 16.
+        layers: numbers of layers, the background counted; as many designs of each.
+    """
+
+    family: str
+    size: int
+    layers: tuple[int, ...]
 
 
 def draw_designs(family: str, seeds: Sequence[int], size: int, layers: int) -> np.ndarray:
@@ -43,18 +62,11 @@ def with_picture(layers: np.ndarray) -> np.ndarray:
 
 
 def pictures_and_layers(
-    data: Mapping[str, Any], first: int, count: int
+    data: DesignsConfig, first: int, count: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Frames of `count` designs per number of layers, from seed `first` on: [n, H, W, 4] each.
-
-    Args:
-        data: `family`, `size` and `layers` of the designs.
-        first, count: range of seeds.
-    """
-    size, seeds = data["size"], range(first, first + count)
-    drawn = [
-        with_picture(draw_designs(data["family"], seeds, size, layers)) for layers in data["layers"]
-    ]
+    """Frames of `count` designs per number of layers, from seed `first` on: [n, H, W, 4] each."""
+    size, seeds = data.size, range(first, first + count)
+    drawn = [with_picture(draw_designs(data.family, seeds, size, layers)) for layers in data.layers]
     pictures = np.concatenate([frames[:, 0] for frames in drawn])
     return pictures, np.concatenate([frames[:, 1:].reshape(-1, size, size, 4) for frames in drawn])
 
@@ -141,11 +153,11 @@ class LatentPool:
         return grid, flow_batch(pool[indices(self._seed, step, self._batch, len(pool))])
 
     def held_out(self) -> list[tuple[LatentGrid, FlowBatch]]:
-        """All examples in batches, a shorter last one left out."""
+        """All examples in batches; the last of each kind may be shorter."""
         return [
             (grid, flow_batch(pool[start : start + self._batch]))
             for grid, pool in self._latents.items()
-            for start in range(0, len(pool) - self._batch + 1, self._batch)
+            for start in range(0, len(pool), self._batch)
         ]
 
 
@@ -156,10 +168,30 @@ def flow_batch(frames: np.ndarray) -> FlowBatch:
     return FlowBatch(target.reshape(batch, -1, channels), target[:, 0])
 
 
+class Encoder:
+    """Frames uint8 [B, H, W, 4] → normalised latents [B, h, w, z].
+
+    Attributes:
+        fingerprint: of the autoencoder: its shape and its parameters.
+    """
+
+    def __init__(self, vae: Vae, params: Any):
+        self._encode = jax.jit(partial(encode_frames, vae, params))
+        digest = hashlib.sha256(repr(vae.config).encode())
+        for path, leaf in jax.tree.leaves_with_path(params):
+            values = np.asarray(leaf)
+            digest.update(f"{jax.tree_util.keystr(path)} {values.dtype} {values.shape}".encode())
+            digest.update(values.tobytes())
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __call__(self, frames: np.ndarray) -> Array:
+        return self._encode(frames)
+
+
 def cached_latents(
     folder: Path,
-    encode: Callable[[np.ndarray], Array],
-    data: Mapping[str, Any],
+    encode: Encoder,
+    data: DesignsConfig,
     layers: int,
     first: int,
     count: int,
@@ -168,8 +200,9 @@ def cached_latents(
     """Packed latents of procedural designs and their pictures, kept in `folder` once made.
 
     Args:
-        encode: frames uint8 [B, H, W, 4] → normalised latents [B, h, w, z].
-        data: `family` and `size` of the designs.
+        folder: files in it are named by all that they depend on.
+        encode: the autoencoder.
+        data: the designs.
         layers: layers of each design.
         first, count: range of seeds.
         recolour: whether designs get colours as by `recoloured`.
@@ -178,10 +211,11 @@ def cached_latents(
         float16 [count, layers + 1, N, C], the picture first.
     """
     kind = "recoloured" if recolour else "plain"
-    path = folder / f"{data['family']}_{data['size']}_{layers}_{first}_{count}_{kind}.npy"
+    name = f"{data.family}_{data.size}_{layers}_{first}_{count}_{kind}_{encode.fingerprint}"
+    path = folder / f"{name}.npy"
     if path.exists():
         return np.load(path)
-    designs = draw_designs(data["family"], range(first, first + count), data["size"], layers)
+    designs = draw_designs(data.family, range(first, first + count), data.size, layers)
     if recolour:
         rng = np.random.default_rng((first, count, layers))
         designs = np.stack([recoloured(design, rng) for design in designs])
@@ -197,7 +231,7 @@ def cached_latents(
     return latents
 
 
-def _encoded(encode: Callable[[np.ndarray], Array], designs: np.ndarray) -> np.ndarray:
+def _encoded(encode: Encoder, designs: np.ndarray) -> np.ndarray:
     frames = with_picture(designs)
     count, per_design = frames.shape[:2]
     padded = np.zeros((_ENCODED * per_design, *frames.shape[2:]), np.uint8)

@@ -1,9 +1,9 @@
 """Supervised stages: the autoencoder (`vae`) and the flow (`flow`) on pictures with true layers."""
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from etils import epath
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -22,7 +23,10 @@ from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 from sl_jax.parallel.mesh import replicated
-from sl_jax.training.metrics import MetricsWriter
+from sl_jax.parallel.processes import ALONE, Processes
+from sl_jax.training.configuration import AT_LEAST_ONE, DECAY
+from sl_jax.training.interruption import uninterrupted
+from sl_jax.training.metrics import LogConfig, RunMetrics, open_metrics
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _log = logging.getLogger(__name__)
@@ -30,13 +34,13 @@ _log = logging.getLogger(__name__)
 Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StageConfig:
     """One supervised stage.
 
     Attributes:
         steps: updates.
-        optimizer: see `OptimizerConfig`.
+        optimizer: see `OptimizerConfig`; decays over all steps unless it says otherwise.
         ema: decay of the exponential moving average of the trained parameters, which is the
             result. It warms up as min(ema, (1 + step) / (10 + step)).
         log_every, eval_every, checkpoint_every: updates between them.
@@ -48,6 +52,21 @@ class StageConfig:
     log_every: int = 50
     eval_every: int = 500
     checkpoint_every: int = 500
+
+
+# What of a stage may change while it runs, and what its values must be.
+WATCHED = ("log_every", "eval_every", "checkpoint_every")
+STAGE_RULES = dict.fromkeys(("steps", *WATCHED), AT_LEAST_ONE) | {"ema": DECAY}
+
+
+def warmup_problems(config: StageConfig, path: str = "config") -> Iterator[str]:
+    """A problem if the stage ends before its learning rate has warmed up."""
+    warmup = config.optimizer.warmup_steps
+    if warmup >= config.steps > 0:
+        yield (
+            f"{path}.optimizer.warmup_steps is {warmup}; please use less than {path}.steps, "
+            f"which is {config.steps}"
+        )
 
 
 @struct.dataclass
@@ -154,21 +173,26 @@ class Stage:
         config: StageConfig,
         losses: Mapping[Any, Loss],
         checkpoints: RunCheckpoints,
-        writer: MetricsWriter,
+        writer: RunMetrics,
         seed: int,
+        *,
         mesh: Mesh | None = None,
+        processes: Processes = ALONE,
     ):
         """`losses` holds one loss per kind of batch (for the flow: per number of layers).
 
         With a mesh, what is trained stays laid out over it as it was when the stage started.
         """
         self._config = config
+        self._processes = processes
         self._checkpoints = checkpoints
         self._writer = writer
         self._key = jax.random.key(seed)
         self._mesh = mesh
-        self._optimizer = make_optimizer(config.optimizer)
+        decay_steps = config.optimizer.decay_steps or config.steps
+        self._optimizer = make_optimizer(replace(config.optimizer, decay_steps=decay_steps))
         self._losses = losses
+        self._told: dict[str, list[Any]] = {}  # by each update since the last record
         self._evaluations = {kind: jax.jit(fn) for kind, fn in losses.items()}
 
     def start(self, trained: Any) -> StageState:
@@ -182,7 +206,7 @@ class Stage:
         state = state if self._mesh is None else _on_mesh(state, self._mesh)
         if self._checkpoints.latest is None:
             return state
-        step, state, _ = self._checkpoints.restore(state)
+        step, state, self._told = self._checkpoints.restore(state)
         _log.info("Going on at update %d of %d.", step, self._config.steps)
         return state
 
@@ -193,7 +217,7 @@ class Stage:
         held_out: Sequence[tuple[Any, Any]],
         name: str,
     ) -> StageState:
-        """Trains to the end.
+        """Trains to the end; interrupted (Ctrl-C), it finishes the update and saves a checkpoint.
 
         Args:
             state: from `start`.
@@ -201,28 +225,49 @@ class Stage:
             held_out: (kind, batch) pairs for the validation loss.
             name: of the stage, in progress bar and metrics.
         """
-        config = self._config
-        first = int(state.step)
+        config, processes = self._config, self._processes
+        first = done = int(state.step)
         updates = self._compiled(state)
-        progress = tqdm(range(first, config.steps), name, initial=first, total=config.steps)
-        sums: dict[str, list[Array]] = {}
-        for step in progress:
-            kind, batch = batches(step)
-            state, metrics = updates[kind](state, batch, jax.random.fold_in(self._key, step))
-            for key, value in metrics.items():
-                sums.setdefault(key, []).append(value)
-            done = step + 1
-            if done % config.log_every == 0 or done == config.steps:
-                means = {f"{name}/{k}": float(jnp.mean(jnp.stack(v))) for k, v in sums.items()}
-                self._writer.scalars(done, means)
-                progress.set_postfix({k.split("/")[-1]: f"{v:.4f}" for k, v in means.items()})
-                sums = {}
-            if done % config.eval_every == 0 or done == config.steps:
-                self._writer.scalars(done, self._evaluate(state, held_out, name))
-            if done % config.checkpoint_every == 0 or done == config.steps:
-                self._checkpoints.save(done, state)
+        progress = tqdm(
+            *(range(first, config.steps), name),
+            initial=first,
+            total=config.steps,
+            disable=not processes.is_main,
+        )
+        try:
+            for step in progress:
+                kind, batch = batches(step)
+                processes.barrier("starting an update")
+                with uninterrupted():  # an update, its records and its checkpoint belong together
+                    key = jax.random.fold_in(self._key, step)
+                    state, metrics = updates[kind](state, batch, key)
+                    done = step + 1
+                    for metric, value in metrics.items():
+                        self._told.setdefault(metric, []).append(value)
+                    if self._due(done, config.log_every):
+                        means = {k: float(np.mean(values)) for k, values in self._record().items()}
+                        self._writer.scalars(done, {f"{name}/{k}": v for k, v in means.items()})
+                        progress.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
+                        self._told = {}
+                    if self._due(done, config.eval_every):
+                        self._writer.scalars(done, self._evaluate(state, held_out, name))
+                    if self._due(done, config.checkpoint_every):
+                        self._checkpoints.save(done, state, self._record())
+        except BaseException as error:
+            with uninterrupted():
+                if processes.leave(error, done) and _is_whole(state):
+                    if done > (self._checkpoints.latest or 0):
+                        self._checkpoints.save(done, state, self._record())
+                    self._checkpoints.wait()
+            raise
         self._checkpoints.wait()
         return state
+
+    def _record(self) -> dict[str, list[float]]:
+        return {name: [float(value) for value in values] for name, values in self._told.items()}
+
+    def _due(self, done: int, every: int) -> bool:
+        return done % every == 0 or done == self._config.steps
 
     def _compiled(self, state: StageState) -> dict[Any, Callable[..., Any]]:
         placed = {}
@@ -235,13 +280,15 @@ class Stage:
         }
 
     def _evaluate(self, state: StageState, batches: Sequence[Any], name: str) -> dict[str, float]:
+        """Means over all examples of the batches."""
         results: dict[str, list[float]] = {}
+        sizes = [len(jax.tree.leaves(batch)[0]) for _, batch in batches]
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
             _, metrics = self._evaluations[kind](state.ema, batch, key)
             for metric, value in metrics.items():
                 results.setdefault(f"{name}/held_out_{metric}", []).append(float(value))
-        return {metric: float(np.mean(values)) for metric, values in results.items()}
+        return {k: float(np.average(values, weights=sizes)) for k, values in results.items()}
 
     def _update(self, loss: Loss) -> Callable[[StageState, Any, PRNGKeyArray], Any]:
         def update(state: StageState, batch: Any, key: PRNGKeyArray) -> tuple[StageState, Any]:
@@ -257,31 +304,36 @@ class Stage:
         return update
 
 
-def make_stage(
-    settings: Mapping[str, Any], losses: Mapping[Any, Loss], workdir: Path, seed: int
-) -> Stage:
-    """A stage with its checkpoints and metrics in `workdir`.
+@contextmanager
+def open_stage(
+    config: StageConfig,
+    losses: Mapping[Any, Loss],
+    folder: epath.PathLike,
+    seed: int,
+    log: LogConfig,
+    *,
+    mesh: Mesh | None = None,
+    processes: Processes = ALONE,
+    kept_as: Callable[[RunCheckpoints], Any] = lambda checkpoints: checkpoints,
+) -> Iterator[Stage]:
+    """A stage with its checkpoints and metrics in `folder`; what that holds is gone on from.
 
     Args:
-        settings: `steps`, `ema`, and the fields of an `OptimizerConfig` but for `decay_steps`,
-            which are all the steps; the optimizer's name is `optimizer`.
-        losses: see `Stage`.
-        workdir: what it holds is gone on from.
-        seed: of the noise.
+        config, losses, seed, mesh, processes: see `Stage`.
+        folder: local, or gs://….
+        log: where else metrics go.
+        kept_as: gives checkpoints another form on disk.
     """
-    optimizer = OptimizerConfig(
-        learning_rate=settings["learning_rate"],
-        name=settings["optimizer"],
-        weight_decay=settings["weight_decay"],
-        clip_norm=settings["clip_norm"],
-        warmup_steps=settings["warmup_steps"],
-        decay_steps=settings["steps"],
-    )
-    checkpoints = RunCheckpoints(workdir / "checkpoints", keep=2)
-    resume = checkpoints.latest
-    writer = MetricsWriter(workdir, None if resume is None else resume + 1)
-    config = StageConfig(settings["steps"], optimizer, settings["ema"])
-    return Stage(config, losses, checkpoints, writer, seed)
+    with closing(RunCheckpoints(epath.Path(folder) / "checkpoints", keep=2)) as checkpoints:
+        resume = 0 if checkpoints.latest is None else checkpoints.latest + 1
+        with open_metrics(folder, resume, log, processes) as writer:
+            kept = kept_as(checkpoints)
+            yield Stage(config, losses, kept, writer, seed, mesh=mesh, processes=processes)
+
+
+def _is_whole(state: StageState) -> bool:
+    """Whether it can be saved: an update that failed has taken its state along."""
+    return not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
 
 
 def _on_mesh(state: StageState, mesh: Mesh) -> StageState:

@@ -11,10 +11,10 @@ from safetensors.numpy import load_file, save_file
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.peft import load_peft, save_peft
 from sl_jax.checkpoints.pipeline import abstract_params, make_model
-from sl_jax.grpo.adapter import first_adapter
 from sl_jax.grpo.config import ComputeConfig, GrpoConfig
 from sl_jax.models.lora import LoRAConfig
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.training.adapter import first_adapter
 from sl_jax.training.configuration import ConfigError
 
 

@@ -21,7 +21,8 @@ from sl_jax.models.packing import pack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 from sl_jax.training import finetune
-from sl_jax.training.finetune import TuneError, fine_tune, from_mapping, packed_frames
+from sl_jax.training.configuration import ConfigError
+from sl_jax.training.finetune import fine_tune, from_mapping, packed_frames
 from sl_jax.training.metrics import read_metrics
 
 get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sft.py"))["get_config"]
@@ -41,8 +42,8 @@ def test_both_variants_make_a_configuration():
     for variant in ("production", "tiny"):
         config = get_config(variant)
         config.data.path = "designs"
-        made = from_mapping(config.to_dict())
-        assert made.optimizer.decay_steps == made.steps == config.steps
+        made = from_mapping(config.to_dict(), 8)
+        assert made.steps == config.steps and made.mesh.fsdp == -1
     with pytest.raises(ValueError, match="production, tiny"):
         get_config("huge")
 
@@ -50,20 +51,32 @@ def test_both_variants_make_a_configuration():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"data__path": ""}, "data.path is empty"),
-        ({"train": "some"}, "use lora or full"),
-        ({"train": "full"}, "export is empty"),
+        ({"data__path": ""}, "config.data.path is ''; please use a folder of designs"),
+        ({"stages": ("tunes",)}, r"config.stages is \('tunes',\)"),
+        ({"train": "some"}, "config.train is 'some'; please give one of 'lora', 'full'"),
+        ({"train": "full"}, "config.export is ''"),
+        ({"train": "full", "export": "x", "init_adapter": "y"}, "sl_jax.convert merge"),
         ({"data__buckets": ((60, 64),)}, "multiples of 16"),
-        ({"data__min_layers": 5}, "min_layers"),
-        ({"ema": 1.0}, "ema is 1.0"),
-        ({"lora__size": 3}, "size"),
-        ({"batch": 0}, "1 or more"),
-        ({"steps": 20}, "warmup_steps is 20"),
+        ({"data__min_layers": 5}, "config.data.max_layers is 3; please use at least"),
+        ({"data__eval_fraction": 1.0}, "config.data.eval_fraction is 1.0"),
+        ({"data__max_text_tokens": 2000}, "config.data.max_text_tokens is 2000"),
+        ({"ema": 1.0}, "config.ema is 1.0"),
+        ({"lora__size": 3}, "config.lora.size is unknown"),
+        ({"batch": 0}, "config.batch is 0; please use at least 1"),
+        ({"batch": 12}, "config.batch is 12; please use a multiple of data × fsdp = 8"),
+        ({"steps": 0}, "config.steps is 0; please use at least 1"),
+        ({"steps": 20}, "warmup_steps is 20; please use less than config.steps"),
+        ({"optimizer__name": "sgd"}, "config.optimizer.name is 'sgd'"),
+        ({"compute__dtype": "float16"}, "config.compute.dtype is 'float16'"),
+        ({"time_distribution": "normal"}, "'uniform', 'logit_normal'"),
+        ({"mu": -1.0}, "config.mu is -1.0"),
+        ({"mesh__data": 3}, "does not fit 8 devices"),
     ],
 )
 def test_a_configuration_that_cannot_run_says_why(changes, message):
-    with pytest.raises(TuneError, match=message):
-        from_mapping(_values(**changes))
+    with pytest.raises(ConfigError, match=message) as error:
+        from_mapping(_values(**changes), 8)
+    assert len(str(error.value).splitlines()) == 2
 
 
 @pytest.mark.parametrize(
@@ -138,7 +151,7 @@ def run(random_checkpoint, tmp_path, monkeypatch):
             "mesh__data": 2,
             "mesh__tensor": 2,
         }
-        config = from_mapping(_values(**values | changes))
+        config = from_mapping(_values(**values | changes), 8)
         read = finetune.PairedStream.__call__
 
         def reading(stream, step):
@@ -175,7 +188,7 @@ def test_stopped_and_resumed_is_the_same_as_never_stopped(run, tmp_path, random_
     assert any("tune/held_out_mse" in r for r in read_metrics(tmp_path / "parts"))
     going_on = run("second", steps=1, init_adapter=str(tmp_path / "whole"))
     assert (going_on / "adapter_config.json").exists()
-    with pytest.raises(TuneError, match="other values of batch"):
+    with pytest.raises(ConfigError, match=r"config\.batch: 4 there, 8 here"):
         run("whole", batch=8)
 
 
@@ -214,9 +227,3 @@ def test_the_mesh_does_not_matter(run, tmp_path, random_checkpoint):
     }
     for one, other in zip(*map(jax.tree.leaves, flat.values()), strict=True):
         assert np.allclose(one, other, atol=2e-4)
-
-
-def test_mesh_and_batch_must_fit(random_checkpoint, tmp_path):
-    config = from_mapping(_values(workdir=str(tmp_path), batch=3))
-    with pytest.raises(TuneError, match="3 rows cannot be split"):
-        fine_tune(config, random_checkpoint, lambda prompts: None)

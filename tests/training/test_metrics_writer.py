@@ -1,12 +1,17 @@
 """Records of a run: one JSON line each, and none twice."""
 
+import importlib.util
 import json
 import math
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from sl_jax.training.metrics import MetricsWriter, read_metrics
+from sl_jax.parallel.processes import ALONE
+from sl_jax.training.configuration import LOG, broken
+from sl_jax.training.metrics import LogConfig, MetricsWriter, open_metrics, read_metrics
 
 
 def _write(folder, resume_from, steps):
@@ -59,3 +64,53 @@ def test_what_is_not_finite_is_null(tmp_path, caplog):
 
 def test_no_records(tmp_path):
     assert list(read_metrics(tmp_path)) == []
+
+
+class FakeWandb:
+    """Stands for the package of Weights & Biases; notes what it is told."""
+
+    def __init__(self):
+        self.started, self.logged, self.finished = [], [], 0
+
+    def init(self, **settings):
+        self.started.append(settings)
+        return self
+
+    def log(self, values, step):
+        self.logged.append((step, values))
+
+    def finish(self):
+        self.finished += 1
+
+
+def test_weights_and_biases_get_the_same_numbers_in_one_run(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for step in (1, 2):
+        with open_metrics(tmp_path / "run", step, LogConfig("layers")) as writer:
+            writer.scalars(step, {"loss": step / 2})
+    assert fake.logged == [(1, {"loss": 0.5}), (2, {"loss": 1.0})]
+    assert fake.finished == 2
+    first, second = fake.started
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("layers", "run", "allow")
+    with open_metrics(tmp_path / "other", 0, LogConfig("layers")):
+        assert fake.started[2]["id"] != first["id"]
+    with open_metrics(tmp_path / "none", 0, LogConfig()) as writer:
+        writer.scalars(1, {"loss": 1.0})
+    assert len(fake.started) == 3
+
+
+def test_a_missing_package_is_said_before_training(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (problem,) = broken(SimpleNamespace(log=LogConfig("layers")), LOG)
+    assert "config.log.wandb is 'layers'" in problem and "sl_jax[wandb]" in problem
+    assert list(broken(SimpleNamespace(log=LogConfig()), LOG)) == []
+
+
+def test_metrics_are_closed_after_an_error(tmp_path, monkeypatch):
+    closed = []
+    monkeypatch.setattr(MetricsWriter, "close", lambda writer: closed.append(writer))
+    with pytest.raises(ZeroDivisionError), open_metrics(tmp_path, 0, LogConfig(), ALONE):
+        raise ZeroDivisionError
+    assert len(closed) == 1

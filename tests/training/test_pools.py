@@ -1,10 +1,15 @@
 """Training examples: which ones an update sees, and what is done to them."""
 
+import jax
 import numpy as np
 
 from sl_jax.data.procedural import make_design
 from sl_jax.imaging import recompose
-from sl_jax.training.pools import FramePool, augmented, indices, recoloured
+from sl_jax.models.rope import LatentGrid
+from sl_jax.models.vae import Vae, VaeConfig
+from sl_jax.training import pools
+from sl_jax.training.pools import FramePool, LatentPool, augmented, indices, recoloured
+from sl_jax.training.supervised import fresh_params
 
 RNG = np.random.default_rng(0)
 
@@ -61,3 +66,39 @@ def test_recoloured_layers_recompose_to_the_recoloured_picture():
         assert np.abs(made.astype(int) - wanted).max() <= 1
         changed += not np.array_equal(wanted, opaque[..., :3])
     assert changed > 5
+
+
+def test_held_out_examples_are_all_there():
+    grid = LatentGrid(1, 1, 1)
+    latents = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1).repeat(2, 1)
+    batches = LatentPool({grid: latents}, batch=2, seed=0).held_out()
+    assert [len(batch.target) for _, batch in batches] == [2, 2, 1]
+    seen = np.concatenate([batch.condition[:, 0, 0] for _, batch in batches])
+    np.testing.assert_array_equal(seen, np.arange(5))
+
+
+def _encoder(seed):
+    vae = Vae(VaeConfig(4, 16, (1, 2, 2, 2), 1, (False, True, True), (0.1,) * 16, (0.9,) * 16, 4))
+    pixels = np.zeros((1, 16, 16, 4), np.float32)
+    return pools.Encoder(vae, fresh_params(vae, jax.random.key(seed), pixels))
+
+
+def test_latents_are_kept_per_autoencoder(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(family, seeds, size, layers):
+        drawn.append(seeds)
+        return np.stack([make_design(family, seed, size, layers).layers for seed in seeds])
+
+    monkeypatch.setattr(pools, "draw_designs", draw)
+    data = pools.DesignsConfig("A", 16, (2,))
+
+    def latents(encoder):
+        return pools.cached_latents(tmp_path, encoder, data, 2, 0, 3, False)
+
+    first, other = latents(_encoder(0)), latents(_encoder(1))
+    assert first.shape == (3, 3, 1, 64) and not np.array_equal(first, other)
+    assert len(drawn) == 2
+    np.testing.assert_array_equal(latents(_encoder(0)), first)
+    np.testing.assert_array_equal(latents(_encoder(1)), other)
+    assert len(drawn) == 2

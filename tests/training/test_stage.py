@@ -1,5 +1,7 @@
 """Supervised stages: stopped and resumed is the same as never stopped, to the last bit."""
 
+import os
+import signal
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,10 +13,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.parallel.mesh import MeshConfig, make_mesh
-from sl_jax.training.metrics import MetricsWriter, read_metrics
+from sl_jax.training.metrics import LogConfig, MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
-from sl_jax.training.supervised import Stage, StageConfig, StageState
+from sl_jax.training.supervised import Stage, StageConfig, StageState, open_stage
 
 STEPS = 30
 RNG = np.random.default_rng(0)
@@ -41,26 +43,21 @@ class _Stopped(Exception):
     pass
 
 
-def _run(folder, stop=None):
+def _run(folder, stop=None, batches=_batches):
     """One process' share of a stage: from where the folder stands, up to `stop` or the end."""
-    checkpoints = RunCheckpoints(folder / "checkpoints")
-    latest = checkpoints.latest
-    writer = MetricsWriter(folder, 0 if latest is None else latest + 1)
     optimizer = OptimizerConfig(0.15, warmup_steps=3, decay_steps=STEPS)
-    config = StageConfig(STEPS, optimizer, 0.9, log_every=5, eval_every=10, checkpoint_every=5)
-    stage = Stage(config, {"all": _loss}, checkpoints, writer, seed=1)
+    config = StageConfig(
+        steps=STEPS, optimizer=optimizer, ema=0.9, log_every=5, eval_every=10, checkpoint_every=5
+    )
 
-    def batches(step):
+    def read(step):
         if step == stop:
             raise _Stopped
-        return _batches(step)
+        return batches(step)
 
     held_out = [("all", (INPUTS, TARGETS))]
-    try:
-        return stage.run(stage.start(_params()), batches, held_out, "toy")
-    finally:
-        checkpoints.close()
-        writer.close()
+    with open_stage(config, {"all": _loss}, folder, 1, LogConfig()) as stage:
+        return stage.run(stage.start(_params()), read, held_out, "toy")
 
 
 class Whole(NamedTuple):
@@ -108,6 +105,58 @@ def test_stopped_and_resumed_is_the_same(tmp_path, whole):
     assert list(read_metrics(tmp_path)) == whole.records
 
 
+@pytest.mark.parametrize("stop", [12, 20])  # between checkpoints, and at one
+def test_ctrl_c_finishes_the_update_and_saves_it(tmp_path, whole, stop):
+    interrupted = []
+
+    def batches(step):
+        if step == stop and not interrupted:
+            interrupted.append(step)
+            os.kill(os.getpid(), signal.SIGINT)
+        return _batches(step)
+
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path, batches=batches)
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest == stop
+    checkpoints.close()
+    _assert_same(_run(tmp_path), whole.state)
+
+
+def test_ctrl_c_in_an_update_comes_through_after_it(tmp_path, whole, monkeypatch):
+    update = Stage._update
+
+    def interrupting(self, loss):
+        updated = update(self, loss)
+
+        def traced(*given):  # traced once, in the middle of the first update
+            os.kill(os.getpid(), signal.SIGINT)
+            return updated(*given)
+
+        return traced
+
+    monkeypatch.setattr(Stage, "_update", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        _run(tmp_path)
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest == 1
+    checkpoints.close()
+
+
+def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
+    checkpoints = RunCheckpoints(tmp_path / "checkpoints")
+    config = StageConfig(steps=STEPS, optimizer=OptimizerConfig(0.1))
+
+    def loss(params, batch, key):
+        return jnp.mean(batch[0]), {"mean": jnp.mean(batch[0])}
+
+    stage = Stage(config, {"all": loss}, checkpoints, None, seed=1)
+    batches = [("all", (values,)) for values in np.split(np.arange(7.0), [3, 6])]
+    assert stage._evaluate(whole.state, batches, "toy") == {"toy/held_out_mean": 3.0}
+    assert stage._evaluate(whole.state, [], "toy") == {}
+    checkpoints.close()
+
+
 def test_a_finished_stage_does_nothing_more(whole):
     _assert_same(_run(whole.folder, stop=0), whole.state)
 
@@ -115,7 +164,7 @@ def test_a_finished_stage_does_nothing_more(whole):
 def test_every_checkpoint_holds_its_own_update(whole):
     """Updates donate their arrays: what is saved must not change while it is written."""
     checkpoints = RunCheckpoints(whole.folder / "checkpoints")
-    for step in (20, 25, 30):
+    for step in (25, 30):
         _assert_same(checkpoints.restore(whole.state, step)[1], whole.saved[step])
     checkpoints.close()
 
@@ -141,7 +190,7 @@ def test_on_a_mesh_everything_stays_where_its_parameters_are(tmp_path):
     spread = NamedSharding(mesh, PartitionSpec("fsdp"))
     trained = {"w": jax.device_put(jnp.ones((8, 3)), spread)}
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
-    config = StageConfig(2, OptimizerConfig(0.1))
+    config = StageConfig(steps=2, optimizer=OptimizerConfig(0.1))
     losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
     stage = Stage(config, losses, checkpoints, MetricsWriter(tmp_path), seed=1, mesh=mesh)
     state = stage.start(trained)

@@ -2,22 +2,30 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from etils import epath
 
 from sl_jax.checkpoints.adapters import load_adapter
 from sl_jax.checkpoints.huggingface import CheckpointError
-from sl_jax.checkpoints.pipeline import abstract_params, make_model, shard_adapter
-from sl_jax.grpo.config import GrpoConfig
-from sl_jax.models.lora import Adapter, init_adapter, target_paths
+from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_params, make_model, shard_adapter
+from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter, target_paths
 from sl_jax.parallel.mesh import Layout
 from sl_jax.training.configuration import ConfigError
 
 
+class AdapterConfig(Protocol):
+    """What of a run's configuration the adapter depends on."""
+
+    seed: int
+    init_adapter: str
+    lora: LoRAConfig
+    compute: ComputeConfig
+
+
 def first_adapter(
-    config: GrpoConfig, folder: epath.Path, layout: Layout
+    config: AdapterConfig, folder: epath.Path, layout: Layout
 ) -> Callable[[Any], Adapter]:
     """Base parameters → the adapter to start from, laid out like them.
 
