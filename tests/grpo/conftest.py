@@ -92,7 +92,7 @@ class CountingJudge(EmbeddedJudge):
         self.asked[request.digest()] += 1
         if self.dies_after is not None and self.asked.total() > self.dies_after:
             self.die()
-        if request.stage == 0 and self.captions is not None:
+        if self.captions is not None and len(request.parts) == 2:  # no legend
             caption = f"shades about {request.parts[1].mean():.3f}"
             self.captions[request.digest()] = caption
             return json.dumps({"caption": caption})
