@@ -186,6 +186,9 @@ def _production() -> ConfigDict:
     distributed.coordinator = ""  # or HOST:PORT of process 0, the same in all
     distributed.processes = placeholder(int)
     distributed.process = placeholder(int)  # this one, from 0
+
+    log = config.log = ConfigDict()
+    log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
     return config
 
 

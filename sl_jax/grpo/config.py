@@ -23,6 +23,7 @@ from sl_jax.scoring.rubric import load_prompts
 from sl_jax.training.configuration import (
     AT_LEAST_ONE,
     DECAY,
+    LOG,
     NOT_NEGATIVE,
     PARTS,
     POSITIVE_OR_NONE,
@@ -33,6 +34,7 @@ from sl_jax.training.configuration import (
     given,
     split_problems,
 )
+from sl_jax.training.metrics import LogConfig
 from sl_jax.training.optimizer import OptimizerConfig
 
 _MOST_TEXT_TOKENS = 1024  # of the checkpoint's pipeline
@@ -247,6 +249,7 @@ class GrpoConfig:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
 
 def from_mapping(config: Mapping[str, Any], devices: int) -> GrpoConfig:
@@ -329,6 +332,7 @@ _NOT_NEGATIVE = (
 _OPTIONAL = ("judge.max_requests", "judge.max_tokens", "judge.hedge_after")
 _RULES = {
     **PARTS,
+    **LOG,
     **dict.fromkeys(_AT_LEAST_ONE, AT_LEAST_ONE),
     **dict.fromkeys(_NOT_NEGATIVE, NOT_NEGATIVE),
     **dict.fromkeys(_OPTIONAL, Rule(POSITIVE_OR_NONE.holds, "None or more than 0")),

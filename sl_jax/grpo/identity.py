@@ -9,7 +9,7 @@ from sl_jax.training.workdir import Identity
 _FREE = frozenset(
     {
         *("workdir", "epochs", "checkpoint", "evaluation", "mesh", "learner.micro_batch"),
-        "distributed",
+        *("distributed", "log"),
         *("compute.attention", "compute.remat", "judge.concurrency", "judge.max_wait"),
         *("judge.model", "judge.key_env", "judge.tries", "judge.patience", "judge.hedge_after"),
         *("judge.cool_down", "judge.max_requests", "judge.max_tokens", "judge.cache"),

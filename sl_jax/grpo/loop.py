@@ -199,7 +199,9 @@ class _Books:
         self._writer = None
         with self._processes.together("opening the metrics"):
             if self._processes.is_main:
-                self._writer = MetricsWriter(parts.folder, epoch + 1 if epoch else 0)
+                self._writer = MetricsWriter(
+                    parts.folder, epoch + 1 if epoch else 0, parts.config.log
+                )
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """As `MetricsWriter`."""
