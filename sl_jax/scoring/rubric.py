@@ -18,6 +18,8 @@ from jaxtyping import Float
 
 from sl_jax.scoring.types import CRITERIA, BrokenAnswerError
 
+REASON_LETTERS = 400  # longest reason that a server is asked for
+
 DESCRIPTIONS = {
     "semantic_separation": (
         "each layer holds one nameable thing; no thing is smeared over several layers."
@@ -122,7 +124,8 @@ class _Model(pydantic.BaseModel):
 class CriterionVerdict(_Model):
     """One criterion: the reason comes first, so that the score follows from it."""
 
-    reason: str
+    # In the schema alone: it stops a server's runaway; what is longer all the same is read.
+    reason: Annotated[str, pydantic.Field(json_schema_extra={"maxLength": REASON_LETTERS})]
     score: Annotated[float, pydantic.Field(ge=0, le=10)]
 
 

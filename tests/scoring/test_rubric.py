@@ -44,6 +44,14 @@ def test_schemas_are_closed_and_free_of_references():
     assert scores["required"] == ["A", "B"] and not scores["additionalProperties"]
 
 
+def test_reasons_are_short_by_schema_and_long_ones_are_read():
+    reason = rubric.candidate_schema()["properties"]["validity"]["properties"]["reason"]
+    assert reason == {"type": "string", "maxLength": rubric.REASON_LETTERS}
+    long = "a" * (rubric.REASON_LETTERS + 1)
+    text = json.dumps({name: {"reason": long, "score": 5.0} for name in CRITERIA})
+    assert rubric.parse_candidate(text).reasons() == (long,) * 5
+
+
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(0, 10), min_size=5, max_size=5), st.text('a"\\\n{}€', max_size=20))
 def test_answers_within_range_are_read_as_they_are(scores, reason):
