@@ -62,10 +62,10 @@ def get_config() -> ConfigDict:
             "joint_attention_dim": 64,
         }
     )
-    flow.designs = 8_000  # per number of layers
+    flow.designs = 12_000  # per number of layers
     flow.held_out_designs = 256
     flow.batch = 48
-    flow.steps = 2_200
+    flow.steps = 7_000
     flow.ema = 0.998
     flow.optimizer = ConfigDict()
     flow.optimizer.name = "muon"
