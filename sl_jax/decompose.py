@@ -94,6 +94,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
     """One run by the flags; the exit code."""
+    pictures = find_pictures(_INPUT.value)
     job = Job(
         epath.Path(_OUTPUT.value).expanduser(),
         Sampling(*(flag.value for flag in _SAMPLING)),
@@ -106,7 +107,7 @@ def run() -> int:
     )
     if _ADAPTER.value and (job.sampling.steps < RELEASE.steps or job.sampling.sampler != "heun"):
         _log.warning("Stable-Layers adapters garble layers unless sampled by Heun in 50 steps.")
-    outcome = decompose_pictures(find_pictures(_INPUT.value), job, _load)
+    outcome = decompose_pictures(pictures, job, _load)
     _log.info(
         "%d decomposed, %d there before, %d failed: %s",
         len(outcome.written),

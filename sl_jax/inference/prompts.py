@@ -106,7 +106,7 @@ def encode_prompts(
     cache = None if cache_dir is None else _Cache(folder, cache_dir, max_tokens, dtype)
     hidden = {prompt: cache.read(prompt) if cache else None for prompt in prompts}
     absent = [prompt for prompt, states in hidden.items() if states is None]
-    for prompt, states in _encode(folder, absent, max_tokens, dtype):
+    for prompt, states in _encode(folder, absent, max_tokens, dtype) if absent else ():
         hidden[prompt] = states
         if cache:
             try:
