@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -128,7 +129,7 @@ def _at(value: float, axis: str) -> str:
 
 
 def _tick(value: float) -> str:
-    return f"{value:.6g}".replace("-", "−")
+    return re.sub(r"e([+-])0*", r"e\1", f"{value:.6g}").replace("e+", "e").replace("-", "−")
 
 
 def _line(line: Series, axes: _Axes, index: int) -> str:

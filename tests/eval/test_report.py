@@ -275,6 +275,11 @@ def test_long_series_are_averaged_down():
     assert data["series"][0]["x"][:2] == [12, 37]
 
 
+def test_small_ticks_are_short_enough_for_their_margin():
+    chart = line_chart(Curve("KL", (Series("kl", (0, 1, 2), (0.0, 1.5e-5, 2.1e-5)),)))
+    assert ">1.5e−5<" in chart and "e−05" not in chart
+
+
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (-3, 7, [-2, 0, 2, 4, 6]), (0.11, 0.19, None)],
