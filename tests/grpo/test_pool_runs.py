@@ -177,10 +177,11 @@ def test_a_spent_budget_stops_with_a_checkpoint_and_asks_nothing_twice(
     with pytest.raises(BudgetError, match=f"max_requests = {before}"):
         runner(workdir, servers, judge__max_requests=before)
     assert _latest(workdir) == 1
-    assert _asked(servers).total() == before
+    spent = _asked(servers).total()  # of what was in flight at the end, not all arrived
+    assert before - 3 <= spent <= before
     with pytest.raises(BudgetError):  # it holds over restarts
         runner(workdir, servers, judge__max_requests=before)
-    assert _asked(servers).total() == before
+    assert _asked(servers).total() == spent
     runner(workdir, servers, judge__max_requests=1000, judge__preflight=False)
     _assert_same(workdir, whole)
     twice = {digest: n for digest, n in _asked(servers).items() if n > 1}
