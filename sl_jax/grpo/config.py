@@ -27,6 +27,7 @@ from sl_jax.training.configuration import (
     NOT_NEGATIVE,
     PARTS,
     POSITIVE_OR_NONE,
+    SEED,
     SHARE,
     Rule,
     broken,
@@ -327,7 +328,6 @@ _NOT_NEGATIVE = (
     "judge.patience",
     "judge.recorded_pictures",
     "evaluation.shown",
-    "evaluation.seed",
 )
 _OPTIONAL = ("judge.max_requests", "judge.max_tokens", "judge.hedge_after")
 _RULES = {
@@ -336,6 +336,7 @@ _RULES = {
     **dict.fromkeys(_AT_LEAST_ONE, AT_LEAST_ONE),
     **dict.fromkeys(_NOT_NEGATIVE, NOT_NEGATIVE),
     **dict.fromkeys(_OPTIONAL, Rule(POSITIVE_OR_NONE.holds, "None or more than 0")),
+    "evaluation.seed": SEED,
     "data.path": given("a folder of pictures to train on"),
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,

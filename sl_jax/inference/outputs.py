@@ -70,7 +70,9 @@ def write_outputs(
     save_psd(folder / "layers.psd", layers, names)
     content = dict(record) | description(source, layers)
     partial = folder / f".{uuid.uuid4().hex}.partial"
-    partial.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # Names of files need not be text: what UTF-8 lacks becomes an escape of JSON.
+    partial.write_bytes(text.encode("utf-8", "backslashreplace"))
     partial.replace(folder / RECORD)
 
 

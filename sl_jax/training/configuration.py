@@ -36,6 +36,7 @@ NOT_NEGATIVE = Rule(lambda value: value >= 0, "0 or more")
 POSITIVE = Rule(lambda value: value > 0, "a positive number")
 POSITIVE_OR_NONE = Rule(lambda value: value is None or value > 0, "None or a positive number")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1")
+SEED = Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295")
 DECAY = Rule(lambda value: 0 <= value < 1, "a number from 0 up to, not with, 1")
 
 
@@ -53,7 +54,7 @@ def given(wanted: str) -> Rule:
 PARTS = {
     "workdir": given("a folder for what the run leaves"),
     "model": given("a folder in the diffusers layout, a hub id, or tiny"),
-    "seed": NOT_NEGATIVE,
+    "seed": SEED,
     "lora.rank": AT_LEAST_ONE,
     "lora.alpha": POSITIVE,
     "lora.targets": given("the names of one or more modules, such as ('to_q', 'to_v')"),

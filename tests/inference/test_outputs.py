@@ -117,6 +117,16 @@ def test_record(tmp_path):
     assert outputs.description(source, layers)["recomposition"] == {"l1": 0.0, "psnr": None}
 
 
+def test_names_that_are_no_text(tmp_path):
+    bad, good = _picture(tmp_path / "in" / "a\udcff.png", 32, 32), tmp_path / "in" / "b.png"
+    _picture(good, 32, 32)
+    assert not _decompose(tmp_path / "in", tmp_path / "out")[0].problems
+    record = json.loads((tmp_path / "out" / bad.stem / "layers.json").read_text())
+    assert record["picture"].endswith("a\udcff.png")
+    again, _ = _decompose(tmp_path / "in", tmp_path / "out")
+    assert len(again.kept) == 2 and not again.written
+
+
 def test_seed_is_the_place_among_the_inputs(tmp_path):
     for index, name in enumerate(["a", "b", "c", "d"]):
         _picture(tmp_path / "in" / f"{name}.png", 32, 16 if index % 2 else 32, index)
