@@ -45,6 +45,9 @@ from sl_jax.training.metrics import MetricsWriter, read_metrics
 
 _log = logging.getLogger(__name__)
 
+# One program: tensor by tensor, processes may meet at different ones and wait for ever.
+_norm = jax.jit(optax.tree.norm)
+
 _GAP_WARNING = 0.1  # of the evaluation score
 _REPLACEMENTS = 2  # of a picture that the judge refuses; the next one is left out of the epoch
 
@@ -284,7 +287,7 @@ def run_epoch(
         "judge/quarantined": len(parts.stream.quarantined),
         **learned,
         **_advantage_metrics(advantages),
-        "learner/adapter_norm": float(optax.tree.norm(state.adapter.lora)),
+        "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
         "rollout/not_finite": int((~finite).sum()),
