@@ -2,7 +2,7 @@
 
     JUDGE_TOKEN=... VLLM=/path/to/bin/vllm bash launch/judge_pool/vllm.sh MODEL --dtype float32 ...
     JUDGE_TOKEN=... python tests/soak/vllm_judge.py --url http://127.0.0.1:8000/v1 --model MODEL \
-        --out tests/soak/vllm_judge.json
+        --out tests/soak/results/vllm_judge.json
 
 Any model does, one with random weights too: what is tried is the protocol, not the taste. Groups
 are judged in both stages, as contact sheets and as separate pictures; once more through the cache,
@@ -36,7 +36,7 @@ KEY = "JUDGE_TOKEN"
 
 def groups(count: int) -> list[Group]:
     """Groups whose candidates all differ."""
-    built = built_cases(64)
+    built = [case for case in built_cases(64) if case.clean.shape == case.flawed.shape]
     made = []
     for number in range(count):
         case = built[number % len(built)]
