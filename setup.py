@@ -49,6 +49,8 @@ TRAINING = [
 TEST = [
     *TRAINING,
     "hypothesis",
+    # Its compiler, for programs that are compiled for TPUs on hosts without any.
+    "jax[tpu]>=0.10,<0.13; sys_platform == 'linux' and platform_machine == 'x86_64'",
     "pytest>=8",
     "pytest-xdist",
     "ruff==0.17.6",
