@@ -165,6 +165,20 @@ def _misfit(entries: Sequence[Entry], size: int) -> str | None:
 def write_tensors(
     path: epath.Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes a file, local or remote; the format is PyTorch's for those who ask the metadata."""
+    """Writes a file, local or remote; the format is PyTorch's for those who ask the metadata.
+
+    Equal tensors and metadata give equal bytes, so that two runs can be compared by a checksum.
+    """
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    path.write_bytes(save(arrays, {"format": "pt", **(metadata or {})}))
+    path.write_bytes(_ordered(save(arrays, {"format": "pt", **(metadata or {})})))
+
+
+def _ordered(content: bytes) -> bytes:
+    """The file with its metadata in order: the library writes them in a new order every time."""
+    length = int.from_bytes(content[:_LENGTH_BYTES], "little")
+    begin = _LENGTH_BYTES + length
+    header = json.loads(content[_LENGTH_BYTES:begin])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _LENGTH_BYTES)  # tensors begin at a multiple of 8 bytes
+    return len(text).to_bytes(_LENGTH_BYTES, "little") + text + content[begin:]

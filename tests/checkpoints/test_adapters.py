@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
+from etils import epath
 from flax import traverse_util
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from safetensors.torch import save_file as save_torch
 
 from sl_jax.checkpoints.adapters import (
@@ -457,6 +458,21 @@ def test_an_adapter_of_another_width_is_no_padding(shapes):
     adapter = to_adapter(modules, shapes, problems)
     assert len(problems) == 1 and "transformer_blocks.1.attn.to_q has lora_A (2, 9)" in problems[0]
     assert not traverse_util.flatten_dict(adapter.lora)
+
+
+def test_equal_tensors_are_equal_files(tmp_path):
+    metadata = {name: name.upper() for name in ("zeta", "alpha", "ratio", "dt")}
+    tensors = {"b": np.arange(5, dtype=np.float32), "a": np.ones((2, 3), np.float16)}
+    contents = []
+    for number in range(8):
+        path = epath.Path(tmp_path / f"{number}.safetensors")
+        write_tensors(path, tensors, metadata)
+        contents.append(path.read_bytes())
+    assert len(set(contents)) == 1
+    again = read_tensors(path)
+    assert again.metadata == metadata | {"format": "pt"}
+    assert all(np.array_equal(again.tensors[name], tensors[name]) for name in tensors)
+    assert load_file(path).keys() == tensors.keys()
 
 
 def test_files_that_cannot_be_read(tmp_path):

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline
+from sl_jax.data.procedural import make_design
 from sl_jax.inference.tiny_text import make_tiny_text_encoder
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
-from sl_jax.training import from_nothing
+from sl_jax.training import pools
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.from_nothing import from_mapping, train
 from sl_jax.training.metrics import read_metrics
@@ -72,6 +73,13 @@ def _make_text(folder):
 
 @pytest.mark.slow
 def test_both_stages_leave_a_checkpoint(tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(family, seeds, size, layers):
+        drawn.append(seeds)
+        return np.stack([make_design(family, seed, size, layers).layers for seed in seeds])
+
+    monkeypatch.setattr(pools, "draw_designs", draw)
     small = {"steps": 2, "batch": 2, "designs": 4, "optimizer__warmup_steps": 0}
     values = _values(
         workdir=str(tmp_path / "run"),
@@ -88,10 +96,11 @@ def test_both_stages_leave_a_checkpoint(tmp_path, monkeypatch):
     layout = Layout(make_mesh(MeshConfig()))
     pipeline = load_pipeline(tmp_path / "base", ComputeConfig("float32"), layout)
     assert pipeline.scheduler.shift == config.flow.mu
-    records = list(read_metrics(tmp_path / "run" / "vae"))
-    held_out = [r["vae/held_out_l1"] for r in records if "vae/held_out_l1" in r]
-    assert held_out and all(np.isfinite(held_out))
-    monkeypatch.setattr(from_nothing.pools, "draw_designs", None)  # neither designs nor updates
+    for stage, metric in (("vae", "vae/held_out_l1"), ("flow", "flow/held_out_mse")):
+        (record,) = [r for r in read_metrics(tmp_path / "run" / stage) if metric in r]
+        assert record["step"] == 2 and np.isfinite(record[metric])
+    count = len(drawn)
     train(config, _make_text)
+    assert count == len(drawn) == 4  # kept latents and the finished autoencoder are used
     with pytest.raises(ConfigError, match=r"config\.flow\.mu: 2\.5 there, 3\.0 here"):
         train(from_mapping(values | {"flow": values["flow"] | {"mu": 3.0}}), _make_text)
