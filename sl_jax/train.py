@@ -132,7 +132,7 @@ def _parts(
         captions = [record.caption for part in (index, held_out) for record in part]
         with processes.together("loading the model"):
             prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
-            pipeline = load_pipeline(model, config.compute, layout)
+            pipeline = load_pipeline(model, config.compute, layout, [first.shapes])
         training, grading = judgings(config, folder, judges, processes)
         sampled = (Decomposer(pipeline), examples, prompts)
         evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
@@ -141,7 +141,7 @@ def _parts(
             pipeline, rollout, config.objective, config.optimizer, config.learner, layout
         )
         parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
-        yield Parts(*parts, checkpoints, layout, processes), partial(first, pipeline.params)
+        yield Parts(*parts, checkpoints, layout, processes), partial(first.on, pipeline.params)
 
 
 if __name__ == "__main__":

@@ -494,7 +494,7 @@ def _scored(
     return [
         Scored(
             batch.candidates,
-            parts.rollout.sigmas(batch.grid),
+            parts.rollout.table(batch.grid),
             worth.advantage[number * size : (number + 1) * size].ravel(),
             worth.weight[number * size : (number + 1) * size].ravel(),
             batch.grid,

@@ -66,9 +66,7 @@ def test_delta_is_zero_bitwise_before_the_first_update(random_checkpoint, mesh, 
     candidates = rollout(adapter, _pictures(), 1, GRID)
     samples = len(candidates.latents)
     advantage = np.resize([1.0, -1.0], samples)
-    scored = Scored(
-        candidates, rollout.sigmas(GRID), advantage, np.full(samples, 1 / samples), GRID
-    )
+    scored = Scored(candidates, rollout.table(GRID), advantage, np.full(samples, 1 / samples), GRID)
     old = jax.tree.map(jnp.copy, adapter)
     # Told of an old adapter, though it is equal, the learner computes both velocities.
     state, report = learner.update(learner.start(adapter), [scored], old)
