@@ -97,6 +97,31 @@ def load_pipeline(
     return Pipeline(model, params, vae, vae_params, scheduler, time_params)
 
 
+def abstract_pipeline(
+    folder: epath.PathLike,
+    compute: ComputeConfig,
+    layout: Layout,
+    adapters: Iterable[Adapter] | None = None,
+) -> Pipeline:
+    """What `load_pipeline` loads onto the devices, as shapes with shardings.
+
+    Of the checkpoint only its configuration files are read, and no memory is taken.
+
+    Raises:
+        ValueError: a config.json describes a model that is not implemented.
+    """
+    folder = epath.Path(folder)
+    model = make_model(folder, compute, layout)
+    shapes = abstract_params(model)
+    adapted = any(time_modules(adapter.lora) for adapter in adapters or ())
+    kept = shapes if adapters is None or adapted else split_time(shapes)[0]
+    vae, vae_params = _abstract_vae(folder / "vae", compute.dtype, replicated(layout.mesh))
+    scheduler = SchedulerConfig.from_dict(
+        read_config(folder / "scheduler", "scheduler_config.json")
+    )
+    return Pipeline(model, layout.abstract(kept), vae, vae_params, scheduler)
+
+
 def _transformer(
     folder: epath.Path, model: MMDiT, layout: Layout, adapters: Iterable[Adapter] | None
 ) -> tuple[Any, Any]:
@@ -188,30 +213,38 @@ def parameter_shapes(folder: epath.PathLike) -> Any:
 
 def load_vae(folder: epath.PathLike, dtype: Any, sharding: Any = None) -> tuple[Vae, Any]:
     """The autoencoder in a `vae` component folder, whole on every device of `sharding`."""
+    vae, placed = _abstract_vae(folder, dtype, sharding)
+    return vae, load_params(folder, VAE, placed, unused=("time_conv",))
+
+
+def _abstract_vae(folder: epath.PathLike, dtype: Any, sharding: Any) -> tuple[Vae, Any]:
     dtype = jnp.dtype(dtype)
     vae = Vae(VaeConfig.from_dict(read_config(folder)), dtype=dtype, param_dtype=dtype)
     side = 2 * vae.config.spatial_factor
     pixels = jax.ShapeDtypeStruct((1, side, side, vae.config.input_channels), jnp.float32)
     abstract = nn.unbox(jax.eval_shape(vae.init, jax.random.key(0), pixels))["params"]
-    placed = jax.tree.map(
+    return vae, jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), abstract
     )
-    return vae, load_params(folder, VAE, placed, unused=("time_conv",))
 
 
 def shard_adapter(adapter: Adapter, params: Any) -> Adapter:
     """Lays an adapter out like its kernels: a by their inputs, b by their outputs."""
+    return jax.tree.map(jax.device_put, adapter, adapter_shardings(adapter, params))
+
+
+def adapter_shardings(adapter: Adapter, params: Any) -> Adapter:
+    """Where `shard_adapter` puts the arrays of an adapter; both may be shapes."""
     kernels = traverse_util.flatten_dict(params)
 
-    def placed(path: tuple[str, ...], leaf: jax.Array) -> jax.Array:
+    def placed(path: tuple[str, ...], _: Any) -> NamedSharding:
         kernel = kernels[(*path[:-1], "kernel")]
         *layers, inputs, outputs = (
             *kernel.sharding.spec,
             *(None,) * (kernel.ndim - len(kernel.sharding.spec)),
         )
         ends = {"a": (inputs, None), "b": (None, outputs), "scale": ()}[path[-1]]
-        spec = PartitionSpec(*layers, *ends)
-        return jax.device_put(leaf, NamedSharding(kernel.sharding.mesh, spec))
+        return NamedSharding(kernel.sharding.mesh, PartitionSpec(*layers, *ends))
 
     return jax.tree.map(
         lambda tree: traverse_util.path_aware_map(placed, tree),

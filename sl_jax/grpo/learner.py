@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from sl_jax.checkpoints.pipeline import Pipeline
 from sl_jax.flow.dynamics import StepCoefficients, step_coefficients
@@ -130,6 +130,39 @@ class LearnerState:
     skipped: Array
 
 
+@struct.dataclass
+class Residuals:
+    """What of a vjp its forward program has made: of weights that it keeps there are no copies.
+
+    A program returns copies of the inputs that are among its results. The vjp of a scan keeps the
+    weights of all blocks, and with them the base would be in memory twice.
+
+    Attributes:
+        made: the leaves that are not inputs.
+        inputs: for each leaf of the vjp its place among the inputs, or None.
+        structure: of the vjp.
+    """
+
+    made: list[Array]
+    inputs: tuple[int | None, ...] = struct.field(pytree_node=False)
+    structure: Any = struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, vjp: Any, inputs: Any) -> "Residuals":
+        """Takes apart a vjp, inside the program that makes it."""
+        places = {id(leaf): place for place, leaf in enumerate(jax.tree.leaves(inputs))}
+        leaves, structure = jax.tree.flatten(vjp)
+        found = tuple(places.get(id(leaf)) for leaf in leaves)
+        made = [leaf for leaf, place in zip(leaves, found, strict=True) if place is None]
+        return cls(made, found, structure)
+
+    def with_inputs(self, inputs: Any) -> Any:
+        """The vjp, of the inputs that the program was called with."""
+        made, given = iter(self.made), jax.tree.leaves(inputs)
+        leaves = [next(made) if place is None else given[place] for place in self.inputs]
+        return jax.tree.unflatten(self.structure, leaves)
+
+
 def _changing(state: LearnerState) -> _Changing:
     return _Changing(
         state.adapter.lora, state.ema.lora, state.optimizer, state.updates, state.skipped
@@ -174,6 +207,25 @@ class Learner:
         self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
         return state
 
+    def abstract(self, adapter: Adapter) -> LearnerState:
+        """Shapes and shardings of the state, for an adapter of shapes with shardings."""
+        whole = replicated(self._layout.mesh)
+
+        def number(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+
+        optimizer = optax.tree.map_params(
+            self._optimizer,
+            lambda _, like: like,
+            jax.eval_shape(self._optimizer.init, adapter.lora),
+            adapter.lora,
+            transform_non_params=number,
+        )
+        counters = (number(jax.ShapeDtypeStruct((), jnp.int32)) for _ in range(2))
+        state = LearnerState(adapter, adapter, adapter, optimizer, *counters)
+        self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
+        return state
+
     def update(
         self, state: LearnerState, batches: Sequence[Scored], old: Adapter | None = None
     ) -> tuple[LearnerState, UpdateReport]:
@@ -214,16 +266,39 @@ class Learner:
         self, adapter: Adapter, step: Step, table: ModulationTable, grid: LatentGrid
     ) -> tuple[Float[Array, "m n c"], Any]:
         """Velocity of one micro-batch, and its vjp with respect to the adapter's weights."""
-        return self._forward(
-            adapter.lora,
-            adapter.lora_scale,
-            self._pipeline.params,
-            step.x,
-            step.index,
-            step.condition,
-            table,
-            grid=grid,
+        weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
+        velocity, residuals = self._forward(
+            *weights, step.x, step.index, step.condition, table, grid=grid
         )
+        return velocity, residuals.with_inputs(weights)
+
+    def trace_forward(
+        self, adapter: Adapter, step: Step, table: ModulationTable, grid: LatentGrid
+    ) -> jax.stages.Traced:
+        """The program of `velocity`; for this and the next two, arguments may be shapes."""
+        weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
+        return self._forward.trace(
+            *weights, step.x, step.index, step.condition, table, grid=grid
+        )
+
+    def trace_backward(
+        self,
+        adapter: Adapter,
+        forward: tuple[jax.ShapeDtypeStruct, Residuals],
+        step: Step,
+        sigmas: Float[Array, " steps_1"],
+        grid: LatentGrid,
+    ) -> jax.stages.Traced:
+        """The program that adds a micro-batch's gradient, after what `trace_forward` returns."""
+        velocity, residuals = forward
+        vjp = residuals.with_inputs((adapter.lora, adapter.lora_scale, self._pipeline.params))
+        reference = velocity if self._objective.kl_weight else None
+        known = (velocity, velocity, reference, step, sigmas, self._trained(grid))
+        return self._backward.trace(adapter.lora, vjp, *known)
+
+    def trace_apply(self, state: LearnerState) -> jax.stages.Traced:
+        """The program of the optimizer, as it is where nothing may be overwritten."""
+        return self._apply.trace(_changing(state), state.adapter.lora)
 
     def _lay_out(self, shardings: _Changing) -> None:
         """Makes the programs whose results are laid out like what they replace."""
@@ -256,9 +331,6 @@ class Learner:
             for other in others
         )
         velocity, vjp = self.velocity(adapter, step, batch.table, batch.grid)
-        trained = None
-        if self._rollout.train_frames == "layers":
-            trained = np.arange(batch.grid.generated_tokens) >= batch.grid.frame_tokens
         return self._backward(
             gradient,
             vjp,
@@ -267,8 +339,14 @@ class Learner:
             reference,
             step,
             batch.table.sigmas,
-            trained,
+            self._trained(batch.grid),
         )
+
+    def _trained(self, grid: LatentGrid) -> Bool[np.ndarray, " n"] | None:
+        """Tokens that a sample's likelihood is of; None for all."""
+        if self._rollout.train_frames == "all":
+            return None
+        return np.arange(grid.generated_tokens) >= grid.frame_tokens
 
     def _reference(self, state: LearnerState) -> Adapter:
         if self._config.reference == "init":
@@ -320,7 +398,7 @@ class Learner:
         table: ModulationTable,
         *,
         grid: LatentGrid,
-    ) -> tuple[Array, Any]:
+    ) -> tuple[Array, Residuals]:
         model = self._pipeline.model
 
         def forward(trained: Any) -> Array:
@@ -329,7 +407,8 @@ class Learner:
             velocity = velocity_function(model, params, variables, condition, rows, grid)
             return velocity(x, jnp.int32(0))
 
-        return jax.vjp(forward, lora)
+        velocity, vjp = jax.vjp(forward, lora)
+        return velocity, Residuals.of(vjp, (lora, lora_scale, params))
 
     def _gradient(
         self,

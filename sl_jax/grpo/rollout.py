@@ -91,7 +91,7 @@ class Rollout:
             out_shardings=Candidates(rows, window, rows, whole),
         )
         self._decode = jax.jit(
-            partial(_decoded, pipeline.vae),
+            partial(_decoded, pipeline.vae, layout.mesh.size),
             static_argnames="grid",
             out_shardings=Decoded(rows, whole),
         )
@@ -120,6 +120,19 @@ class Rollout:
     def decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> Decoded:
         """Layers of every sample."""
         return self._decode(self._pipeline.vae_params, latents, grid=grid)
+
+    def trace(
+        self, adapter: Adapter, pictures: Pictures, table: ModulationTable, grid: LatentGrid
+    ) -> jax.stages.Traced:
+        """The program that samples; for this and the next, arguments may be shapes."""
+        whole = replicated(self._layout.mesh)
+        window_start = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
+        weights = (self._pipeline.params, self._pipeline.vae_params, adapter)
+        return self._sample.trace(*weights, pictures, table, window_start, grid=grid)
+
+    def trace_decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> jax.stages.Traced:
+        """The program that decodes."""
+        return self._decode.trace(self._pipeline.vae_params, latents, grid=grid)
 
     def _program(
         self,
@@ -195,11 +208,13 @@ def _without_spoiled(trajectory: sampler.Trajectory, condition: Condition) -> Ca
     )
 
 
-def _decoded(vae: Vae, params: Any, latents: Float[Array, "b n c"], *, grid: LatentGrid) -> Decoded:
+def _decoded(
+    vae: Vae, devices: int, params: Any, latents: Float[Array, "b n c"], *, grid: LatentGrid
+) -> Decoded:
     def frames(x: Float[Array, "k i j z"]) -> tuple[Array, Array]:
         raw = denormalize_latents(x, vae.config)
         pixels = vae.apply({"params": params}, raw, method="decode")
         return to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
 
-    layers, finite = each_layer(frames, latents, grid)
+    layers, finite = each_layer(frames, latents, grid, devices)
     return Decoded(layers, finite.all(axis=1))

@@ -54,15 +54,17 @@ def each_layer(
     decode: Callable[[Float[Array, "k i j z"]], Any],
     latents: Float[Array, "b n c"],
     grid: LatentGrid,
+    devices: int | None = None,
 ) -> Any:
     """What `decode` makes of the layers, [b, l, …]; frame 0, the whole picture again, is dropped.
 
     Few frames are decoded at a time, so that memory grows neither with the number of layers nor
     with the batch: so many samples as devices that split the batch may be, and one layer.
+    Programs for other devices than this process has are told their number.
     """
     frames = unpack(latents, grid.height, grid.width)[:, 1:]
     batch, layers, *shape = frames.shape
-    together = math.gcd(batch, jax.device_count())
+    together = math.gcd(batch, devices or jax.device_count())
     # Samples of one step are far from each other, and so on different devices.
     steps = jnp.moveaxis(frames.reshape(together, -1, *shape), 1, 0)
     return jax.tree.map(
