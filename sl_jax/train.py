@@ -21,7 +21,7 @@ from sl_jax.checkpoints.source import TINY, resolve_model
 from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, training_and_held_out
 from sl_jax.eval.report import write_html
 from sl_jax.grpo.batches import rows_here, same_pictures
-from sl_jax.grpo.captions import captioned
+from sl_jax.grpo.captions import captioned, to_caption
 from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.identity import IDENTITY
@@ -122,7 +122,9 @@ def _parts(
     model = resolve_model(config.model)
     first = first_adapter(config, model, layout)
     left = config.epochs - (checkpoints.latest or 0)
-    judging = open_judges(config, folder, left, len(held_out_set(held_out)), processes)
+    described = to_caption((index, held_out), data.caption)
+    count = len(held_out_set(held_out))
+    judging = open_judges(config, folder, left, count, processes, described)
     with judging as judges, ExitStack() as stack:
         index, held_out = captioned((index, held_out), data.caption, judges.training, processes)
         stream = stack.enter_context(closing(training_stream(index)))

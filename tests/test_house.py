@@ -275,6 +275,17 @@ def test_an_impurity_is_seen(line):
     assert impurities("sl_jax.flow.a", {"sl_jax.flow.a": line}) != []
 
 
+def test_functions_of_arrays_know_nothing_else(house):
+    """The formulas of the flow and of GRPO: no configuration, no judge, no model, no world."""
+    formulas = {"sl_jax.grpo.objective", "sl_jax.grpo.advantages"}
+    formulas |= {name for name in house if room(name, house) == "flow"}
+    below = {"sl_jax.flow", *(n for n in formulas if room(n, house) == "flow")}
+    for name in formulas:
+        assert set(filter(own, imports(name, house))) <= below, name
+    for name in formulas | {name for name in house if room(name, house) == "models"}:
+        assert impurities(name, house) == [], name
+
+
 @pytest.fixture(scope="module")
 def packaging() -> Mapping[str, object]:
     """What setup.py declares."""

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from sl_jax.data import write_designs
+from sl_jax.scoring import CRITERIA
 from sl_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,23 @@ def _wait_for_the_second_epoch(process, workdir):
         time.sleep(0.01)
 
 
+def _always_logged(record):
+    """What a reader of any epoch may count on."""
+    judged = ("stage1", "stage2", "reward")
+    names = {f"judge/{name}_{what}" for name in judged for what in ("mean", "spread", "ties")}
+    names |= {f"judge/{name}_{what}" for name in CRITERIA for what in ("mean", "spread")}
+    names |= {"judge/stage_correlation", "judge/valid_share", "judge/two_stage_share"}
+    names |= {f"advantage/{name}_groups" for name in ("effective", "tied", "invalid")}
+    names |= {f"seconds/{name}" for name in ("rollout", "judging", "learning")}
+    names |= {"learner/adapter_norm", "learner/skipped_updates", "learner/updates"}
+    names |= {"rollout/staleness", "rollout/window_start"}
+    first = record["rollout/window_start"]
+    per_step = ("ratio_excess", "ratio_std", "clipped_low", "clipped_high", "saturated", "kl_old")
+    per_step += ("kl_approx", "kl_reference", "policy_loss", "gradient_norm", "mismatch")
+    steps = (first, first + 1)  # the window of this configuration
+    return names | {f"learner/{name}/step_{step}" for name in per_step for step in steps}
+
+
 @pytest.mark.slow
 def test_a_run_leaves_all_that_it_promises(finished):
     workdir, printed = finished
@@ -146,6 +164,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert [r["step"] for r in records if "evaluation/reward" in r] == [0, 2, 3]
     assert "rollout/score_gap" in records[0]
     for record in records[1:]:
+        assert _always_logged(record) <= record.keys()
         assert record["learner/updates"] == 2 * record["step"]
         assert record["learner/skipped_updates"] == 0
         assert record["advantage/effective_groups"] > 0

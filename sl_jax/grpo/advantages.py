@@ -7,14 +7,11 @@ and is counted. Weights are normalised once over the whole batch given here, whi
 whole update's: how it is later cut into micro-batches changes nothing.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float64
-
-from sl_jax.grpo.config import AdvantageConfig, JudgeSettings
-from sl_jax.scoring import GroupScores
 
 Scale = Literal["group", "none", "batch"]
 
@@ -40,36 +37,6 @@ class Advantages(NamedTuple):
     effective_groups: int
     tied_groups: int
     invalid_groups: int
-
-
-def judged_advantages(
-    scores: Sequence[GroupScores], config: AdvantageConfig, judge: JudgeSettings
-) -> Advantages:
-    """Advantages of judged groups, as the configuration wants them.
-
-    With scale "criterion" the criteria weigh as in stage 1, and stage 2 as in the reward; what a
-    veto did to a candidate's reward bounds each of them.
-    """
-    reward, valid, capped = (
-        np.stack([getattr(entry, name) for entry in scores])
-        for name in ("reward", "valid", "capped")
-    )
-    two_stage = np.array([entry.two_stage for entry in scores])
-    if config.scale != "criterion":
-        return reward_advantages(
-            reward, valid, scale=config.scale, std_floor=config.std_floor, two_stage=two_stage
-        )
-    terms = np.stack([np.column_stack([entry.criteria, entry.stage2]) for entry in scores])
-    bound = np.where(capped, reward, np.inf)[..., None]
-    share = judge.stage2_weight if judge.two_stage else 0.0
-    criteria = np.asarray(judge.weights) / np.sum(judge.weights)
-    return criteria_advantages(
-        np.minimum(terms, bound),
-        np.append((1 - share) * criteria, share),
-        valid,
-        std_floor=config.std_floor,
-        two_stage=two_stage,
-    )
 
 
 def reward_advantages(

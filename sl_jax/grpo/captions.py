@@ -14,6 +14,13 @@ from sl_jax.scoring.captions import captions_of
 _log = logging.getLogger(__name__)
 
 
+def to_caption(indices: Sequence[PictureIndex], source: Literal["files", "prompt", "vlm"]) -> int:
+    """How many pictures a model will be asked about, once per content."""
+    if source != "vlm":
+        return 0
+    return len({record.content_hash for index in indices for record in index})
+
+
 def captioned(
     indices: Sequence[PictureIndex],
     source: Literal["files", "prompt", "vlm"],

@@ -61,7 +61,12 @@ class _WrittenAtOnce:
 
 @contextmanager
 def open_judges(
-    config: GrpoConfig, folder: epath.Path, epochs: int, held_out: int, processes: Processes = ALONE
+    config: GrpoConfig,
+    folder: epath.Path,
+    epochs: int,
+    held_out: int,
+    processes: Processes = ALONE,
+    captions: int = 0,
 ) -> Iterator[Judges]:
     """The judges, once they are known to work, until the block ends.
 
@@ -74,6 +79,7 @@ def open_judges(
         epochs: still to come, for the forecast.
         held_out: pictures of an evaluation, for the forecast.
         processes: that judge; all open their judges together.
+        captions: pictures that the main process will have described, for the forecast.
 
     Raises:
         KeyMissingError: a variable that should hold a key does not.
@@ -109,7 +115,8 @@ def open_judges(
         if judge.preflight:
             graded = held_out * evaluations(config.evaluation, epochs) // processes.count
             groups = config.rollout.groups // processes.count
-            _try_out(config, worker, training, other, epochs, groups, graded)
+            asked = captions if processes.is_main else 0
+            _try_out(config, worker, training, other, epochs, groups, graded, asked)
         ready.close()
         yield Judges(worker, graders)
 
@@ -202,21 +209,23 @@ def _try_out(
     epochs: int,
     groups: int,
     graded: int,
+    captions: int,
 ) -> None:
     """Preflights of all servers, and the forecast.
 
-    This process judges `groups` an epoch, and `graded` pictures in all evaluations.
+    This process judges `groups` an epoch and `graded` pictures in all evaluations, and has
+    `captions` pictures described.
     """
     if training:
-        reports = _preflight(config, worker, training.pool)
-        _forecast(config, reports, epochs, groups, 0 if other else graded)
+        reports = _preflight(config, worker, training.pool, captions > 0)
+        _forecast(config, reports, epochs, groups, 0 if other else graded, captions)
     if other:
         _preflight(config, worker, other.pool)
         _log.info("The evaluation's judge gets %d calls in the run.", graded)
 
 
 def _preflight(
-    config: GrpoConfig, worker: JudgeWorker, pool: "JudgePool"
+    config: GrpoConfig, worker: JudgeWorker, pool: "JudgePool", caption: bool = False
 ) -> "tuple[EndpointReport, ...]":
     from sl_jax.scoring.preflight import preflight
 
@@ -227,6 +236,7 @@ def _preflight(
         group_size=config.rollout.group_size,
         render=config.judge.render,
         prompts=config.judge.prompts or None,
+        caption=caption,
     )
     return worker.call(calls).result()
 
@@ -237,6 +247,7 @@ def _forecast(
     epochs: int,
     groups: int,
     graded: int,
+    captions: int,
 ) -> None:
     from sl_jax.scoring.preflight import forecast
 
@@ -247,5 +258,6 @@ def _forecast(
         grids=config.judge.grids if config.judge.two_stage else 0,
         epochs=epochs,
         evaluation_calls=graded,
+        caption_calls=captions,
     )
     _log.info("%s", expected.to_text())

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from sl_jax.data import Example
-from sl_jax.grpo.config import JudgeSettings
+from sl_jax.grpo.advantages import Advantages, criteria_advantages, reward_advantages
+from sl_jax.grpo.config import AdvantageConfig, JudgeSettings
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.scoring import Group, GroupScores, JudgeWorker, Rewards
 from sl_jax.scoring.records import JudgeRecords
@@ -258,6 +259,36 @@ class _Outage:
             _log.warning("Waiting for the judge, %.0f s at most: %s", left, reason)
             self._told_at, self._pause = now + self._pause, min(2 * self._pause, _LONGEST_WAIT)
         return left
+
+
+def judged_advantages(
+    scores: Sequence[GroupScores], config: AdvantageConfig, judge: JudgeSettings
+) -> Advantages:
+    """Advantages of judged groups, as the configuration wants them.
+
+    With scale "criterion" the criteria weigh as in stage 1, and stage 2 as in the reward; what a
+    veto did to a candidate's reward bounds each of them.
+    """
+    reward, valid, capped = (
+        np.stack([getattr(entry, name) for entry in scores])
+        for name in ("reward", "valid", "capped")
+    )
+    two_stage = np.array([entry.two_stage for entry in scores])
+    if config.scale != "criterion":
+        return reward_advantages(
+            reward, valid, scale=config.scale, std_floor=config.std_floor, two_stage=two_stage
+        )
+    terms = np.stack([np.column_stack([entry.criteria, entry.stage2]) for entry in scores])
+    bound = np.where(capped, reward, np.inf)[..., None]
+    share = judge.stage2_weight if judge.two_stage else 0.0
+    criteria = np.asarray(judge.weights) / np.sum(judge.weights)
+    return criteria_advantages(
+        np.minimum(terms, bound),
+        np.append((1 - share) * criteria, share),
+        valid,
+        std_floor=config.std_floor,
+        two_stage=two_stage,
+    )
 
 
 def refusals(scores: Sequence[GroupScores], picture_ids: Sequence[str]) -> dict[str, str]:

@@ -75,7 +75,6 @@ class StepReport(NamedTuple):
         index: position of the step in the σ grid.
         objective, mismatch: per sample.
         weight: per sample, as used in the loss.
-        gradient_norm: of this micro-batch alone.
 
     All of it is known to every process.
     """
@@ -84,7 +83,20 @@ class StepReport(NamedTuple):
     objective: ObjectiveMetrics
     mismatch: Mismatch
     weight: Array
-    gradient_norm: Array
+
+
+class UpdateReport(NamedTuple):
+    """What one update did; nothing where there was nothing to learn from.
+
+    Attributes:
+        steps: of every micro-batch of every window step.
+        gradient_norms: position in the σ grid, and norm of the gradient, of each window step.
+        gradient_norm: of the whole gradient, before it is clipped; None without one.
+    """
+
+    steps: list[StepReport]
+    gradient_norms: list[tuple[Array, Array]]
+    gradient_norm: Array | None
 
 
 class _Changing(NamedTuple):
@@ -163,37 +175,40 @@ class Learner:
         return state
 
     def update(
-        self, state: LearnerState, batches: Sequence[Scored], old: Adapter, first: bool
-    ) -> tuple[LearnerState, list[StepReport]]:
+        self, state: LearnerState, batches: Sequence[Scored], old: Adapter | None = None
+    ) -> tuple[LearnerState, UpdateReport]:
         """One optimizer step over all samples and window steps of `batches`.
 
         Where no sample has a weight there is nothing to learn, and nothing changes.
 
         Args:
-            state: donated, unless its adapter is `old` itself.
-            batches: rollout batches whose weights sum to 1 together.
-            old: the adapter that rolled them out.
-            first: whether `state.adapter` still equals `old`; its velocities are then reused.
+            state: donated where `old` is given.
+            batches: rollout batches of one epoch, whose weights sum to 1 together.
+            old: the adapter that rolled them out; None for the state's own.
         """
         if not any(np.any(batch.weight) for batch in batches):
-            return state, []
-        gradient = jax.tree.map(jnp.zeros_like, state.adapter.lora)
+            return state, UpdateReport([], [], None)
         reference = self._reference(state) if self._objective.kl_weight else None
-        others = (None if first else old, reference)
-        reports = []
-        for batch in batches:
-            for step in self._steps(batch):
-                gradient, report = self._accumulate(state.adapter, batch, step, others, gradient)
-                reports.append(report)
-        apply = self._apply if state.adapter is old else self._apply_donating
-        changed = apply(_changing(state), gradient)
+        total, norms, reports = self._zeros(state.adapter), [], []
+        for number in range(self._rollout.window_size):
+            part = self._zeros(state.adapter)
+            for batch in batches:
+                for step in self._steps(batch, number):
+                    part, report = self._accumulate(
+                        state.adapter, batch, step, (old, reference), part
+                    )
+                    reports.append(report)
+            total, norm = self._add(total, part)
+            norms.append((reports[-1].index, norm))
+        apply = self._apply if old is None else self._apply_donating
+        changed, norm = apply(_changing(state), total)
         return state.replace(
             adapter=state.adapter.replace(lora=changed.lora),
             ema=state.ema.replace(lora=changed.ema),
             optimizer=changed.optimizer,
             updates=changed.updates,
             skipped=changed.skipped,
-        ), reports
+        ), UpdateReport(reports, norms, norm)
 
     def velocity(
         self, adapter: Adapter, step: Step, table: ModulationTable, grid: LatentGrid
@@ -219,8 +234,12 @@ class Learner:
         self._backward = jax.jit(
             self._gradient, donate_argnums=0, out_shardings=(shardings.lora, known)
         )
-        self._apply = jax.jit(self._update, out_shardings=shardings)
-        self._apply_donating = jax.jit(self._update, donate_argnums=0, out_shardings=shardings)
+        self._add = jax.jit(_added, donate_argnums=0, out_shardings=(shardings.lora, known))
+        self._zeros = jax.jit(_zeros, out_shardings=shardings.lora)
+        self._apply = jax.jit(self._update, out_shardings=(shardings, known))
+        self._apply_donating = jax.jit(
+            self._update, donate_argnums=0, out_shardings=(shardings, known)
+        )
 
     def _accumulate(
         self,
@@ -257,8 +276,8 @@ class Learner:
         # b = 0 adds exactly nothing, in the same executable.
         return state.adapter.replace(lora=jax.tree.map(jnp.zeros_like, state.adapter.lora))
 
-    def _steps(self, batch: Scored) -> Iterator[Step]:
-        """Every micro-batch of every window step, cut out when its turn comes."""
+    def _steps(self, batch: Scored, number: int) -> Iterator[Step]:
+        """Every micro-batch of one window step, cut out when its turn comes."""
         size = self._config.micro_batch
         samples = len(batch.advantage)
         window = batch.candidates.window
@@ -269,11 +288,8 @@ class Learner:
             for values in (batch.advantage, batch.weight / steps)
         )
         per_sample = (batch.candidates.condition, advantage, weight)
-        for number in range(steps):
-            for part in range(samples // size):
-                yield self._select(
-                    window, per_sample, jnp.int32(number), jnp.int32(part), size=size
-                )
+        for part in range(samples // size):
+            yield self._select(window, per_sample, jnp.int32(number), jnp.int32(part), size=size)
 
     def _micro_batch(
         self, window: Any, per_sample: Any, number: Array, part: Array, *, size: int
@@ -353,7 +369,7 @@ class Learner:
             coefficients=coefficients,
             token_mask=trained,
         )
-        report = StepReport(step.index, metrics, mismatch, step.weight, optax.tree.norm(here))
+        report = StepReport(step.index, metrics, mismatch, step.weight)
         return jax.tree.map(jnp.add, gradient, here), report
 
     def _coefficients(self, sigmas: Array, index: Array) -> StepCoefficients:
@@ -362,8 +378,9 @@ class Learner:
             rollout.dynamics, sigmas[index], sigmas[index + 1], sigmas[1], rollout.noise_level
         )
 
-    def _update(self, now: _Changing, gradient: Any) -> _Changing:
-        finite = jnp.isfinite(optax.tree.norm(gradient))
+    def _update(self, now: _Changing, gradient: Any) -> tuple[_Changing, Array]:
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(norm)
         updates, optimizer = self._optimizer.update(gradient, now.optimizer, now.lora)
         lora = optax.apply_updates(now.lora, updates)
         ema = optax.incremental_update(lora, now.ema, 1 - self._config.ema)
@@ -371,10 +388,20 @@ class Learner:
         def kept(changed: Any, before: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), changed, before)
 
-        return _Changing(
+        changed = _Changing(
             lora=kept(lora, now.lora),
             ema=kept(ema, now.ema),
             optimizer=kept(optimizer, now.optimizer),
             updates=now.updates + finite.astype(jnp.int32),
             skipped=now.skipped + (~finite).astype(jnp.int32),
         )
+        return changed, norm
+
+
+def _zeros(adapter: Adapter) -> Any:
+    return jax.tree.map(jnp.zeros_like, adapter.lora)
+
+
+def _added(total: Any, part: Any) -> tuple[Any, Array]:
+    """The sum, and the norm of what was added."""
+    return jax.tree.map(jnp.add, total, part), optax.tree.norm(part)

@@ -21,12 +21,12 @@ from tqdm import tqdm
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.data import Example, FolderError, StepPictures, TrainStream
 from sl_jax.flow.sampler import window_starts
-from sl_jax.grpo.advantages import Advantages, judged_advantages
+from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.batches import group_keys, laid_out, rows_here
 from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.evaluation import Evaluated, Evaluator, evaluation_metrics, strip
-from sl_jax.grpo.judging import Judging, Submitted, refusals
-from sl_jax.grpo.learner import Learner, LearnerState, Scored, StepReport
+from sl_jax.grpo.judging import Judging, Submitted, judged_advantages, refusals
+from sl_jax.grpo.learner import Learner, LearnerState, Scored, UpdateReport
 from sl_jax.grpo.metrics import (
     learner_metrics,
     warn_of_divergence,
@@ -92,6 +92,21 @@ class Rolled(NamedTuple):
     grid: LatentGrid
     finite: Bool[np.ndarray, "groups candidates"]
     submitted: dict[int, Submitted]
+
+
+class _Learned(NamedTuple):
+    """What one update learned from.
+
+    Attributes:
+        judged: scores of every group, in the order of `rolled`'s rows.
+        finite: [groups, G], see `Rolled`.
+    """
+
+    rolled: list[Rolled]
+    judged: list[GroupScores]
+    finite: Bool[np.ndarray, "groups candidates"]
+    advantages: Advantages
+    report: UpdateReport
 
 
 class Outcome(NamedTuple):
@@ -254,30 +269,28 @@ def run_epoch(
     parts: Parts, state: LearnerState, epoch: int, phases: Phases
 ) -> tuple[LearnerState, dict[str, float]]:
     """One epoch: the state after its updates, and its metrics. The given state stays valid."""
-    config = parts.config
+    config, begun = parts.config, state.adapter
     start = window_start(config, epoch)
     rolled = []
     for _ in range(config.rollout.groups // config.rollout.batch_groups):
         phases.begin("rollout")
-        rolled.append(_roll_out(parts, state.adapter, start))
-    phases.begin("judging")
-    rolled, judged = _judged(parts, rolled, state.adapter, start, phases)
-    finite = np.concatenate([batch.finite for batch in rolled])
-    judged = [_only_finite(*entry) for entry in zip(judged, finite, strict=True)]
-    _record(parts, epoch + 1, rolled, judged)
-    phases.begin("learning")
-    old = state.adapter
+        rolled.append(_roll_out(parts, begun, start))
     share = len(rolled) // config.learner.updates
-    groups = share * config.rollout.batch_groups
-    reports: list[list[StepReport]] = []
-    advantages: list[Advantages] = []
+    done: list[_Learned] = []
     for number in range(config.learner.updates):
+        phases.begin("judging")
         part = rolled[number * share : (number + 1) * share]
-        scored, worth = _scored(parts, part, judged[number * groups : (number + 1) * groups])
-        state, report = parts.learner.update(state, scored, old, first=state.adapter is old)
-        reports.append(report)
-        advantages.append(worth)
-    learned = learner_metrics(reports)
+        part, judged, finite = _judged(parts, part, begun, start, phases)
+        phases.begin("learning")  # while the groups of later updates are judged
+        scored, worth = _scored(parts, part, judged)
+        old = None if state.adapter is begun else begun
+        state, report = parts.learner.update(state, scored, old)
+        done.append(_Learned(part, judged, finite, worth, report))
+        jax.block_until_ready(state.updates)
+    judged = [scores for entry in done for scores in entry.judged]
+    finite = np.concatenate([entry.finite for entry in done])
+    _record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
+    learned = learner_metrics([entry.report for entry in done])
     if parts.processes.is_main:
         warn_of_mismatch(learned, config.objective)
         warn_of_spoiled(finite)
@@ -286,7 +299,7 @@ def run_epoch(
         **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
         "judge/quarantined": len(parts.stream.quarantined),
         **learned,
-        **_advantage_metrics(advantages),
+        **_advantage_metrics([entry.advantages for entry in done]),
         "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
@@ -379,8 +392,11 @@ def _told(parts: Parts, examples: Sequence[Example]) -> list[tuple[str, str]]:
 
 def _judged(
     parts: Parts, rolled: list[Rolled], adapter: Adapter, start: int, phases: Phases
-) -> tuple[list[Rolled], list[GroupScores]]:
-    """The epoch with everyone's scores; pictures that the judge refuses give way to others."""
+) -> tuple[list[Rolled], list[GroupScores], Bool[np.ndarray, "groups candidates"]]:
+    """Batches with everyone's scores of their groups, and which candidates are finite.
+
+    Pictures that the judge refuses give way to others.
+    """
     own = [entry for batch in rolled for entry in batch.submitted.values()]
     scores = parts.judging.collect(own, phases.say)
     judged = _in_order(parts.judging.share(_places(parts, rolled), scores))
@@ -394,11 +410,12 @@ def _judged(
             rolled = [_replaced(parts, batch, refused, adapter, start) for batch in rolled]
             phases.begin("judging")
             judged = _judged_again(parts, rolled, judged, phases)
-    return rolled, judged
+    finite = np.concatenate([batch.finite for batch in rolled])
+    return rolled, [_only_finite(*entry) for entry in zip(judged, finite, strict=True)], finite
 
 
 def _places(parts: Parts, rolled: Sequence[Rolled]) -> list[int]:
-    """Which groups of the epoch this process judges."""
+    """Which of the groups this process judges."""
     size = parts.config.rollout.batch_groups
     return [number * size + row for number, batch in enumerate(rolled) for row in batch.submitted]
 

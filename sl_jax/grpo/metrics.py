@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from sl_jax.eval.divergence import divergence
-from sl_jax.grpo.learner import StepReport
+from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.objective import ObjectiveConfig, ObjectiveMetrics
 
 _log = logging.getLogger(__name__)
@@ -20,15 +20,17 @@ _MISMATCH = "learner/mismatch_log_ratio/step_"
 _NEAR = 0.5  # of the clip range
 
 
-def learner_metrics(updates: Sequence[Sequence[StepReport]]) -> dict[str, float]:
+def learner_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
     """Averages over samples, by position in the σ grid and over all, from the reports of updates.
 
     Samples count by their weight in the loss. The mismatch between rollout and learner is taken at
-    the first update, where both use the same adapter; everything else over the last one, where
+    the first update, where both use the same adapter; everything else at the last one, where
     policies differ most. An update that had nothing to learn from reports nothing.
     """
-    first, last = (jax.device_get(list(updates[i])) for i in (0, -1))
-    return _by_step(last, _objective) | _by_step(first, _mismatch)
+    first, last = (jax.device_get(updates[i]) for i in (0, -1))
+    return (
+        _by_step(last.steps, _objective) | _by_step(first.steps, _mismatch) | _gradient_norms(last)
+    )
 
 
 def warn_of_mismatch(metrics: Mapping[str, float], objective: ObjectiveConfig) -> None:
@@ -95,21 +97,17 @@ def _objective(reports: Sequence[StepReport]) -> dict[str, float]:
     samples: ObjectiveMetrics = jax.tree.map(
         lambda *parts: np.concatenate(parts), *(report.objective for report in reports)
     )
+    means = {name: _mean(reports, [values]) for name, values in samples._asdict().items()}
+    variance = _mean(reports, [(samples.ratio_excess - means["ratio_excess"]) ** 2])
+    return means | {"ratio_std": math.sqrt(variance)}
 
-    def mean(values: np.ndarray) -> float:
-        return _mean(reports, [values])
 
-    excess = mean(samples.ratio_excess)
-    return {
-        "ratio_excess": excess,
-        "ratio_std": math.sqrt(mean((samples.ratio_excess - excess) ** 2)),
-        "clipped_low": mean(samples.clipped_low),
-        "clipped_high": mean(samples.clipped_high),
-        "surrogate_gain": mean(samples.surrogate_gain),
-        "kl_old": mean(samples.kl_old),
-        "kl_reference": mean(samples.kl_reference),
-        "gradient_norm": float(np.mean([report.gradient_norm for report in reports])),
-    }
+def _gradient_norms(report: UpdateReport) -> dict[str, float]:
+    if report.gradient_norm is None:
+        return {}
+    norms = {f"step_{index}": norm for index, norm in report.gradient_norms}
+    norms["all"] = report.gradient_norm
+    return {f"learner/gradient_norm/{where}": float(norm) for where, norm in norms.items()}
 
 
 def _mismatch(reports: Sequence[StepReport]) -> dict[str, float]:

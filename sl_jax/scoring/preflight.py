@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from sl_jax import imaging
+from sl_jax.scoring import captions
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.cases import design
 from sl_jax.scoring.openai_client import OpenAIJudge
@@ -29,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class EndpointReport:
-    """What one endpoint did with a stage-1 call and a grid.
+    """What one endpoint did with a stage-1 call and a grid, and maybe with a caption.
 
     Attributes:
       name: of the endpoint.
@@ -37,6 +38,7 @@ class EndpointReport:
       structure: how it takes JSON schemas: "schema", "object" or "text"; "" if unknown.
       concurrency: requests in flight that it is given.
       seconds, tokens: of the stage-1 call and of the grid; 0 where that failed.
+      caption_seconds, caption_tokens: of the caption; 0 where that failed or was not asked for.
     """
 
     name: str
@@ -45,15 +47,18 @@ class EndpointReport:
     concurrency: int
     seconds: tuple[float, float]
     tokens: tuple[int, int]
+    caption_seconds: float = 0.0
+    caption_tokens: int = 0
 
     def to_text(self) -> str:
         """One line."""
         if self.problems:
             return f"judge {self.name}: cannot judge: {'; '.join(self.problems)}"
+        caption = f"; one caption {self.caption_seconds:.1f} s, {self.caption_tokens} tokens"
         return (
             f"judge {self.name}: ready (JSON by {self.structure}); one candidate "
             f"{self.seconds[0]:.1f} s, {self.tokens[0]} tokens; one grid {self.seconds[1]:.1f} s, "
-            f"{self.tokens[1]} tokens"
+            f"{self.tokens[1]} tokens{caption if self.caption_seconds else ''}"
         )
 
 
@@ -65,18 +70,21 @@ async def preflight(
     group_size: int = 8,
     render: rendering.RenderConfig | None = None,
     prompts: str | None = None,
+    caption: bool = False,
     asks: int = 2,
 ) -> tuple[EndpointReport, ...]:
     """Calls every endpoint once per stage, at the size, layers and group size of the run.
 
-    Wrong models and keys, missing vision, limits on pictures and schema support show here.
+    Wrong models and keys, missing vision, limits on pictures and schema support show here. With
+    `caption`, each is asked to describe a picture, too: one that does not is no help to a run that
+    needs captions.
 
     Raises:
       PreflightError: no endpoint can judge.
       BudgetError: the pool may spend nothing.
     """
     render = render or rendering.RenderConfig()
-    requests = _requests(size, layers, group_size, render, prompts)
+    requests = _requests(size, layers, group_size, render, prompts, caption)
     reports = await asyncio.gather(
         *(_check(pool, client, requests, asks) for client in pool.clients)
     )
@@ -89,18 +97,28 @@ async def preflight(
 
 
 def _requests(
-    size: int, layers: int, group_size: int, render: rendering.RenderConfig, prompts: str | None
-) -> tuple[JudgeRequest, JudgeRequest]:
+    size: int,
+    layers: int,
+    group_size: int,
+    render: rendering.RenderConfig,
+    prompts: str | None,
+    caption: bool,
+) -> list[JudgeRequest]:
+    """Of stage 1, of a grid, and of a caption if it is wanted."""
     built = design(size)
     spare = np.zeros_like(built[:1])
     stack = np.concatenate([built, *[spare] * max(0, layers - len(built))])[:layers]
     group = Group("preflight", imaging.recompose(built), (stack,) * group_size)
     texts = load_prompts(prompts)
     arrangement = rendering.shuffle(range(group_size), 0, group.group_id, 0)
-    return (
+    requests = [
         rendering.candidate_request(group.source, stack, texts, render),
         rendering.grid_request(group, arrangement, np.full(group_size, 0.5), texts, render),
-    )
+    ]
+    if caption:
+        config = captions.CaptionConfig()
+        requests.append(captions.caption_request(group.source, captions.load_template(), config))
+    return requests
 
 
 async def _check(
@@ -112,10 +130,11 @@ async def _check(
         try:
             answers.append(await _ask(pool, client, request, asks))
         except (TransientJudgeError, PermanentJudgeError) as error:
-            problems.append(f"stage {request.stage}: {error}")
+            problems.append(f"{_asked_for(request)}: {error}")
             answers.append(Answer(""))
     if problems:
         problems += await _wrong_model(client)
+    described = answers[2] if len(answers) > 2 else Answer("")
     return EndpointReport(
         client.name,
         tuple(problems),
@@ -123,7 +142,13 @@ async def _check(
         client.endpoint.concurrency,
         (answers[0].seconds, answers[1].seconds),
         (answers[0].tokens, answers[1].tokens),
+        described.seconds,
+        described.tokens,
     )
+
+
+def _asked_for(request: JudgeRequest) -> str:
+    return f"stage {request.stage}" if request.stage else "captions (config.data.caption)"
 
 
 async def _ask(pool: JudgePool, client: OpenAIJudge, request: JudgeRequest, asks: int) -> Answer:
@@ -157,7 +182,8 @@ class Forecast:
 
     Attributes:
       calls, tokens, seconds: per epoch; seconds are those of the judge alone.
-      run_calls, run_tokens, run_seconds: of the whole run, evaluations included.
+      run_calls, run_tokens, run_seconds: of the whole run, evaluations and captions included.
+      captions: calls of these that ask for captions, before the first epoch.
     """
 
     calls: int
@@ -166,13 +192,15 @@ class Forecast:
     run_calls: int
     run_tokens: int
     run_seconds: float
+    captions: int = 0
 
     def to_text(self) -> str:
         """One line."""
+        captions = f", at most {self.captions} captions among them" if self.captions else ""
         return (
             f"judging takes about {self.seconds:.0f} s, {self.calls} calls and {self.tokens} "
             f"tokens per epoch; {self.run_seconds / 3600:.1f} h, {self.run_calls} calls and "
-            f"{self.run_tokens} tokens for the run"
+            f"{self.run_tokens} tokens for the run{captions}"
         )
 
 
@@ -184,6 +212,7 @@ def forecast(
     grids: int,
     epochs: int,
     evaluation_calls: int = 0,
+    caption_calls: int = 0,
 ) -> Forecast:
     """Estimates from the endpoints that can judge.
 
@@ -193,6 +222,7 @@ def forecast(
       grids: per group; 0 without stage 2.
       epochs: of the run.
       evaluation_calls: stage-1 calls of all evaluations together.
+      caption_calls: pictures that are to be described, by endpoints that were tried with one.
 
     Raises:
       ValueError: no endpoint can judge.
@@ -200,22 +230,31 @@ def forecast(
     able = [report for report in reports if not report.problems]
     if not able:
         raise ValueError("a forecast needs an endpoint that can judge")
-    places = sum(report.concurrency for report in able)
-    shares = np.array([report.concurrency / places for report in able])
+    concurrency = np.array([report.concurrency for report in able])
+    shares = concurrency / concurrency.sum()
     # An endpoint's share of the calls grows with its places and its pace.
     seconds = [
-        1 / sum(r.concurrency / max(r.seconds[stage], 1e-3) for r in able) for stage in (0, 1)
+        1 / sum(places / max(pace, 1e-3) for places, pace in zip(concurrency, took, strict=True))
+        for took in zip(*((*r.seconds, r.caption_seconds) for r in able), strict=True)
     ]
-    tokens = [float(shares @ [r.tokens[stage] for r in able]) for stage in (0, 1)]
+    tokens = [
+        float(shares @ cost)
+        for cost in zip(*((*r.tokens, r.caption_tokens) for r in able), strict=True)
+    ]
     counts = (groups * group_size, groups * grids)
     per_epoch = [
-        sum(n * x for n, x in zip(counts, cost, strict=True)) for cost in (tokens, seconds)
+        sum(n * x for n, x in zip(counts, cost[:2], strict=True)) for cost in (tokens, seconds)
     ]
     return Forecast(
         calls=sum(counts),
         tokens=round(per_epoch[0]),
         seconds=per_epoch[1],
-        run_calls=epochs * sum(counts) + evaluation_calls,
-        run_tokens=round(epochs * per_epoch[0] + evaluation_calls * tokens[0]),
-        run_seconds=epochs * per_epoch[1] + evaluation_calls * seconds[0],
+        run_calls=epochs * sum(counts) + evaluation_calls + caption_calls,
+        run_tokens=round(
+            epochs * per_epoch[0] + evaluation_calls * tokens[0] + caption_calls * tokens[2]
+        ),
+        run_seconds=epochs * per_epoch[1]
+        + evaluation_calls * seconds[0]
+        + caption_calls * seconds[2],
+        captions=caption_calls,
     )

@@ -258,12 +258,18 @@ class UnreadableRequestError(ValueError):
 def request_of(parts: Sequence[str | Rgb], sample: int = 0) -> JudgeRequest:
     """The request that shows these parts, as a server receives them: its legend says which.
 
+    What has no legend, and names no source, is of stage 0: a question about something else.
+
     Raises:
       UnreadableRequestError: a grid without exactly one legend and one picture.
     """
     shown = tuple(parts)
     request = JudgeRequest(1, shown, candidate_schema(), sample=sample)
-    if not any(isinstance(p, str) and _GRID.search(p) for p in shown):
+    texts = [part for part in shown if isinstance(part, str)]
+    named = any(text.rstrip(":") == "source" for text in texts)
+    if not named and not any(_SHEET.search(text) for text in texts):
+        return dataclasses.replace(request, stage=0, schema={})
+    if not any(_GRID.search(text) for text in texts):
         return request
     legend, _ = _legend_and_picture(request)
     _, labels = _geometry(legend)

@@ -30,21 +30,26 @@ Handler = Callable[[Request], Awaitable[Response]]
 def completion(judge: EmbeddedJudge, model: str, body: object, limits: Limits) -> dict[str, Any]:
     """The chat completion that answers a request's body. Blocks; equal bodies get equal answers.
 
-    Tokens are counted roughly, as a model would: 4 letters or 28 × 28 pixels each.
+    What is no request to judge, a caption for instance, is refused as a model refuses: in the
+    message's field `refusal`. Tokens are counted roughly, as a model would: 4 letters or 28 × 28
+    pixels each.
 
     Raises:
-      BadRequestError: the body is no request of `scoring.request`.
+      BadRequestError: the body is no chat, or shows layers in a way that cannot be read.
     """
     request = request_from(body, limits)
+    refusal = None
     try:
         text = str(asyncio.run(judge.answer(request)))
     except PermanentJudgeError as error:
-        raise BadRequestError(str(error)) from error
+        if request.stage:
+            raise BadRequestError(str(error)) from error
+        text, refusal = "", str(error)
     prompt = sum(
         len(part) // 4 if isinstance(part, str) else part.shape[0] * part.shape[1] // 784
         for part in request.parts
     )
-    answer = len(text) // 4
+    answer = len(text or refusal or "") // 4
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
@@ -53,7 +58,11 @@ def completion(judge: EmbeddedJudge, model: str, body: object, limits: Limits) -
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": text},
+                "message": {
+                    "role": "assistant",
+                    "content": text if refusal is None else None,
+                    "refusal": refusal,
+                },
                 "finish_reason": "stop",
             }
         ],

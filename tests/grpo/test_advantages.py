@@ -11,6 +11,7 @@ from hypothesis.extra import numpy as hnp
 
 from sl_jax.grpo import advantages as adv
 from sl_jax.grpo.config import AdvantageConfig, JudgeSettings
+from sl_jax.grpo.judging import judged_advantages
 
 SCORES = st.floats(0, 1, width=32).map(lambda x: round(x, 4))
 
@@ -249,7 +250,7 @@ def test_each_scale_of_the_configuration_is_another():
     scores = [_judged([0.1, 0.2, 0.3], [0.3, 0.2, 0.1]), _judged([0.9, 0.1, 0.5], [0.1, 0.2, 0.6])]
     judge = JudgeSettings(stage2_weight=0.5)
     found = {
-        scale: adv.judged_advantages(scores, AdvantageConfig(scale, 0.0), judge)
+        scale: judged_advantages(scores, AdvantageConfig(scale, 0.0), judge)
         for scale in ("group", "batch", "none", "criterion")
     }
     reward, valid = (np.stack([getattr(s, n) for s in scores]) for n in ("reward", "valid"))
@@ -262,7 +263,7 @@ def test_each_scale_of_the_configuration_is_another():
     np.testing.assert_allclose(found["criterion"].advantage, wanted.advantage)
     # One criterion against stage 2, which weighs five times as much.
     assert np.argmax(found["criterion"].advantage[0]) == 0
-    alone = adv.judged_advantages(
+    alone = judged_advantages(
         scores, AdvantageConfig("criterion", 0.0), dataclasses.replace(judge, two_stage=False)
     )
     assert np.argmax(alone.advantage[0]) == 2
@@ -271,5 +272,5 @@ def test_each_scale_of_the_configuration_is_another():
 def test_a_veto_holds_for_each_criterion():
     """The best of a group by every criterion, but its layers do not give the source back."""
     scores = [_judged([0.9, 0.4, 0.3], [0.9, 0.4, 0.3], [0.1, 0.4, 0.3], [True, False, False])]
-    found = adv.judged_advantages(scores, AdvantageConfig("criterion"), JudgeSettings())
+    found = judged_advantages(scores, AdvantageConfig("criterion"), JudgeSettings())
     assert np.argmin(found.advantage[0]) == 0 and found.advantage[0, 0] < -1

@@ -11,7 +11,7 @@ from sl_jax.scoring import BudgetError, EmbeddedJudge, cases
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.scoring.keys import KeyMissingError
-from sl_jax.scoring.types import Group
+from sl_jax.scoring.types import Group, PreflightError
 
 URL = "http://127.0.0.1:9/v1"  # nobody listens
 QUIET = {"preflight": False}
@@ -99,6 +99,21 @@ def test_servers_are_tried_and_the_cost_is_forecast(served, tmp_path, caplog):
     assert "ready (JSON by schema)" in caplog.text
     # 32 groups of 2 and a grid, 4 epochs; 10 pictures before, at epochs 3 and 4.
     assert "96 calls and" in caplog.text and "414 calls" in caplog.text
+
+
+def test_captions_are_tried_and_forecast_too(served, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "sl_jax")
+    config = _config(endpoints=(served.endpoint,))
+    with (
+        pytest.raises(PreflightError, match="describes no pictures"),
+        open_judges(config, tmp_path, 4, 10, captions=7),
+    ):
+        pass
+    served.judge.captions = {}
+    with open_judges(config, tmp_path, 4, 10, captions=7):
+        assert len(served.judge.captions) == 1
+    assert "one caption" in caplog.text
+    assert "421 calls" in caplog.text and "at most 7 captions among them" in caplog.text
 
 
 def test_what_cannot_be_used_is_said(tmp_path, monkeypatch):

@@ -71,6 +71,10 @@ def _gradient(state):
     return jax.tree.map(lambda mu: np.asarray(mu) / 0.1, optax.tree.get(state.optimizer, "mu"))
 
 
+def _norm(tree):
+    return float(np.sqrt(sum(np.sum(np.square(leaf)) for leaf in jax.tree.leaves(tree))))
+
+
 def _same(first, second):
     equal = jax.tree.map(lambda a, b: np.array_equal(a, b, equal_nan=True), first, second)
     return all(jax.tree.leaves(equal))
@@ -90,9 +94,9 @@ def _log_ratios(reports, steps):
 
 
 def test_one_update_makes_better_samples_more_likely(bench, scored, learner):
-    state, _ = learner.update(learner.start(bench.adapter), [scored], bench.adapter, first=True)
-    _, reports = learner.update(state, [scored], bench.adapter, first=False)
-    moved = _log_ratios(reports, steps=2)
+    state, _ = learner.update(learner.start(bench.adapter), [scored])
+    _, report = learner.update(state, [scored], bench.adapter)
+    moved = _log_ratios(report.steps, steps=2)
     assert moved.shape == (2, SAMPLES)
     assert np.all(scored.weight @ (scored.advantage * moved).T > 0)
     assert np.corrcoef(scored.advantage, moved.mean(axis=0))[0, 1] > 0.5
@@ -100,26 +104,28 @@ def test_one_update_makes_better_samples_more_likely(bench, scored, learner):
 
 def test_only_the_adapter_is_differentiated_and_optimized(bench, scored, learner):
     before = jax.tree.map(np.asarray, bench.pipeline.params)
-    state, reports = learner.update(
-        learner.start(bench.adapter), [scored], bench.adapter, first=True
-    )
+    state, report = learner.update(learner.start(bench.adapter), [scored])
     assert _same(bench.pipeline.params, before)
     weights = sum(x.size for x in jax.tree.leaves(state.adapter.lora))
     counts = 2  # of Adam and of the schedule
     optimizer = sum(x.size for x in jax.tree.leaves(state.optimizer))
     assert optimizer == 2 * weights + counts
-    step = next(learner._steps(scored))
+    step = next(learner._steps(scored, 0))
     velocity, vjp = learner.velocity(bench.adapter, step, scored.table, bench.grid)
     (cotangent,) = jax.eval_shape(vjp, velocity)
     assert jax.tree.map(np.shape, cotangent) == jax.tree.map(np.shape, bench.adapter.lora)
-    assert all(report.gradient_norm > 0 for report in reports)
+    gradient = _gradient(state)
+    assert report.gradient_norm == pytest.approx(_norm(gradient), rel=1e-5)
+    assert [int(index) for index, _ in report.gradient_norms] == [1, 2]
+    parts = [float(norm) for _, norm in report.gradient_norms]
+    assert min(parts) > 0 and max(parts) <= _norm(gradient) + min(parts) <= sum(parts) + min(parts)
     assert _same(state.adapter.lora_scale, bench.adapter.lora_scale)
     assert _same(state.initial, bench.adapter)
 
 
 def test_the_average_follows_the_adapter(bench, scored, learner):
     start = learner.start(bench.adapter)
-    state, _ = learner.update(start, [scored], bench.adapter, first=True)
+    state, _ = learner.update(start, [scored])
     wanted = jax.tree.map(
         lambda a, b: 0.9 * np.asarray(a) + 0.1 * np.asarray(b),
         bench.adapter.lora,
@@ -133,8 +139,8 @@ def test_the_epochs_state_outlives_its_updates(bench, scored, learner):
     """An epoch that is cut short goes on from the state that it began with."""
     start = learner.start(bench.adapter)
     kept = jax.tree.map(np.array, start)
-    state, _ = learner.update(start, [scored], start.adapter, first=True)
-    state, _ = learner.update(state, [scored], start.adapter, first=False)
+    state, _ = learner.update(start, [scored])
+    state, _ = learner.update(state, [scored], start.adapter)
     assert _same(start, kept)
     assert int(state.updates) == 2 and int(start.updates) == 0
 
@@ -144,12 +150,10 @@ def test_a_non_finite_update_changes_nothing_but_its_count(bench, scored, learne
     kept = jax.tree.map(np.array, start)
     advantage = scored.advantage.copy()
     advantage[5] = np.nan
-    state, _ = learner.update(
-        start, [scored._replace(advantage=advantage)], bench.adapter, first=True
-    )
+    state, _ = learner.update(start, [scored._replace(advantage=advantage)])
     assert int(state.skipped) == 1 and int(state.updates) == 0
     assert _same(state.replace(skipped=kept.skipped), kept)
-    state, _ = learner.update(state, [scored], bench.adapter, first=True)
+    state, _ = learner.update(state, [scored])
     assert int(state.skipped) == 1 and int(state.updates) == 1
     assert not _same(state.adapter, bench.adapter)
 
@@ -157,15 +161,15 @@ def test_a_non_finite_update_changes_nothing_but_its_count(bench, scored, learne
 def test_without_weights_nothing_changes(bench, scored, learner):
     start = learner.start(bench.adapter)
     unjudged = scored._replace(weight=np.zeros(SAMPLES))
-    state, reports = learner.update(start, [unjudged], start.adapter, first=True)
-    assert state is start and reports == []
+    state, report = learner.update(start, [unjudged])
+    assert state is start and report.steps == [] and report.gradient_norm is None
 
 
 def test_a_sample_without_weight_has_no_say(bench, scored, learner):
     advantage = scored.advantage.copy()
     advantage[3] += 7
     first, second = (
-        learner.update(learner.start(bench.adapter), [batch], bench.adapter, first=True)[0]
+        learner.update(learner.start(bench.adapter), [batch])[0]
         for batch in (scored, scored._replace(advantage=advantage))
     )
     assert _same(first.adapter, second.adapter)
@@ -174,10 +178,10 @@ def test_a_sample_without_weight_has_no_say(bench, scored, learner):
 def test_the_kl_from_the_base_is_zero_where_b_is_zero(bench, scored):
     """The reference is the base without adapter; a fresh adapter computes the base exactly."""
     learner = _learner(bench, kl_weight=0.5)
-    state, reports = learner.update(learner.start(bench.fresh), [scored], bench.fresh, first=True)
-    assert not any(np.any(report.objective.kl_reference) for report in reports)
-    _, reports = learner.update(state, [scored], bench.fresh, first=False)
-    assert all(np.all(report.objective.kl_reference > 0) for report in reports)
+    state, report = learner.update(learner.start(bench.fresh), [scored])
+    assert not any(np.any(step.objective.kl_reference) for step in report.steps)
+    _, report = learner.update(state, [scored], bench.fresh)
+    assert all(np.all(step.objective.kl_reference > 0) for step in report.steps)
 
 
 @pytest.fixture(scope="module")
@@ -201,12 +205,12 @@ def test_neither_devices_nor_micro_batches_change_an_update(rolled, objective, s
         learner = _learner(bench, micro_batch, **objective)
         state = learner.start(bench.adapter)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-        state, _ = learner.update(state, [batch], bench.adapter, first=True)
+        state, _ = learner.update(state, [batch])
         first = _gradient(state)
-        state, reports = learner.update(state, [batch], bench.adapter, first=False)
+        state, report = learner.update(state, [batch], bench.adapter)
         # Everything stays laid out over the devices as it was; reports are known everywhere.
         assert jax.tree.map(lambda leaf: leaf.sharding, state) == shardings
-        assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(reports))
+        assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(report))
         found.append((first, jax.tree.map(np.asarray, state.adapter.lora)))
     for gradient, lora in found[1:]:
         _close(gradient, found[0][0])
@@ -218,8 +222,7 @@ def test_neither_devices_nor_micro_batches_change_an_update(rolled, objective, s
 def test_two_batches_are_one_update(bench, scored, learner):
     halves = [scored._replace(weight=scored.weight / 2)] * 2
     whole, split = (
-        learner.update(learner.start(bench.adapter), batches, bench.adapter, first=True)[0]
-        for batches in ([scored], halves)
+        learner.update(learner.start(bench.adapter), batches)[0] for batches in ([scored], halves)
     )
     _close(_gradient(split), _gradient(whole))
     assert int(split.updates) == 1
@@ -238,7 +241,7 @@ def test_frame_zero_may_be_left_out(bench, scored):
         candidates = scored.candidates._replace(window=window._replace(x_next=x_next))
         start = learner.start(bench.adapter)
         batch = scored._replace(candidates=candidates)
-        return learner.update(start, [batch], bench.adapter, first=True)[0].adapter
+        return learner.update(start, [batch])[0].adapter
 
     whole = updated(window.x_next)
     assert _same(updated(window.x_next.at[:, :, :first].add(1.0)), whole)
@@ -246,6 +249,7 @@ def test_frame_zero_may_be_left_out(bench, scored):
 
 
 def test_weights_of_all_steps_sum_to_one(bench, scored, learner):
-    weights = [np.asarray(step.weight) for step in learner._steps(scored)]
-    assert len(weights) == bench.config.window_size
+    numbers = range(bench.config.window_size)
+    weights = [np.asarray(s.weight) for number in numbers for s in learner._steps(scored, number)]
+    assert len(weights) == len(numbers)
     assert np.sum(weights) == pytest.approx(1)

@@ -43,7 +43,7 @@ def _rolled_and_learned(bench, adapter):
         bench.layout,
     )
     scored = Scored(candidates, rollout.table(bench.grid), advantage, weight, bench.grid)
-    state, _ = learner.update(learner.start(adapter), [scored], adapter, first=True)
+    state, _ = learner.update(learner.start(adapter), [scored])
     return candidates, jax.tree.map(lambda mu: mu / 0.1, optax.tree.get(state.optimizer, "mu"))
 
 

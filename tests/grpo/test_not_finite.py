@@ -9,7 +9,7 @@ import pytest
 
 from sl_jax.grpo import loop
 from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig
-from sl_jax.grpo.learner import Learner, Scored
+from sl_jax.grpo.learner import Learner, Scored, UpdateReport
 from sl_jax.grpo.metrics import learner_metrics
 from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.grpo.rollout import Rollout
@@ -64,8 +64,8 @@ def test_the_others_are_learned_from(bench, rollout, spoiled):
     advantage = np.random.default_rng(0).normal(size=16) * (weight > 0)
     scored = Scored(spoiled, rollout.table(bench.grid), advantage, weight, bench.grid)
     state = learner.start(bench.adapter)
-    state, first = learner.update(state, [scored], bench.adapter, first=True)
-    state, second = learner.update(state, [scored], bench.adapter, first=False)
+    state, first = learner.update(state, [scored])
+    state, second = learner.update(state, [scored], bench.adapter)
     assert (int(state.updates), int(state.skipped)) == (2, 0)
     metrics = learner_metrics([first, second])
     assert all(np.isfinite(value) for value in metrics.values())
@@ -80,9 +80,9 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
     finite[SPOILED, left:] = False
     updates = []
 
-    def update(state, scored, old, first):
+    def update(state, scored, old):
         updates.append(np.concatenate([batch.weight for batch in scored]).reshape(-1, 4))
-        return state, []
+        return state, UpdateReport([], [], None)
 
     parts = SimpleNamespace(
         config=GrpoConfig(
@@ -92,20 +92,24 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
         ),
         rollout=SimpleNamespace(sigmas=lambda grid: None),
         learner=SimpleNamespace(update=update),
-        judging=SimpleNamespace(metrics=dict),
+        judging=SimpleNamespace(
+            metrics=dict,
+            collect=lambda *args: [],
+            share=lambda *args: dict(enumerate(_judged())),
+        ),
         stream=SimpleNamespace(quarantined={}),
         processes=Processes(),
     )
-    batches = iter(finite.reshape(2, 2, 4))
+    batches, told = iter(finite.reshape(2, 2, 4)), [("picture", "")] * 2
     monkeypatch.setattr(
-        loop, "_roll_out", lambda *args: loop.Rolled(None, [], None, None, next(batches), {})
+        loop, "_roll_out", lambda *args: loop.Rolled(None, told, None, None, next(batches), {})
     )
-    monkeypatch.setattr(loop, "_judged", lambda parts, rolled, *args: (rolled, _judged()))
     monkeypatch.setattr(loop, "_record", lambda *args: None)
     state = SimpleNamespace(
         adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
     )
-    _, metrics = loop.run_epoch(parts, state, 0, SimpleNamespace(begin=lambda name: None))
+    phases = SimpleNamespace(begin=lambda name: None, say=None)
+    _, metrics = loop.run_epoch(parts, state, 0, phases)
     (weight,) = updates
     assert np.array_equal(weight > 0, finite & (finite.sum(1, keepdims=True) > 1))
     assert metrics["rollout/not_finite"] == 4 - left

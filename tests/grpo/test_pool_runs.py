@@ -234,17 +234,20 @@ def test_a_missing_key_and_a_wrong_model_show_before_weights_load(
 @pytest.mark.slow
 def test_captions_come_from_the_pool_once(runner, servers, tmp_path):
     workdir = tmp_path / "run"
-    with pytest.raises(CaptionError, match="no caption could be had"):
+    with pytest.raises(PreflightError, match=r"config\.data\.caption.*describes no pictures"):
         runner(workdir, servers, data__caption="vlm")
+    with pytest.raises(CaptionError, match="no caption could be had"):
+        runner(workdir, servers, data__caption="vlm", judge__preflight=False)
     _nothing_was_loaded(workdir)
     for served in servers:
         served.judge.captions = {}
         served.judge.asked.clear()
     runner(workdir, servers, data__caption="vlm", epochs=1)
     captions = servers[0].judge.captions | servers[1].judge.captions
-    assert len(captions) == 16
+    assert len(captions) == 17  # and the preflight's
     # The policy, the judge and the records know them.
     assert {record.caption for record in read_records(workdir / "judge")} <= {*captions.values()}
     assert len(list((workdir / "prompts").iterdir())) >= len({*captions.values()})
     runner(workdir, servers, data__caption="vlm", epochs=2)
-    assert {_asked(servers)[digest] for digest in captions} == {1}
+    counts = sorted(_asked(servers)[digest] for digest in captions)
+    assert counts == [1] * 16 + [4]  # the preflight's: of each server, of each run

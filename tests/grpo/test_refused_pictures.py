@@ -116,7 +116,7 @@ def run(tmp_path):
 
 def _epoch(run):
     batch = loop._roll_out(run, None, 0)
-    rolled, judged = loop._judged(run, [batch], None, 0, Phases())
+    rolled, judged, _ = loop._judged(run, [batch], None, 0, Phases())
     loop._record(run, 1, rolled, judged)
     return batch, rolled[0], judged
 

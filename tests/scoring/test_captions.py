@@ -107,16 +107,20 @@ def test_a_budget_ends_it():
 
 
 def test_servers_that_describe_nothing():
-    with pytest.raises(PermanentJudgeError, match="the embedded judge describes no pictures"):
+    with pytest.raises(PermanentJudgeError, match="it describes no pictures"):
         picture = np.zeros((8, 8, 3), np.uint8)
         request = caption_request(picture, load_template(), CaptionConfig())
         asyncio.run(EmbeddedJudge().answer(request))
-    with pytest.raises(CaptionError, match=r"describes no pictures; please let a vision-language"):
+    with pytest.raises(CaptionError, match=r"answers nothing else; please let a vision-language"):
         asyncio.run(captions_of(EmbeddedJudge(), shades(2)))
     with Served(limits=Limits()) as served:
         served.url, served.model = f"{served.root}/v1", served.server.model
-        with pytest.raises(CaptionError, match="the embedded judge describes nothing"):
-            described(served, shades(1))
+        with pytest.raises(CaptionError, match=r"refused: .* describes no pictures"):
+            described(served, shades(2))
+        # Nobody asks it again, or takes it for ill.
+        metrics = served.fetch("/metrics")[1]
+    assert 'sl_jax_judge_requests_total{status="200"} 2.0' in metrics
+    assert 'status="400"' not in metrics
 
 
 @pytest.mark.parametrize(

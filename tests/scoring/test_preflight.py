@@ -1,10 +1,11 @@
 """What shows before weights are loaded."""
 
 import asyncio
+import dataclasses
 import json
 
 import pytest
-from hostile import HostileServer
+from hostile import HostileServer, scripted
 
 from sl_jax.scoring import BudgetError, EmbeddedJudge, RenderConfig
 from sl_jax.scoring.budget import Budget
@@ -18,11 +19,11 @@ from sl_jax.scoring.server import completion
 SMALL = {"size": 32, "layers": 3, "group_size": 3, "render": RenderConfig(tile_size=None)}
 
 
-def check(endpoints, budget=None):
+def check(endpoints, budget=None, **options):
     async def run():
         pool = JudgePool(PoolConfig(tuple(endpoints), RequestConfig(timeout=5)), budget)
         try:
-            return await preflight(pool, **SMALL)
+            return await preflight(pool, **SMALL, **options)
         finally:
             await pool.aclose()
 
@@ -80,6 +81,24 @@ def test_a_broken_answer_is_asked_again_once():
     assert len(server.times) == 4
 
 
+def test_a_run_that_needs_captions_asks_for_one(judge):
+    """The embedded judge gives none, and says so before weights are loaded."""
+    with HostileServer() as model:
+        model.respond = lambda request: (
+            scripted(request) if request.stage else json.dumps({"caption": "a design"})
+        )
+        endpoints = [judge.endpoint(name="good", model="good"), model.endpoint(name="model")]
+        silent, telling = check(endpoints, caption=True)
+    assert "captions (config.data.caption): good: refused: " in silent.to_text()
+    assert "describes no pictures" in silent.to_text() and min(silent.tokens) > 0
+    assert not telling.problems and telling.caption_tokens == 10
+    assert "one caption" in telling.to_text() and telling.caption_seconds > 0
+    with pytest.raises(PreflightError, match="describes no pictures"):
+        check(endpoints[:1], caption=True)
+    (unasked,) = check(endpoints[:1])
+    assert not unasked.problems and "caption" not in unasked.to_text()
+
+
 def test_the_forecast_adds_up():
     def able(name, seconds, tokens):
         return EndpointReport(name, (), "schema", 4, seconds, tokens)
@@ -95,5 +114,18 @@ def test_the_forecast_adds_up():
     assert found.seconds == pytest.approx(256 * 2 / 8 + 32 * 4 / 8)
     assert found.run_seconds == pytest.approx(10 * found.seconds + 100 * 2 / 8)
     assert "288 calls" in found.to_text()
+    assert "captions" not in found.to_text()
+    more = [
+        dataclasses.replace(report, caption_seconds=0.5, caption_tokens=tokens)
+        for report, tokens in zip(reports, (30, 50, 0), strict=True)
+    ]
+    described = forecast(
+        more, groups=32, group_size=8, grids=1, epochs=10, evaluation_calls=100, caption_calls=80
+    )
+    assert (described.calls, described.run_calls, described.captions) == (288, 3060, 80)
+    assert described.tokens == found.tokens
+    assert described.run_tokens == found.run_tokens + 80 * 40
+    assert described.run_seconds == pytest.approx(found.run_seconds + 80 * 0.5 / 8)
+    assert "at most 80 captions among them" in described.to_text()
     with pytest.raises(ValueError, match="endpoint that can judge"):
         forecast(reports[2:], groups=1, group_size=2, grids=0, epochs=1)

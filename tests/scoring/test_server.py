@@ -23,6 +23,7 @@ from sl_jax.scoring import (
     EmbeddedJudge,
     Group,
     JudgeConfig,
+    JudgeRequest,
     RenderConfig,
     TwoStageJudge,
     cases,
@@ -153,7 +154,6 @@ def png(height, width):
         (body(png(40, 40)[:-40]), 400, "damaged"),
         (body(png(40, 40)), 400, "does not fit its legend"),
         (body(png(2000, 2000)), 400, "pixels"),
-        (body(messages=[{"role": "user", "content": "hello"}]), 400, "lacks a picture"),
         (b" " * 300_000, 413, "longer than"),
     ],
 )
@@ -162,6 +162,19 @@ def test_what_cannot_be_judged_is_told(sent, status, said):
         found, text = served.fetch("/v1/chat/completions", sent)
         assert (found, said in json.loads(text)["error"]["message"]) == (status, True), text
         assert served.fetch("/v1/chat/completions", body())[0] == 200
+
+
+@pytest.mark.parametrize("shown", [(), (np.zeros((8, 8, 3), np.uint8),)])
+def test_what_it_does_not_do_is_refused_in_words(shown):
+    """Not as a bad request, which would make clients look for a mistake of theirs."""
+    request = JudgeRequest(0, ("What do you see?", *shown), {})
+    content = content_of(request, RequestConfig())
+    asked = {"model": "embedded-precise", "messages": [{"role": "user", "content": content}]}
+    with Served() as served:
+        status, text = served.fetch("/v1/chat/completions", asked)
+    message = json.loads(text)["choices"][0]["message"]
+    assert status == 200 and message["content"] is None
+    assert "describes no pictures" in message["refusal"]
 
 
 def test_too_many_pictures_and_too_many_clients():
