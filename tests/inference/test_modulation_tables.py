@@ -9,6 +9,7 @@ import pytest
 from flax import traverse_util
 
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, shard_adapter
+from sl_jax.inference import modulation
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.inference.modulation import ModulationTables, abstract_table
 from sl_jax.models.lora import LoRAConfig, init_adapter
@@ -84,6 +85,8 @@ def test_tables_equal_those_of_a_program_with_all_weights(random_checkpoint, lay
 
 
 def test_a_grid_is_computed_once(lean, monkeypatch):
+    """While no more than a few others are asked for since."""
+    monkeypatch.setattr(modulation, "_KEPT", 2)
     tables = ModulationTables(lean)
     visits = []
     rows = HostArray.rows
@@ -97,6 +100,13 @@ def test_a_grid_is_computed_once(lean, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, first, again)
     other = tables(np.array([1.0, 0.5, 0.0], np.float32))
     assert visits and other.rows.image.shape[1] == 2
+    tables(SIGMAS)
+    tables(np.array([1.0, 0.6, 0.0], np.float32))  # in place of the other
+    visits.clear()
+    tables(SIGMAS)
+    assert not visits
+    tables(np.array([1.0, 0.5, 0.0], np.float32))
+    assert visits
 
 
 def _decomposed(pipeline, adapter):
