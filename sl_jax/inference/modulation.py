@@ -19,7 +19,6 @@ from sl_jax.parallel.host_array import HostArray
 from sl_jax.parallel.mesh import Layout, replicated
 from sl_jax.parallel.processes import from_everywhere
 
-
 _KEPT = 16  # tables
 
 

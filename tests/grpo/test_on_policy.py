@@ -92,3 +92,7 @@ def test_delta_is_zero_bitwise_before_the_first_update(
     _, report = learner.update(state, [scored], old)
     assert all(np.all(step.objective.log_ratio != 0) for step in report.steps)
     assert all(np.all(step.mismatch.distance < 0.1) for step in report.steps)
+    # All the while the base is bfloat16, whatever its files hold, and the adapter is not.
+    base = (pipeline.params, pipeline.time_params, pipeline.vae_params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {np.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.adapter)} == {np.dtype(np.float32)}
