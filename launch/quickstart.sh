@@ -42,6 +42,8 @@ case "$folder" in
   *)
     [ -d "$folder" ] || fail "$folder is not a folder; please give a folder of pictures."
     folder="$(cd "$folder" && pwd)"
+    [ -n "$(find -L "$folder" -type f -print -quit 2>/dev/null)" ] ||
+      fail "$folder holds no files; please give a folder of pictures."
     ;;
 esac
 

@@ -17,6 +17,7 @@ from sl_jax.checkpoints.merge import merge
 from sl_jax.checkpoints.peft import write_peft
 from sl_jax.checkpoints.pipeline import parameter_shapes
 from sl_jax.checkpoints.source import resolve_model
+from sl_jax.checkpoints.tensor_files import local_path
 from sl_jax.checkpoints.verify import TOLERANCES, compare
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.disk import disk_problem, require_writable
@@ -30,6 +31,7 @@ _SOURCE = (
     "PEFT folder, diffusers LoRA file, work directory or checkpoint of a run, or hub id OWNER/NAME"
 )
 _MODEL = "the base: a folder in the diffusers layout, a hub id, or 'tiny'"
+_LOCAL = " (local: gs://… has to be copied first)"
 _WRITERS = {"peft": write_peft, "diffusers": write_diffusers}
 
 
@@ -73,8 +75,8 @@ def _parser() -> argparse.ArgumentParser:
         "other", nargs="?", help="what PyTorch loads instead: an adapter, or a merged checkpoint"
     )
     check.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
-    for parts in (enter, fold, check):
-        parts.add_argument("--model", default=_BASE, help=_MODEL)
+    for parts, note in ((enter, ""), (fold, _LOCAL), (check, _LOCAL)):
+        parts.add_argument("--model", default=_BASE, help=_MODEL + note)
     return parser
 
 
@@ -99,6 +101,7 @@ def from_peft(flags: argparse.Namespace) -> None:
 
 def merge_adapter(flags: argparse.Namespace) -> None:
     """Base and any adapter → checkpoint in the diffusers layout."""
+    local_path(flags.model), local_path(flags.output)
     modules = read_adapter(flags.source).modules
     merged = merge(resolve_model(flags.model), modules, flags.output)
     print(
@@ -109,6 +112,7 @@ def merge_adapter(flags: argparse.Namespace) -> None:
 
 def verify(flags: argparse.Namespace) -> None:
     """Prints how far both sides are apart; exits with 1 if it is more than rounding."""
+    local_path(flags.model)
     model = resolve_model(flags.model, ["transformer/*"])
     found = compare(model, flags.source, flags.other, flags.dtype)
     print(

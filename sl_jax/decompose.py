@@ -8,9 +8,9 @@ import logging
 import sys
 
 from absl import app, flags
-from etils import epath
 
 from sl_jax.checkpoints.adapters import adapter_digest
+from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.inference.decomposer import RELEASE, Decomposer, PictureDecomposer, Sampling
 from sl_jax.inference.disk import disk_problem
 from sl_jax.inference.fingerprints import checkpoint_digest
@@ -96,7 +96,7 @@ def run() -> int:
     """One run by the flags; the exit code."""
     pictures = find_pictures(_INPUT.value)
     job = Job(
-        epath.Path(_OUTPUT.value).expanduser(),
+        reachable(_OUTPUT.value),
         Sampling(*(flag.value for flag in _SAMPLING)),
         seed=_SEED.value,
         made_by=_made_by(),

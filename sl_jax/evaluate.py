@@ -8,6 +8,7 @@ import sys
 
 from absl import app, flags
 
+from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.eval import options
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.run import BASE, EvaluationConfig, evaluate
@@ -119,16 +120,17 @@ def _config() -> EvaluationConfig:
         how = (_DTYPE.value, _SEED.value, _BATCH.value)
         model = ModelConfig(_MODEL.value, _PROMPT.value, *guidance, *how)
     adapters = options.parse_named(_ADAPTER.value, [BASE])
-    judge = None
-    if _JUDGE.value:
-        told = (_JUDGE_MODEL.value, _JUDGE_KEY.value, _CONCURRENCY.value)
-        judge = JudgeChoice(tuple(_JUDGE.value), *told)
+    ready = options.parse_named(_READY.value, [BASE, *(a.name for a in adapters)])
+    for where in (_DATA.value, _OUTPUT.value, *(named.where for named in ready)):
+        reachable(where)
+    asked = (_JUDGE_MODEL.value, _JUDGE_KEY.value, _CONCURRENCY.value)
+    judge = JudgeChoice(tuple(_JUDGE.value), *asked) if _JUDGE.value else None
     return EvaluationConfig(
         data=_DATA.value,
         output=_OUTPUT.value,
         model=model,
         adapters=adapters,
-        layers=options.parse_named(_READY.value, [BASE, *(a.name for a in adapters)]),
+        layers=ready,
         protocols=options.parse_protocols(_PROTOCOLS.value),
         judge=judge,
         samplers=options.parse_samplers(_SAMPLER.value, _STEPS.value),

@@ -17,10 +17,11 @@ from etils import epath
 from jaxtyping import Array
 from ml_collections import config_flags
 
+from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data import FolderError
-from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
+from sl_jax.inference.prompts import DEFAULT_PROMPT, PromptStore, encode_prompts
 from sl_jax.inference.tiny_text import make_tiny_text_encoder
 from sl_jax.parallel.joining import joined
 from sl_jax.parallel.processes import ProcessError, Processes
@@ -69,14 +70,14 @@ def tune(config: Mapping[str, Any], processes: Processes) -> epath.Path:
     """Stage `tune`: fine-tunes `config.model` on `config.data`, on all processes of the run."""
     settings = finetune.from_mapping(config, jax.device_count())
     model = resolve_model(settings.model)
-    encode = partial(
-        encode_prompts,
-        model,
-        max_tokens=settings.data.max_text_tokens,
-        cache_dir=epath.Path(settings.workdir) / "prompts",
-        dtype=settings.compute.dtype,
-    )
-    return finetune.fine_tune(settings, model, encode, processes)
+    for where in (settings.workdir, settings.data.path, settings.data.eval_data):
+        reachable(where)
+    max_tokens, dtype = settings.data.max_text_tokens, settings.compute.dtype
+
+    def store_at(folder: epath.Path) -> PromptStore:
+        return PromptStore(model, folder, max_tokens=max_tokens, dtype=dtype)
+
+    return finetune.fine_tune(settings, model, store_at, processes)
 
 
 if __name__ == "__main__":

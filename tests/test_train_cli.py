@@ -136,10 +136,9 @@ def _always_logged(record):
     names |= {f"judge/{name}_{what}" for name in CRITERIA for what in ("mean", "spread")}
     names |= {"judge/stage_correlation", "judge/valid_share", "judge/two_stage_share"}
     names |= {f"advantage/{name}_groups" for name in ("effective", "tied", "invalid")}
-    names |= {f"seconds/{name}" for name in ("rollout", "judging", "learning")}
     names |= {"learner/adapter_norm", "learner/skipped_updates", "learner/updates"}
     names |= {"rollout/staleness", "rollout/window_start"}
-    first = record["rollout/window_start"]
+    first = int(record["rollout/window_start"])
     per_step = ("ratio_excess", "ratio_std", "clipped_low", "clipped_high", "saturated", "kl_old")
     per_step += ("kl_approx", "kl_reference", "policy_loss", "gradient_norm", "mismatch")
     steps = (first, first + 1)  # the window of this configuration
@@ -171,6 +170,8 @@ def test_a_run_leaves_all_that_it_promises(finished):
         assert record["learner/gradient_norm/all"] > 0
         assert record["learner/mismatch_log_ratio/all"] < 1e-3
         assert record["judge/valid_share"] == 1
+    for record in list(read_metrics(workdir))[1:]:
+        assert {f"seconds/{phase}" for phase in ("rollout", "judging", "learning")} <= record.keys()
 
 
 @pytest.mark.slow
@@ -238,8 +239,17 @@ def test_mistakes_end_in_one_line(trainer, tmp_path):
         ((), {"data__path": tmp_path / "none"}, f"no folder {tmp_path / 'none'}"),
         ((), {"data__path": tmp_path / "empty"}, f"no usable picture in {tmp_path / 'empty'}"),
         ((), {"data__eval_fraction": 0.0}, "config.data.eval_fraction is 0.0"),
-        ((), {"lora__targets": ("to_nothing",)}, "config.lora.targets"),
-        ((), {"model": tmp_path / "empty"}, "model_index.json does not exist"),
+        # Before any picture is looked at:
+        (
+            (),
+            {"lora__targets": ("to_nothing",), "data__path": tmp_path / "empty"},
+            "config.lora.targets",
+        ),
+        (
+            (),
+            {"model": tmp_path / "empty", "data__path": tmp_path / "empty"},
+            "it has no model_index.json",
+        ),
         ((), server, "no endpoint of the judge pool can judge"),
         ((), server | {"judge__key_env": "NO_SUCH_KEY"}, "environment variable NO_SUCH_KEY"),
     ]

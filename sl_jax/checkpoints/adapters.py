@@ -4,6 +4,7 @@ All of them by a local or remote path, the first two also from the Hugging Face 
 """
 
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +12,7 @@ from etils import epath
 from flax import traverse_util
 
 from sl_jax.checkpoints import diffusers_lora, peft
+from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.checkpoints.huggingface import CheckpointError, read_config
 from sl_jax.checkpoints.lora_modules import (
     LoraModule,
@@ -20,7 +22,7 @@ from sl_jax.checkpoints.lora_modules import (
     to_modules,
 )
 from sl_jax.checkpoints.orbax import RunCheckpoints, find_step, read_entry
-from sl_jax.checkpoints.source import download
+from sl_jax.checkpoints.source import download, is_hub_id
 from sl_jax.models.lora import Adapter
 
 _AVERAGE = "ema"
@@ -58,19 +60,20 @@ def locate_adapter(name: epath.PathLike) -> AdapterSource:
     Raises:
         CheckpointError: it is none of these.
     """
-    path = epath.Path(name).expanduser()
+    path = reachable(name)
     if path.is_dir():
         return _in_folder(path)
     if path.exists():
         return _file(path)
-    text = str(name)
-    if text.startswith(("/", ".", "~")) or "://" in text or text.count("/") < 1:
+    *parts, inside = (*os.fspath(name).strip("/").split("/", 2), "")[:3]
+    repository = "/".join(parts)
+    # Of OWNER/NAME/FOLDER, what is there as OWNER/NAME decides whether it is meant to be local.
+    if os.fspath(name)[0] == "/" or not is_hub_id(repository) or epath.Path(repository).exists():
         raise CheckpointError(
             f"{path} does not exist, so that it holds no {peft.CONFIG} either; please pass a PEFT "
             "folder, a diffusers LoRA file, the work directory of a run, or a hub id OWNER/NAME"
         )
-    owner, repository, *inside = text.strip("/").split("/")
-    return _in_folder(download(f"{owner}/{repository}", "/".join(inside)))
+    return _in_folder(download(repository, inside))
 
 
 def _in_folder(folder: epath.Path) -> AdapterSource:

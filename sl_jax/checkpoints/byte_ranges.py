@@ -89,12 +89,44 @@ class RemoteFile:
             return np.frombuffer(file.read(end - begin), np.uint8)
 
 
+_PACKAGES = {
+    "gs": "the extra gcs, as in pip install -e '.[gcs]'",
+    "s3": "it by pip install s3fs",
+    "az": "it by pip install adlfs",
+    "hf": "it by pip install huggingface_hub",
+}
+
+
+def reachable(path: epath.PathLike) -> epath.Path:
+    """The path, ~ expanded, once the store that it names is known to be one that answers.
+
+    Raises:
+        CheckpointError: nothing is known of such stores, the package that reads them is not
+            installed, or the store does not answer.
+    """
+    text = os.fspath(path)
+    scheme, sign, _ = text.partition("://")
+    if sign and scheme not in _PACKAGES:
+        raise CheckpointError(
+            f"{text} is on no store that is known; please use gs://…, s3://…, or a local path"
+        )
+    try:
+        found = epath.Path(text).expanduser()
+        if sign:
+            found.exists()
+    except ImportError as error:
+        raise import_problem(text, error) from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{text} cannot be reached: {error}; please check the name, the network, and the "
+            "credentials for this store"
+        ) from error
+    return found
+
+
 def import_problem(path: epath.PathLike, error: ImportError) -> CheckpointError:
-    """The error of a store whose Python package is not installed, with the package to install."""
-    packages = {"gs": "gcsfs", "s3": "s3fs", "az": "adlfs", "hf": "huggingface_hub"}
-    scheme = os.fspath(path).partition("://")[0]
+    """The error of a store whose Python package is not installed, with what to install."""
     return CheckpointError(
-        f"{path} cannot be read without another package ({error}); please pip install "
-        f"{packages.get(scheme, 'the fsspec file system of ' + scheme)}, or copy the folder to a "
-        "local disk"
+        f"{path} cannot be read without another package ({error}); please install "
+        f"{_PACKAGES[os.fspath(path).partition('://')[0]]}, or copy the files to a local disk"
     )

@@ -138,7 +138,7 @@ def _velocity(model: MMDiT, params: Any, collections: Any, inputs: _Inputs) -> j
 
 def _peer_adapter(name: epath.PathLike) -> AdapterSource | epath.Path:
     """What PyTorch loads: an adapter, or the folder of a merged checkpoint."""
-    folder = epath.Path(name)
+    folder = epath.Path(name).expanduser()
     if (folder / "model_index.json").exists():
         return folder
     source = locate_adapter(name)

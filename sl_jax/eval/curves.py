@@ -1,15 +1,21 @@
-"""Curves from the log of a training run."""
+"""Curves from the log of a training run, and from the records of its judge."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from sl_jax.eval.options import Named
 from sl_jax.eval.report import Curve, Series
+from sl_jax.scoring import CRITERIA
+from sl_jax.scoring.records import Record, RecordError, read_records
 from sl_jax.training.metrics import read_metrics
+
+_log = logging.getLogger(__name__)
 
 RUN_CURVES: Mapping[str, tuple[str, ...]] = {
     "Training reward": ("judge/reward_mean", "judge/stage1_mean"),
@@ -37,6 +43,31 @@ def run_curves(records: Sequence[Mapping[str, Any]], of: str = "") -> tuple[Curv
     return tuple(found)
 
 
+def record_curves(records: Sequence[Record], of: str = "") -> tuple[Curve, ...]:
+    """What the judge said of the candidates of each epoch: the mean of every criterion.
+
+    Candidates without a valid score count in no mean; epochs without any have no point.
+
+    Args:
+      records: from `scoring.records.read_records`.
+      of: name of the run, if there are several.
+    """
+    told: dict[int, list[np.ndarray]] = {}
+    for record in records:
+        if record.scores.valid.any():
+            told.setdefault(record.epoch, []).append(record.scores.criteria[record.scores.valid])
+    if not told:
+        return ()
+    epochs = sorted(told)
+    means = np.array([np.concatenate(told[epoch]).mean(axis=0) for epoch in epochs])
+    title = "Criteria of the training's judge"
+    series = tuple(
+        Series(name.replace("_", " "), epochs, means[:, index].tolist())
+        for index, name in enumerate(CRITERIA)
+    )
+    return (Curve(f"{of}: {title}" if of else title, series),)
+
+
 def adapter_curves(adapters: Iterable[Named]) -> tuple[Curve, ...]:
     """The curves of the runs that adapters come from, where they lie in a work directory."""
     curves: list[Curve] = []
@@ -45,8 +76,20 @@ def adapter_curves(adapters: Iterable[Named]) -> tuple[Curve, ...]:
         for place in (folder, folder.parent):
             if (place / "metrics.jsonl").exists():
                 curves += run_curves(list(read_metrics(place)), name)
+                curves += record_curves(_records(place / "judge"), name)
                 break
     return tuple(curves)
+
+
+def _records(folder: epath.Path) -> list[Record]:
+    """What a judge's folder holds; none where it holds no records, or damaged ones."""
+    try:
+        return read_records(folder)
+    except FileNotFoundError:
+        return []
+    except RecordError as error:
+        _log.warning("The report shows no criteria of the training's judge: %s", error)
+        return []
 
 
 def _series(name: str, records: Sequence[Mapping[str, Any]]) -> Series | None:

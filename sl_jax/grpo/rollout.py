@@ -155,21 +155,27 @@ class Rollout:
         )
         samples = groups.repeat(config.group_size)
         keys = jax.vmap(lambda key: _candidate_keys(key, config.group_size))(pictures.keys).ravel()
-        shared = config.group_noise == "shared"
-        noise = sampler.initial_noise(
-            pictures.keys if shared else keys, grid.generated_tokens, samples.picture.shape[-1]
-        )
         velocity = partial(velocity_function, model, params, variables, rows=rows, grid=grid)
-        x = sampler.rollout_prefix(
-            velocity(groups if shared else samples),
-            self._spread(noise),
-            table.sigmas,
-            window_start=window_start,
-            ode_method=config.ode_method,
+        shared = config.group_noise == "shared"
+        x = self._spread(
+            sampler.initial_noise(
+                pictures.keys if shared else keys, grid.generated_tokens, samples.picture.shape[-1]
+            )
         )
-        trajectory = sampler.rollout_window(
+        stochastic = sampler.rollout
+        if shared:  # up to the window candidates are equal: one stands for its group
+            x = sampler.rollout_prefix(
+                velocity(groups),
+                x,
+                table.sigmas,
+                window_start=window_start,
+                ode_method=config.ode_method,
+            )
+            x = self._spread(jnp.repeat(x, config.group_size, axis=0))
+            stochastic = sampler.rollout_window
+        trajectory = stochastic(
             velocity(samples),
-            self._spread(jnp.repeat(x, config.group_size, axis=0) if shared else x),
+            x,
             table.sigmas,
             dynamics=config.dynamics,
             noise_level=config.noise_level,

@@ -285,6 +285,8 @@ def check_seeds(first: int, count: int = 1) -> None:
         ValueError: a seed is out of range.
     """
     if first < 0 or first + count - 1 > MAX_SEED:
+        if count == 1:
+            raise ValueError(f"seed = {first}; please use 0 to {MAX_SEED}")
         raise ValueError(
             f"seed = {first}, of the first of {count} pictures; please use 0 to {MAX_SEED}, so "
             "that the last one, whose seed is larger by one for each picture, is in range too"

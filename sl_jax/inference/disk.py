@@ -6,7 +6,7 @@ import uuid
 
 from etils import epath
 
-from sl_jax.checkpoints.byte_ranges import import_problem, is_remote
+from sl_jax.checkpoints.byte_ranges import is_remote, reachable
 
 _FULL = "please free some space, or choose a place on another disk"
 _CLOSED = "please allow access to it, or choose another place"
@@ -30,7 +30,8 @@ def disk_problem(error: OSError, place: epath.PathLike) -> str:
         error: raised by reading or writing.
         place: what was being written, for errors that name no file, as those of full disks.
     """
-    reason = os.strerror(error.errno) if error.errno else str(error) or type(error).__name__
+    known = error.errno in errno.errorcode  # network libraries use other numbers, too
+    reason = os.strerror(error.errno) if known else str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0, "please check the path, or choose another place")
     return f"{error.filename or os.fspath(place)}: {' '.join(reason.split())}; {advice}"
 
@@ -40,9 +41,9 @@ def require_writable(folder: epath.PathLike) -> None:
 
     Raises:
         OSError: they cannot.
-        CheckpointError: its store needs a package that is not installed.
+        CheckpointError: its store cannot be reached.
     """
-    folder = epath.Path(folder)
+    folder = reachable(folder)
     try:
         place = folder
         while not is_remote(place) and not place.exists():
@@ -50,7 +51,5 @@ def require_writable(folder: epath.PathLike) -> None:
         probe = place / f".{uuid.uuid4().hex}.partial"
         probe.write_bytes(b"may this be written?")
         probe.unlink()
-    except ImportError as error:
-        raise import_problem(folder, error) from error
     except OSError as error:
         raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error

@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import UInt8
 from tqdm import tqdm
 
+from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.data import FolderError, are_folders, in_threads
 from sl_jax.data.pictures import (
     PictureError,
@@ -133,8 +134,9 @@ def find_pictures(where: str) -> list[Entry]:
 
     Raises:
         FolderError: there is nothing to decompose.
+        CheckpointError: its store cannot be reached.
     """
-    path = epath.Path(where).expanduser()
+    path = reachable(where)
     if path.is_dir():
         found = _pictures(path.iterdir())
     elif path.exists():

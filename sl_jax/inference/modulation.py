@@ -19,6 +19,8 @@ from sl_jax.parallel.host_array import HostArray
 from sl_jax.parallel.mesh import Layout, replicated
 from sl_jax.parallel.processes import from_everywhere
 
+_KEPT = 16  # tables
+
 
 class ModulationTables:
     """Makes the table of a σ grid, and keeps it for the next call.
@@ -29,8 +31,8 @@ class ModulationTables:
     would round differently, would need all weights in every process, and is slow in bfloat16.
 
     The rows are the same on every device. Beside the weights they are kept on the hosts (220 MB
-    for 50 steps of the 20 B model), and are on the devices while somebody holds a table. All
-    processes call together.
+    for 50 steps of the 20 B model), those of the grids that were used last, and are on the devices
+    while somebody holds a table. All processes call together.
     """
 
     def __init__(self, pipeline: Pipeline):
@@ -50,10 +52,12 @@ class ModulationTables:
         if self._time_params is None:
             return ModulationTable(sigmas, None)
         key = sigmas.tobytes()
-        if key not in self._known:
-            self._known[key] = self._made(sigmas[:-1])
-        rows = jax.tree.map(partial(from_everywhere, sharding=self._whole), self._known[key])
-        return ModulationTable(sigmas, rows)
+        rows = self._known.pop(key, None) or self._made(sigmas[:-1])
+        self._known[key] = rows  # at the end: in front are those that were used longest ago
+        if len(self._known) > _KEPT:
+            del self._known[next(iter(self._known))]
+        place = partial(from_everywhere, sharding=self._whole)
+        return ModulationTable(sigmas, jax.tree.map(place, rows))
 
     def _made(self, times: Float[np.ndarray, " steps"]) -> Modulation:
         constant = jax.tree.map(

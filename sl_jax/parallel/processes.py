@@ -7,11 +7,12 @@ said, and a process that stopped is not waited for. One process alone takes the 
 nobody to wait for.
 """
 
+import gc
 import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType, TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -69,6 +70,7 @@ class Processes:
         self._store = store
         self._number = 0
         self._interrupted = False
+        self._collecting = False
         self._left = False
 
     @property
@@ -163,11 +165,13 @@ class Processes:
 
         It is held back until the next exchange; a second one comes through where it is. If the
         block ends in an error, the others are told, and do not wait. One process alone is
-        interrupted as ever.
+        interrupted where it is, but for a garbage collection: Python drops what is raised in its
+        callbacks, and JAX has one. Then it is interrupted at the next exchange.
         """
-        main_thread = threading.current_thread() is threading.main_thread()
-        held = self.count > 1 and main_thread
-        before = signal.signal(signal.SIGINT, self._interrupt) if held else None
+        listens = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGINT, self._interrupt) if listens else None
+        gc.callbacks.insert(0, self._collection_begins)
+        gc.callbacks.append(self._collection_ends)
         try:
             yield self
         except BaseException as error:
@@ -175,14 +179,23 @@ class Processes:
                 self._tell(error, -1)
             raise
         finally:
-            if held:
+            self._interrupted = False
+            gc.callbacks.remove(self._collection_begins)
+            gc.callbacks.remove(self._collection_ends)
+            if listens:
                 signal.signal(signal.SIGINT, before)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if self._interrupted:
+        again, self._interrupted = self._interrupted, True
+        if (again or self.count == 1) and not self._collecting:
             raise KeyboardInterrupt
-        self._interrupted = True
         _log.warning("Process %d was interrupted: all stop at their next exchange.", self.index)
+
+    def _collection_begins(self, phase: str, info: Mapping[str, int]) -> None:
+        self._collecting |= phase == "start"
+
+    def _collection_ends(self, phase: str, info: Mapping[str, int]) -> None:
+        self._collecting &= phase != "stop"
 
     def _exchanged(self, what: str, mine: Any) -> list[Any]:
         """By way of the main process, so that there are as many messages as processes."""

@@ -6,6 +6,7 @@ parameters travel with each batch, as an argument of the compiled update.
 """
 
 import dataclasses
+import functools
 import logging
 import math
 import shutil
@@ -76,6 +77,8 @@ _IDENTITY = workdir.Identity(
     frozenset({*("workdir", "export", "mesh", "distributed", "log", *WATCHED)})
     | {"compute.attention", "compute.remat"}
 )
+
+_HELD_TEXTS = 64  # Captions in memory; without captions there is only the prompt.
 
 
 @dataclass(frozen=True)
@@ -186,11 +189,16 @@ def _problems(config: FineTuneConfig, devices: int) -> Iterator[str]:
     yield from split_problems(config.mesh, devices, {"batch": config.batch})
 
 
-class Texts(Protocol):
-    """Prompts with their hidden states: [p, s, e], valid tokens [p]."""
+class TextStore(Protocol):
+    """Prompts as hidden states on disk; see `inference.prompts.PromptStore`."""
 
-    hidden: Float[np.ndarray, "p s e"]
-    lengths: Int[np.ndarray, " p"]
+    def complete(self, prompts: Sequence[str]) -> Mapping[str, int]:
+        """Encodes what is absent; number of valid vectors of each prompt."""
+        ...
+
+    def read(self, prompt: str) -> Float[np.ndarray, "s e"]:
+        """Hidden states of a prompt that `complete` was given."""
+        ...
 
 
 class Told(NamedTuple):
@@ -214,7 +222,7 @@ class Told(NamedTuple):
 def fine_tune(
     config: FineTuneConfig,
     model: epath.PathLike,
-    encode_texts: Callable[[Sequence[str]], Texts],
+    store_at: Callable[[epath.Path], TextStore],
     processes: Processes = ALONE,
 ) -> epath.Path:
     """Trains to the end, from wherever the work directory stands.
@@ -222,7 +230,7 @@ def fine_tune(
     Args:
         config: of the run.
         model: the checkpoint folder that `config.model` means.
-        encode_texts: prompts → hidden states.
+        store_at: folder → the store that keeps prompts there.
         processes: of the run.
 
     Returns:
@@ -250,7 +258,7 @@ def fine_tune(
         ]
         _log.info("%d designs to train on, %d held out.", streams[0].used, len(held_out))
         captions = {design.caption for data in (training, held_out) for design in data}
-        texts = _TextTable(config.data, captions, encode_texts)
+        texts = _TextTable(config.data, captions, store_at(folder / "prompts"))
         pipeline = load_pipeline(model, config.compute, layout)
         with processes.together("recording the configuration"):
             if processes.is_main:
@@ -371,23 +379,25 @@ def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Callable[..., Array]:
 
 
 class _TextTable:
-    """Hidden states of the prompt and of all captions."""
+    """Hidden states of the prompt and of all captions: on disk, but for those used last.
 
-    def __init__(
-        self,
-        config: PairedConfig,
-        captions: set[str],
-        encode: Callable[[Sequence[str]], Texts],
-    ):
-        used = captions - {"", config.prompt} if config.captions else set()
-        prompts = [config.prompt, *sorted(used)]
-        self._rows = {prompt: row for row, prompt in enumerate(prompts)}
-        self._texts = encode(prompts)
+    Rows are padded to the longest of all, so that one program serves every batch.
+    """
+
+    def __init__(self, config: PairedConfig, captions: set[str], store: TextStore):
+        self._prompt = config.prompt
+        self._used = captions - {"", config.prompt} if config.captions else set()
+        lengths = store.complete([config.prompt, *sorted(self._used)])
+        self._width = max(lengths.values())
+        self._read = functools.lru_cache(_HELD_TEXTS)(store.read)
 
     def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """Hidden states and lengths; a caption that is not known stands for the prompt."""
-        rows = [self._rows.get(caption, 0) for caption in captions]
-        return self._texts.hidden[rows], self._texts.lengths[rows]
+        rows = [self._read(text if text in self._used else self._prompt) for text in captions]
+        hidden = np.zeros((len(rows), self._width, rows[0].shape[1]), rows[0].dtype)
+        for target, row in zip(hidden, rows, strict=True):
+            target[: len(row)] = row
+        return hidden, np.array([len(row) for row in rows], np.int32)
 
 
 class _Feed:

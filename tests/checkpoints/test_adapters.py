@@ -534,8 +534,14 @@ def test_where_adapters_are_looked_for(tmp_path, monkeypatch):
     for name in (tmp_path / "none", "none", "./no/ne", "~/none at all"):
         with pytest.raises(CheckpointError, match="does not exist"):
             locate_adapter(name)
-    with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
-        locate_adapter("nobody/has-this-adapter")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    for name in ("runs/one/adapter", "runs/one/adapter/deep", "not valid/name", "a//b"):
+        with pytest.raises(CheckpointError, match="does not exist"):
+            locate_adapter(name)
+    for name in ("nobody/has-this-adapter", "runs/two/adapter"):
+        with pytest.raises(CheckpointError, match=r"there is no folder .*, and the hub gives none"):
+            locate_adapter(name)
 
 
 @pytest.mark.parametrize("inside", ["", "/deep/folder"])
@@ -604,3 +610,9 @@ def test_gradients_do_not_reach_padding(shapes):
         "transformer_blocks.0.attn.to_q": 4,
         NAME: 2,
     }
+
+
+def test_a_repository_without_the_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    with pytest.raises(CheckpointError, match="owner/name on the hub holds no adapter in no/where"):
+        locate_adapter("owner/name/no/where")

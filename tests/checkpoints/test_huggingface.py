@@ -15,6 +15,11 @@ import pytest
 from bucket import Bucket
 from etils.epath import backend
 from flax import traverse_util
+from huggingface_hub.errors import (
+    GatedRepoError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -489,9 +494,24 @@ def test_a_store_without_its_package(monkeypatch):
     monkeypatch.setattr("fsspec.filesystem", absent)
     backend.fsspec_backend._get_filesystem.cache_clear()
     for call in (resolve_model, TensorFiles):
-        with pytest.raises(CheckpointError, match="please pip install gcsfs"):
+        with pytest.raises(CheckpointError, match=r"extra gcs, as in pip install -e '\.\[gcs\]'"):
             call("gs://bucket/model")
+    with pytest.raises(CheckpointError, match="please install it by pip install s3fs"):
+        resolve_model("s3://bucket/model")
     backend.fsspec_backend._get_filesystem.cache_clear()
+
+
+def test_stores_that_do_not_answer(tmp_path, bucket, monkeypatch):
+    def lost(*_, **__):
+        raise ConnectionResetError("nobody at home")
+
+    monkeypatch.setattr(bucket, "info", lost)
+    monkeypatch.setattr(bucket, "exists", lost)
+    with pytest.raises(CheckpointError, match="gs://bucket/x cannot be reached: nobody at home"):
+        resolve_model("gs://bucket/x")
+    for name in ("http://host/model", "GS://bucket/model"):
+        with pytest.raises(CheckpointError, match=f"{name} is on no store that is known"):
+            resolve_model(name)
 
 
 def test_a_whole_remote_pipeline(random_checkpoint, tmp_path, bucket):
@@ -543,16 +563,56 @@ def test_components_that_do_not_fit_together(random_checkpoint, tmp_path):
 
 def test_names_of_models(tmp_path):
     assert (resolve_model("tiny") / "text_encoder" / "config.json").exists()
-    with pytest.raises(CheckpointError, match=r"model_index.json does not exist; please pass"):
+    with pytest.raises(CheckpointError, match=r"it has no model_index.json; please pass"):
         resolve_model(str(tmp_path))
     (tmp_path / "model_index.json").write_text("{}")
     assert str(resolve_model(str(tmp_path))) == str(tmp_path)
-    for name in ("no-such-folder", "./no/such", "a/b/c"):
-        with pytest.raises(CheckpointError, match="is no checkpoint"):
+    names = ("no-such-folder", "./no", "./no/such", "~no/such", "a/b/c", "no such/name", "a..b/c")
+    for name in (*names, "no/such/", "owner/name.git"):
+        with pytest.raises(CheckpointError, match="is no checkpoint: there is no folder"):
             resolve_model(name)
 
 
-@pytest.mark.parametrize("name", ["nobody/has-this-model", "not valid/ name"])
-def test_a_hub_id_that_cannot_be_fetched(name):
-    with pytest.raises(CheckpointError, match="could not be fetched from the hub"):
-        resolve_model(name)
+def _answer(kind):
+    """An error of the hub's client, without the answer of a server that it is made of."""
+    return kind.__new__(kind, "a page\nof text")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LocalEntryNotFoundError("a page\nof text"), "it cannot be reached, and its cache lacks"),
+        (ConnectionError("a page\nof text"), "it cannot be reached, and its cache lacks"),
+        (_answer(RepositoryNotFoundError), "it knows no such repository, or shows it to others"),
+        (_answer(GatedRepoError), "please give it at https://huggingface.co/owner/name, and log"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_the_hub_gives_no_model(monkeypatch, error, message):
+    def snapshot(name, **_):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        resolve_model("owner/name")
+    assert str(raised.value).startswith("there is no folder owner/name, and the hub gives none: ")
+    assert len(str(raised.value).splitlines()) == 1
+
+
+def test_of_the_hub_only_checkpoints_are_fetched(tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot(name, **patterns):
+        asked.append(patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    with pytest.raises(CheckpointError, match=r"'owner/name' on the hub has no model_index.json"):
+        resolve_model("owner/name")
+    index = {"allow_patterns": ["model_index.json"]}
+    assert asked == [index]
+    (tmp_path / "model_index.json").write_text("{}")
+    assert str(resolve_model("owner/name", ["vae/*"])) == str(tmp_path)
+    assert resolve_model("owner/name") == resolve_model("owner/name", ["vae/*"])
+    some = {"allow_patterns": ["model_index.json", "vae/*"]}
+    assert asked[1:5] == [index, some, index, {"allow_patterns": None}]

@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def main(arguments: dict) -> None:
-    """Joins the others, trains, and writes the adapter as this process has it."""
+    """Joins the others, trains, and writes the adapter as this process has it.
+
+    Errors and interrupts end it as they end `sl_jax.train`.
+    """
     import jax
     import numpy as np
 
@@ -17,7 +20,7 @@ def main(arguments: dict) -> None:
     from sl_jax import train
     from sl_jax.grpo.config import from_mapping
     from sl_jax.parallel.joining import DistributedConfig, joined
-    from sl_jax.training.console import set_up_logging
+    from sl_jax.training.console import ending_in_a_line, set_up_logging
 
     gather = train.to_everywhere
 
@@ -30,7 +33,10 @@ def main(arguments: dict) -> None:
 
     train.to_everywhere = noted
     set_up_logging()
-    with joined(DistributedConfig(**arguments["distributed"])) as processes:
+    with (
+        ending_in_a_line(train._EXPECTED, "epoch"),
+        joined(DistributedConfig(**arguments["distributed"])) as processes,
+    ):
         assert len(jax.local_devices()) == arguments["devices"]
         train.run(from_mapping(arguments["config"], jax.device_count()), processes)
 

@@ -90,7 +90,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
             rollout=RolloutConfig(groups=4, batch_groups=2, group_size=4),
             learner=LearnerConfig(updates=1),
         ),
-        rollout=SimpleNamespace(sigmas=lambda grid: None),
+        rollout=SimpleNamespace(table=lambda grid: None),
         learner=SimpleNamespace(update=update),
         judging=SimpleNamespace(
             metrics=dict,

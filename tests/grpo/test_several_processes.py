@@ -1,16 +1,23 @@
-"""Two real processes with four devices each train the adapter of one with eight."""
+"""Two real processes with four devices each train the adapter of one with eight.
+
+They do so with judges of their own, of which some fail; and where one cannot go on, both stop.
+"""
 
 import json
 import os
+import random
 import runpy
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.data import write_designs
 from sl_jax.scoring.records import read_records
 from sl_jax.training.metrics import read_metrics
@@ -41,89 +48,233 @@ SETTINGS = {
     "checkpoint.every": 100,
     "mesh.fsdp": 4,
     "mesh.tensor": 2,
+    "judge.model": "embedded-precise",
+    "judge.key_env": "TEST_JUDGE_TOKEN",
+    "judge.cool_down.first": 0.1,
+    "judge.cool_down.longest": 0.2,
+    "judge.patience": 0.5,
     "judge.min_valid": 1.0,
 }
 
 
-def _configuration(**fields):
-    config = runpy.run_path(str(ROOT / "configs" / "grpo.py"))["get_config"]("tiny").to_dict()
-    for path, value in {**SETTINGS, **fields}.items():
-        *parents, name = path.split(".")
-        here = config
-        for parent in parents:
-            here = here[parent]
-        here[name] = value
-    return config
+class Runner:
+    """Starts runs of one checkpoint on one folder of pictures, as one or several processes."""
+
+    def __init__(self, model, folder, token):
+        self.model, self.pictures, self.token = model, folder / "pictures", token
+        self.programs = folder / "programs"
+        write_designs(self.pictures, "B", range(24), 32, 3)
+
+    def configuration(self, workdir, servers, fields):
+        config = runpy.run_path(str(ROOT / "configs" / "grpo.py"))["get_config"]("tiny").to_dict()
+        settings = {
+            "model": str(self.model),
+            "data.path": str(self.pictures),
+            "workdir": str(workdir),
+            "judge.endpoints": [served.url for served in servers],
+            **SETTINGS,
+            **fields,
+        }
+        for path, value in settings.items():
+            *parents, name = path.split(".")
+            here = config
+            for parent in parents:
+                here = here[parent]
+            here[name] = value
+        return config
+
+    def __call__(self, folder, servers, fields=None, own=({}, {}), code=0, meanwhile=None):
+        """One process per list of servers: what each printed, and the adapters that they leave.
+
+        Args:
+            folder: which gets the work directory "run".
+            fields: of the configuration of all processes.
+            own: fields of each.
+            code: with which all end.
+            meanwhile: is called with the processes once they are started.
+        """
+        folder.mkdir(exist_ok=True)
+        count = len(servers)
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{found.getsockname()[1]}"
+        started, printed = [], [folder / f"printed_{index}.txt" for index in range(count)]
+        for index, text in enumerate(printed):
+            distributed = {"join": "off"}
+            if count > 1:
+                distributed = {"coordinator": address, "processes": count, "process": index}
+            changed = {**(fields or {}), **own[index]}
+            given = {
+                "folder": str(folder),
+                "devices": DEVICES // count,
+                "distributed": distributed,
+                "config": self.configuration(folder / "run", servers[index], changed),
+            }
+            arguments = folder / f"arguments_{index}.json"
+            arguments.write_text(json.dumps(given))
+            with text.open("w") as file:
+                command = [sys.executable, str(PROGRAM), str(arguments)]
+                started.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=self.environment(count), stdout=file, stderr=file
+                    )
+                )
+        try:
+            if meanwhile:
+                meanwhile(started)
+            codes = [process.wait(LIMIT) for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        said = [text.read_text() for text in printed]
+        assert codes == [code] * count, "\n\n".join(text[-5000:] for text in said)
+        return said, [np.load(path) for path in sorted(folder.glob("adapter_*.npz"))]
+
+    def environment(self, count):
+        return os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONPATH": str(ROOT),
+            "TEST_JUDGE_TOKEN": self.token,
+            "JAX_COMPILATION_CACHE_DIR": str(self.programs / str(count)),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+            # On a busy machine devices wait for each other longer than XLA's 40 s.
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} "
+            f"--xla_cpu_collective_call_terminate_timeout_seconds={LIMIT}",
+        }
 
 
-def _trained(count, folder, **fields):
-    """The work directory of a run of so many processes, and the adapter as each has it."""
-    folder.mkdir()
-    workdir = folder / "run"
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{found.getsockname()[1]}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": str(ROOT),
-        # On a busy machine devices wait for each other longer than XLA's 40 s.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} "
-        f"--xla_cpu_collective_call_terminate_timeout_seconds={LIMIT}",
-    }
-    given = {
-        "folder": str(folder),
-        "devices": DEVICES // count,
-        "config": _configuration(workdir=str(workdir), **fields),
-    }
-    started, printed = [], [folder / f"printed_{index}.txt" for index in range(count)]
-    for index, text in enumerate(printed):
-        distributed = {"join": "off"}
-        if count > 1:
-            distributed = {"coordinator": address, "processes": count, "process": index}
-        arguments = folder / f"arguments_{index}.json"
-        arguments.write_text(json.dumps(given | {"distributed": distributed}))
-        with text.open("w") as file:
-            command = [sys.executable, str(PROGRAM), str(arguments)]
-            started.append(
-                subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-            )
-    try:
-        codes = [process.wait(LIMIT) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert codes == [0] * count, "\n\n".join(text.read_text()[-5000:] for text in printed)
-    return workdir, [np.load(folder / f"adapter_{index}.npz") for index in range(count)]
+@pytest.fixture(scope="module")
+def runner(random_checkpoint, judge_token, tmp_path_factory):
+    return Runner(random_checkpoint, tmp_path_factory.mktemp("processes"), judge_token)
 
 
-def _assert_same(workdir, adapters, whole, wanted):
-    first, other = adapters
-    names = wanted.files
-    assert all(np.array_equal(first[name], other[name]) for name in names)
-    distance = np.concatenate([np.abs(first[name] - wanted[name]).ravel() for name in names])
+@pytest.fixture(scope="module")
+def whole(runner, tmp_path_factory):
+    """The work directory and the adapter of one process, which judges by itself."""
+    folder = tmp_path_factory.mktemp("one")
+    _, (adapter,) = runner(folder, ((),))
+    return folder / "run", adapter
+
+
+def _assert_same(workdir, adapters, whole):
+    """Processes have one adapter, to the last bit, which is that of one process."""
+    first, *others = adapters
+    names = whole[1].files
+    for other in others:
+        assert all(first[name].tobytes() == other[name].tobytes() for name in names)
+    distance = np.concatenate([np.abs(first[name] - whole[1][name]).ravel() for name in names])
     assert np.mean(distance > 1e-5) < 0.01
     # Adam makes steps of full size, here 1e-3, out of gradients that are hardly more than zero.
     assert distance.max() < 2e-4
     mine, theirs = (
-        {(r.epoch, r.scores.group_id): r for r in read_records(folder / "judge")}
-        for folder in (workdir, whole)
+        {(r.epoch, r.scores.group_id): r for r in read_records(path / "judge")}
+        for path in (workdir, whole[0])
     )
     assert mine.keys() == theirs.keys() and len(mine) == 16
     for key, record in mine.items():
         assert record.picture_id == theirs[key].picture_id and record.scores.valid.all()
-    metrics, expected = (list(read_metrics(folder)) for folder in (workdir, whole))
+    metrics, expected = (list(read_metrics(path)) for path in (workdir, whole[0]))
     assert [m["step"] for m in metrics] == [m["step"] for m in expected] == [0, 1, 2]
     for found, right in zip(metrics, expected, strict=True):
         for name in ("evaluation/reward", "evaluation/psnr", "judge/reward_mean"):
             assert found.get(name) == pytest.approx(right.get(name), abs=5e-3), name
 
 
+def _latest(workdir):
+    checkpoints = RunCheckpoints(workdir / "checkpoints")
+    try:
+        return checkpoints.latest
+    finally:
+        checkpoints.close()
+
+
+def _misbehave(judge, share, seed):
+    """HTTP 500 and no JSON in turn, in this share of its answers; returns those."""
+    answer, draw, done = judge.answer, random.Random(seed), []
+
+    async def answered(request):
+        if draw.random() >= share:
+            return await answer(request)
+        done.append("garbage" if len(done) % 2 else "500")
+        if done[-1] == "500":
+            raise ArithmeticError("for the test")
+        return "as an artist, I think"
+
+    judge.answer = answered
+    return done
+
+
 @pytest.mark.slow
-def test_two_processes_train_the_adapter_of_one(random_checkpoint, tmp_path):
-    write_designs(tmp_path / "pictures", "B", range(24), 32, 3)
-    fields = {"model": str(random_checkpoint), "data.path": str(tmp_path / "pictures")}
-    whole, (wanted,) = _trained(1, tmp_path / "one", **fields)
-    workdir, adapters = _trained(2, tmp_path / "two", **fields)
-    _assert_same(workdir, adapters, whole, wanted)
-    assert (workdir / "report.html").exists() and (workdir / "adapter").is_dir()
+def test_two_processes_with_partly_failing_judges_train_the_adapter_of_one(
+    runner, whole, four_servers, tmp_path
+):
+    a, b, c, d = four_servers
+    faults = [_misbehave(served.judge, 0.5, seed) for seed, served in enumerate((b, d))]
+    _, adapters = runner(tmp_path, ([a, b], [c, d]))
+    assert len(adapters) == 2
+    _assert_same(tmp_path / "run", adapters, whole)
+    # Each process asked its own servers, and met both kinds of failure.
+    assert all(served.judge.asked.total() > 0 for served in four_servers)
+    assert all({"500", "garbage"} <= set(done) for done in faults), faults
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"judge.sqlite3", "judge_1.sqlite3", "report.html", "adapter", "judge"} <= written
+    endpoints = {
+        int(name.rpartition(":")[2])
+        for record in read_records(tmp_path / "run" / "judge")
+        for name in record.scores.endpoints
+    }
+    assert {a.port, c.port} <= endpoints <= {served.port for served in four_servers}
+
+
+@pytest.mark.slow
+def test_when_the_judge_of_one_is_gone_all_wait_and_stop_and_one_alone_goes_on(
+    runner, whole, four_servers, tmp_path
+):
+    a, b, *_ = four_servers
+    b.judge.dies_after = 40  # in the second epoch
+    said, adapters = runner(tmp_path, ([a], [b]), {"judge.max_wait": 4.0}, code=1)
+    assert adapters == []
+    for text in said:
+        # It said what it waits for before it stopped, and whose judge it is.
+        waiting, _, end = text.partition("JudgeUnavailableError")
+        assert "Waiting for the judge, 4 s at most: " in waiting and "process 1: " in waiting
+        assert "process 1: " in end and "4 s" in end and str(b.port) in end
+    assert _latest(tmp_path / "run") == 1
+    b.thread.join(10)
+    b.start()
+    said, adapters = runner(tmp_path, ([a, b],))
+    assert "Going on after epoch 1." in said[0]
+    _assert_same(tmp_path / "run", adapters, whole)
+
+
+@pytest.mark.slow
+def test_an_interrupt_of_one_stops_all_with_the_last_complete_epoch(runner, tmp_path):
+    workdir = tmp_path / "run"
+
+    def interrupt(started):
+        deadline = time.monotonic() + LIMIT
+        metrics = workdir / "metrics.jsonl"
+        while not (metrics.exists() and metrics.read_text().count("\n") >= 2):  # epochs 0 and 1
+            assert all(process.poll() is None for process in started)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        started[1].send_signal(signal.SIGINT)
+
+    said, adapters = runner(tmp_path, ((), ()), code=130, meanwhile=interrupt)
+    assert adapters == [] and not (workdir / "report.html").exists()
+    assert "Process 1 was interrupted: all stop at their next exchange" in said[1]
+    assert all("goes on after the last complete epoch" in text for text in said)
+    assert _latest(workdir) == 1
+
+
+@pytest.mark.slow
+def test_processes_with_other_configurations_are_refused(runner, tmp_path):
+    own = ({}, {"lora.rank": 5, "judge.concurrency": 2})
+    said, _ = runner(tmp_path, ((), ()), own=own, code=1)
+    for text in said:
+        assert "ConfigError: process 1 has another configuration than process 0" in text
+        assert "config.lora.rank: 4 in process 0, 5 in process 1" in text
+        assert "concurrency" not in text  # which each may choose
+    assert not (tmp_path / "run").exists()

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from etils.epath import backend
 from PIL import Image
 from psd_tools import PSDImage
 
+from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.data import FolderError, longest_side_size, pictures
 from sl_jax.imaging import flatten, over, recompose, to_uint8
 from sl_jax.inference import folder, outputs
@@ -231,6 +233,24 @@ def test_disk_problems_name_a_path():
     )
     odd = disk_problem(OSError("two\nlines"), "out")
     assert odd == "out: two lines; please check the path, or choose another place"
+    network = disk_problem(OSError(-2, "no such host"), "out")  # a number that no file has
+    assert network.startswith("out: [Errno -2] no such host; please check")
+
+
+def test_stores_are_tried_before_anything_is_loaded(tmp_path, monkeypatch):
+    """Without the package for them, as most machines are."""
+
+    def absent(name, **_):
+        raise ImportError(f"no file system for {name}")
+
+    monkeypatch.setattr("fsspec.filesystem", absent)
+    backend.fsspec_backend._get_filesystem.cache_clear()
+    for call in (find_pictures, require_writable):
+        with pytest.raises(CheckpointError, match=r"pip install -e '\.\[gcs\]'"):
+            call("gs://bucket/pictures")
+        with pytest.raises(CheckpointError, match="is on no store that is known"):
+            call("http://host/pictures")
+    backend.fsspec_backend._get_filesystem.cache_clear()
 
 
 def test_seeds_up_to_32_bits(tmp_path):

@@ -92,6 +92,9 @@ def test_the_parts_of_a_manifest_find_each_other(name):
     assert service["targetPort"] == port["name"] and service["port"] == port["containerPort"]
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert container[probe]["httpGet"] == {"path": "/health", "port": port["name"]}
+    startup = container["startupProbe"]
+    deadline = deployment["spec"].get("progressDeadlineSeconds", 600)  # Kubernetes' default
+    assert startup["periodSeconds"] * startup["failureThreshold"] < deadline
     assert pod["enableServiceLinks"] is False  # VLLM_PORT and the like are settings of vLLM
     assert {mount["name"] for mount in container.get("volumeMounts", ())} == {
         volume["name"] for volume in pod.get("volumes", ())

@@ -166,6 +166,7 @@ def test_folders_of_one_name_do_not_collide(installed):
     workdirs = []
     for folder in folders:
         folder.mkdir(parents=True)
+        (folder / "one.png").touch()
         done = installed.run("quickstart.sh", "my pictures/", cwd=folder.parent)
         assert "procedural designs" in done.stdout
         (call,) = installed.calls()
@@ -209,6 +210,7 @@ def test_interrupt_says_how_to_go_on(stage, tmp_path):
     repository = Repository(tmp_path)
     pictures = tmp_path / "my pictures"
     pictures.mkdir()
+    (pictures / "one.png").touch()
     process = subprocess.Popen(
         ["bash", str(repository.root / "launch" / "quickstart.sh"), str(pictures)],
         env=repository.environment(HANG=stage),

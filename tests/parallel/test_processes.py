@@ -1,7 +1,10 @@
 """Processes keep in step; threads with a store in memory stand for them here."""
 
+import gc
 import itertools
 import logging
+import os
+import signal
 import threading
 import time
 from types import SimpleNamespace
@@ -218,6 +221,33 @@ def test_an_interrupt_comes_through_in_all_at_the_same_exchange():
                 return number
 
     assert run(3, work) == [5] * 3
+
+
+def test_an_interrupt_in_a_garbage_collection_comes_through_at_the_next_exchange(capfd):
+    """JAX has a callback there; what is raised in one is printed and dropped."""
+    processes = Processes()
+
+    def callback(phase, info):
+        if phase == "stop":
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+
+    with pytest.raises(KeyboardInterrupt), processes.open():
+        gc.callbacks.insert(1, callback)
+        gc.collect()
+        gc.callbacks.remove(callback)
+        processes.barrier("going on")
+    assert "Traceback" not in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    processes.barrier("afterwards")
+
+
+def test_one_process_alone_is_interrupted_where_it_is():
+    processes = Processes()
+    with pytest.raises(KeyboardInterrupt), processes.open():
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+        raise AssertionError("not interrupted")
 
 
 def test_a_second_interrupt_is_not_held_back():

@@ -2,9 +2,13 @@
 
 import asyncio
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from test_server import TOKEN, Served
 
 from sl_jax.scoring import CRITERIA, EmbeddedConfig, EmbeddedJudge, TransientJudgeError, cases
 from sl_jax.scoring import request as rendering
@@ -110,3 +114,28 @@ def test_a_judge_that_never_answers():
         audited(Mute())
     with pytest.raises(ValueError, match="from 2 on"):
         audited(EmbeddedJudge(), repeats=1)
+
+
+def _door(*flags):
+    command = [sys.executable, "-m", "sl_jax.judge", *flags, f"--size={SIZE}", "--repeats=2"]
+    environment = os.environ | {"JUDGE_TOKEN": TOKEN}
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+
+
+@pytest.mark.slow
+def test_the_door_audits_a_server(tmp_path):
+    told = tmp_path / "audit.json"
+    with Served(token=TOKEN) as served:
+        where = f"--audit={served.root}/v1", "--key_env=JUDGE_TOKEN"
+        done = _door(*where, "--model=embedded-precise", f"--json={told}")
+        wrong = _door(*where, "--model=gpt")
+    assert done.returncode == 0, done.stderr
+    assert "ready (JSON by schema)" in done.stdout and "std_floor" in done.stdout
+    found = json.loads(told.read_text())
+    known = audited(EmbeddedJudge()).to_dict()
+    # Nothing but seconds, tokens and the name tells it from the judge in process.
+    for name in ("criteria", "cases", "position_bias", "persuasion", "std_floor"):
+        assert found[name] == known[name], name
+    assert found["tokens"] > 0 and found["seconds"] > 0
+    assert wrong.returncode == 1 and "lists embedded-precise, not gpt" in wrong.stderr
+    assert "Traceback" not in wrong.stderr and TOKEN not in done.stdout + wrong.stderr

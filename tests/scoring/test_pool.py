@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import threading
 import time
 
 import numpy as np
@@ -16,6 +17,7 @@ from sl_jax.scoring import (
     TransientJudgeError,
     TwoStageJudge,
 )
+from sl_jax.scoring import pool as module
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.encoding import RequestConfig
@@ -96,6 +98,28 @@ def check(groups, scores):
                 found.stage2[found.valid], expected(group)[found.valid], atol=1e-9
             )
     return float(np.mean([found.valid.mean() for found in scores.values()]))
+
+
+def test_pictures_are_rendered_and_encoded_on_threads_of_their_own(servers, monkeypatch):
+    """Neither the caller's thread, where rollouts are started, nor the one that has the answers."""
+    seen = set()
+    steps = (rendering, "candidate_request"), (rendering, "grid_request"), (module, "content_of")
+
+    def noted(home, step):
+        real = getattr(home, step)
+
+        def taken(*arguments):
+            seen.add((step, threading.current_thread().name))
+            return real(*arguments)
+
+        monkeypatch.setattr(home, step, taken)
+
+    for home, step in steps:
+        noted(home, step)
+    group = known_group(1)
+    assert check([group], judged(make_pool([servers()]), [group])) == 1.0
+    assert {step for step, _ in seen} == {name for _, name in steps}
+    assert not {thread for _, thread in seen} & {threading.current_thread().name, "judge"}
 
 
 def test_the_least_loaded_endpoint_gets_the_next_request(servers):

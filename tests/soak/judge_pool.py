@@ -150,6 +150,7 @@ def main():
         and hostile["wrong"] == 0
         and hostile["right"] + hostile["invalid"] == candidates
         and result["throughput_ratio"] > 0.85
+        and hostile["peak_memory_mib"] < 1.25 * alone["peak_memory_mib"]  # of four times as much
     )
     sys.exit(0 if held else "the pool did not hold what it promises")
 

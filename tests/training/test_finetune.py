@@ -1,5 +1,6 @@
 """Fine-tuning a loaded checkpoint on designs with layers."""
 
+import dataclasses
 import json
 import runpy
 from functools import partial
@@ -14,7 +15,7 @@ from sl_jax.checkpoints.adapters import load_adapter, read_adapter
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, parameter_shapes
 from sl_jax.data import write_designs
 from sl_jax.flow.schedule import SchedulerConfig, sigma_grid
-from sl_jax.inference.prompts import encode_prompts
+from sl_jax.inference.prompts import PromptStore, encode_prompts
 from sl_jax.models.codec import encode_frames
 from sl_jax.models.lora import LoRAConfig, init_adapter
 from sl_jax.models.packing import pack
@@ -119,6 +120,37 @@ def test_a_fresh_adapter_predicts_what_the_base_predicts(random_checkpoint):
     assert not np.allclose(velocity(moved, x, t, told), base, atol=1e-3)
 
 
+def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):
+    """A table's rows are those of encoding at once; memory holds the last ones that were used."""
+    captions = ["a red box", "two boxes and a long line of words below them", "", "never asked for"]
+    texts = ["a prompt", *captions[:2]]
+    whole = encode_prompts(random_checkpoint, texts, dtype=np.float32)
+    monkeypatch.setattr(finetune, "_HELD_TEXTS", 1)
+    read = []
+
+    class Store(PromptStore):
+        def read(self, prompt):
+            read.append(prompt)
+            return super().read(prompt)
+
+    store = Store(random_checkpoint, tmp_path / "prompts", dtype=np.float32)
+    config = finetune.PairedConfig("designs", prompt="a prompt")
+    table = finetune._TextTable(config, {*captions[:3]}, store)
+    assert len(list((tmp_path / "prompts").iterdir())) == 3
+    hidden, lengths = table(captions)
+    for found, count, row in zip(hidden, lengths, (1, 2, 0, 0), strict=True):
+        assert count == whole.lengths[row]
+        np.testing.assert_allclose(found, whole.hidden[row], atol=1e-5)
+    assert hidden.shape[1] == max(whole.lengths)
+    table(["a red box"])
+    table(["a red box"])
+    assert read == ["a red box", captions[1], "a prompt", "a red box"]
+    unused = dataclasses.replace(config, captions=False)
+    monkeypatch.setattr("sl_jax.inference.prompts._loaded", None)  # all of them are kept
+    hidden, lengths = finetune._TextTable(unused, {*captions}, store)(captions[:2])
+    assert np.array_equal(hidden[0], hidden[1]) and hidden.shape[1] == whole.lengths[0]
+
+
 def _pipeline(folder):
     layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
     return load_pipeline(folder, ComputeConfig("float32", remat="none"), layout)
@@ -161,8 +193,8 @@ def run(random_checkpoint, tmp_path, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(finetune.PairedStream, "__call__", reading)
-            encode = partial(encode_prompts, random_checkpoint, dtype=np.float32)
-            return fine_tune(config, random_checkpoint, encode)
+            store_at = partial(PromptStore, random_checkpoint, dtype=np.float32)
+            return fine_tune(config, random_checkpoint, store_at)
 
     return run
 
