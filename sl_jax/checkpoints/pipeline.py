@@ -1,6 +1,7 @@
 """A decomposition model loaded from a checkpoint folder: transformer, autoencoder, scheduler."""
 
 import logging
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import traverse_util
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from sl_jax.checkpoints.huggingface import CheckpointError, load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT, VAE
@@ -229,25 +230,46 @@ def _abstract_vae(folder: epath.PathLike, dtype: Any, sharding: Any) -> tuple[Va
 
 
 def shard_adapter(adapter: Adapter, params: Any) -> Adapter:
-    """Lays an adapter out like its kernels: a by their inputs, b by their outputs."""
+    """Lays an adapter out over the devices; see `adapter_shardings`."""
     return jax.tree.map(jax.device_put, adapter, adapter_shardings(adapter, params))
 
 
 def adapter_shardings(adapter: Adapter, params: Any) -> Adapter:
-    """Where `shard_adapter` puts the arrays of an adapter; both may be shapes."""
+    """Where `shard_adapter` puts the arrays of an adapter; both may be shapes.
+
+    The long side of each matrix (a's inputs, b's outputs) is split as the kernel's is, and further
+    over the mesh axes that split the kernel's other side: over all that split the kernel, so that
+    no device keeps a copy of what another one has. Axes that do not divide it are left out.
+    """
     kernels = traverse_util.flatten_dict(params)
 
-    def placed(path: tuple[str, ...], _: Any) -> NamedSharding:
+    def placed(path: tuple[str, ...], leaf: Any) -> NamedSharding:
         kernel = kernels[(*path[:-1], "kernel")]
+        mesh = kernel.sharding.mesh
         *layers, inputs, outputs = (
             *kernel.sharding.spec,
             *(None,) * (kernel.ndim - len(kernel.sharding.spec)),
         )
-        ends = {"a": (inputs, None), "b": (None, outputs), "scale": ()}[path[-1]]
-        return NamedSharding(kernel.sharding.mesh, PartitionSpec(*layers, *ends))
+        if path[-1] == "scale":
+            ends = ()
+        elif path[-1] == "a":
+            ends = (_dividing(leaf.shape[-2], mesh, inputs, outputs), None)
+        else:
+            ends = (None, _dividing(leaf.shape[-1], mesh, outputs, inputs))
+        return NamedSharding(mesh, PartitionSpec(*layers, *ends))
 
     return jax.tree.map(
         lambda tree: traverse_util.path_aware_map(placed, tree),
         adapter,
         is_leaf=lambda x: isinstance(x, Mapping),
     )
+
+
+def _dividing(size: int, mesh: Mesh, *entries: Any) -> tuple[str, ...] | None:
+    """Of the axes that entries of a `PartitionSpec` name, those that divide `size` together."""
+    chosen: tuple[str, ...] = ()
+    for entry in entries:
+        for name in (entry,) if isinstance(entry, str) else entry or ():
+            if size % math.prod(mesh.shape[axis] for axis in (*chosen, name)) == 0:
+                chosen = (*chosen, name)
+    return chosen or None

@@ -132,10 +132,11 @@ def random_model(draw, layout):
 def test_adapters_lie_like_their_kernels(layout):
     _, adapter = random_model(np.random.default_rng(0), layout)
     query, out = (adapter.lora["blocks"]["attn"][name] for name in ("to_q", "to_out_0"))
-    assert query["a"].sharding.spec == PartitionSpec(None, "fsdp", None)
-    assert query["b"].sharding.spec == PartitionSpec(None, None, "tensor")
-    assert out["a"].sharding.spec == PartitionSpec(None, "tensor", None)
-    assert out["b"].sharding.spec == PartitionSpec(None, None, "fsdp")
+    split, turned = ("fsdp", "tensor"), ("tensor", "fsdp")  # the kernel's own axis comes first
+    assert query["a"].sharding.spec == PartitionSpec(None, split, None)
+    assert query["b"].sharding.spec == PartitionSpec(None, None, turned)
+    assert out["a"].sharding.spec == PartitionSpec(None, turned, None)
+    assert out["b"].sharding.spec == PartitionSpec(None, None, split)
     assert adapter.lora["proj_out"]["a"].sharding.spec == PartitionSpec("fsdp", None)
     scale = adapter.lora_scale["blocks"]["attn"]["to_q"]["scale"]
     assert scale.sharding.is_fully_replicated and scale.shape == (2,)
