@@ -10,6 +10,7 @@ from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.checkpoints.errors import CheckpointError
 
 TINY = "tiny"
+RELEASE_ID = "Qwen/Qwen-Image-Layered"
 
 _INDEX = "model_index.json"
 
@@ -28,7 +29,7 @@ def resolve_model(name: str, files: Sequence[str] | None = None) -> epath.Path:
         CheckpointError: none of these, or the store cannot be read.
     """
     if name == TINY:
-        return epath.Path(Path(sl_jax.__file__).parent / "assets" / TINY)
+        return _asset(TINY)
     folder = reachable(name)
     if (folder / _INDEX).exists():
         return folder
@@ -45,6 +46,18 @@ def resolve_model(name: str, files: Sequence[str] | None = None) -> epath.Path:
             "layout; please check the name"
         )
     return _downloaded(name, allow_patterns=None if files is None else [_INDEX, *files])
+
+
+def release_shapes() -> epath.Path:
+    """A folder with the configuration of `RELEASE_ID`'s parts and no tensors: what plans need.
+
+    The normalization of its latents, which no shape depends on, is left at 0 and 1.
+    """
+    return _asset("qwen_image_layered")
+
+
+def _asset(name: str) -> epath.Path:
+    return epath.Path(Path(sl_jax.__file__).parent / "assets" / name)
 
 
 def is_hub_id(name: str) -> bool:

@@ -277,9 +277,7 @@ class Learner:
     ) -> jax.stages.Traced:
         """The program of `velocity`; for this and the next two, arguments may be shapes."""
         weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
-        return self._forward.trace(
-            *weights, step.x, step.index, step.condition, table, grid=grid
-        )
+        return self._forward.trace(*weights, step.x, step.index, step.condition, table, grid=grid)
 
     def trace_backward(
         self,

@@ -1,6 +1,5 @@
 """The programs of an epoch as `planning` takes them: of shapes, for devices that need not exist."""
 
-from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -20,8 +19,10 @@ from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable, time_modules
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
-from sl_jax.planning.phases import Phase, Workload
+from sl_jax.planning.phases import Phase, Phases, Workload
 from sl_jax.training.adapter import first_adapter
+
+_LOOPS = ("/prefix/while/body", "/window/while/body")  # of `Rollout`
 
 
 class Programs:
@@ -69,51 +70,68 @@ class Programs:
             "optimizer": self.state.optimizer,
         }
 
-    def phases(self) -> Generator[Phase, jax.stages.Compiled | None, None]:
-        """The programs in the order in which an epoch runs them.
+    def chains(self) -> tuple[Phases, ...]:
+        """The programs of an epoch, in chains that can be compiled side by side."""
+        return self._learner_phases(), self._rollout_phases(), self._small_phases()
 
-        What a program leaves to the compiler is the next one's argument: send each one's compiled
-        form, or None where it could not be compiled, which ends the phases that depend on it.
-        """
-        config, state = self._config, self.state
-        batches = config.rollout.groups // config.rollout.batch_groups
-        per_batch = self._candidates()
-        others = [per_batch] * (batches - 1)
-        weights = (self.pipeline.params, self.pipeline.vae_params)
-        learning = (state.ema.lora, state.initial.lora, state.optimizer)
+    def _rollout_phases(self) -> Phases:
+        batches, trips = self._batches, self._sampler_trips()
         yield Phase(
             "rollout",
             self._rollout.trace(self.adapter, self._pictures(), self._table(), self.grid),
-            batches,
-            self._sampler_trips(),
-            (learning, others),
+            len(batches),
+            trips,
+            (*zip(_LOOPS[-len(trips) :], trips, strict=True), self._blocks),
+            (self._learning, batches[1:]),
+            self._weights(sum(trips)),
         )
-        kept = per_batch._replace(latents=None)
+
+    def _small_phases(self) -> Phases:
+        state, (batch, *others) = self.state, self._batches
+        params, kept = self.pipeline.params, batch._replace(latents=None)
         yield Phase(
             "decode",
-            self._rollout.trace_decode(per_batch.latents, self.grid),
-            batches,
+            self._rollout.trace_decode(batch.latents, self.grid),
+            len(self._batches),
             (),
-            (weights[0], self.adapter, learning, others, kept),
+            (),
+            (params, self.adapter, self._learning, others, kept),
+            0.0,
         )
-        # Before the last update there are the state that the epoch began with and the current one.
-        begun = (state.adapter.lora, state.ema.lora, state.optimizer)
-        before = begun if config.learner.updates > 1 else ()
-        gradients = (state.adapter.lora, state.adapter.lora)
-        epoch = (before, [per_batch, *others])
-        yield from self._learner_phases(epoch, learning, gradients)
+        begun = (self._before, self._batches)
+        rest = (state.initial.lora, state.adapter.lora_scale, begun)
         yield Phase(
             "apply",
             self._learner.trace_apply(state),
-            config.learner.updates,
+            self._config.learner.updates,
             (),
-            (weights, state.initial.lora, state.adapter.lora_scale, before, epoch[1]),
+            (),
+            (params, self.pipeline.vae_params, rest),
+            0.0,
         )
 
-    def _learner_phases(
-        self, epoch: Any, learning: Any, gradients: Any
-    ) -> Generator[Phase, jax.stages.Compiled | None, None]:
-        config = self._config
+    @property
+    def _batches(self) -> list[Candidates]:
+        """What the rollouts of an epoch leave."""
+        rollout = self._config.rollout
+        return [self._candidates()] * (rollout.groups // rollout.batch_groups)
+
+    @property
+    def _learning(self) -> Any:
+        """Of the state what sampling does not use."""
+        return self.state.ema.lora, self.state.initial.lora, self.state.optimizer
+
+    @property
+    def _before(self) -> Any:
+        """The state that the epoch began with, which outlives its updates but the last."""
+        state = self.state
+        begun = (state.adapter.lora, state.ema.lora, state.optimizer)
+        return begun if self._config.learner.updates > 1 else ()
+
+    def _learner_phases(self) -> Phases:
+        """What the forward program leaves to the compiler is the backward one's argument."""
+        config, epoch, learning = self._config, (self._before, self._batches), self._learning
+        gradients = (self.state.adapter.lora, self.state.adapter.lora)
         samples = config.rollout.groups * config.rollout.group_size
         steps = config.rollout.window_size * samples // config.learner.micro_batch
         step, table, vae = self._step(), self._table(), self.pipeline.vae_params
@@ -121,16 +139,31 @@ class Programs:
         velocities = self._velocities_per_step()
         rest = (step.x_next, step.mean, step.advantage, step.weight)
         held = (vae, epoch, learning, gradients, rest)
-        compiled = yield Phase("learner forward", traced, steps * velocities, (), held)
+        blocks, once = (self._blocks,), self._weights(1)
+        compiled = yield Phase(
+            "learner forward", traced, steps * velocities, (), blocks, held, once
+        )
         if compiled is None:
             return
         forward = _laid_out(traced, compiled)
         traced = self._learner.trace_backward(self.adapter, forward, step, table.sigmas, self.grid)
-        weights = jax.tree.leaves((self.adapter.lora, self.adapter.lora_scale, self.pipeline.params))
+        weights = jax.tree.leaves(
+            (self.adapter.lora, self.adapter.lora_scale, self.pipeline.params)
+        )
         # The rest of the weights are among what the program takes, as parts of the vjp.
         unused = [x for place, x in enumerate(weights) if place not in forward[1].inputs]
         held = (vae, epoch, learning, gradients[:1], unused)
-        yield Phase("learner backward", traced, steps, (), held)
+        yield Phase("learner backward", traced, steps, (), blocks, held, 2 * once)
+
+    @property
+    def _blocks(self) -> tuple[str, float]:
+        """The loop over the transformer's blocks, forward and backward."""
+        return r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers
+
+    def _weights(self, passes: float) -> float:
+        """Bytes that so many passes through the transformer read on every chip."""
+        whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pipeline.params))
+        return passes * whole / self._layout.mesh.shape["tensor"]
 
     def _velocities_per_step(self) -> float:
         """Forward passes per micro-batch: the old adapter's after the first update, a reference."""
@@ -139,14 +172,17 @@ class Programs:
         return 1 + later + (1 if config.objective.kl_weight else 0)
 
     def _sampler_trips(self) -> tuple[float, ...]:
-        """Evaluations before the window, and from it on, on average over its positions."""
+        """Evaluations before the window, and from it on, on average over its positions.
+
+        One number where one loop does both, as candidates have nothing in common.
+        """
         rollout = self._config.rollout
         starts = window_starts(rollout.window_range, rollout.window_size)
         before = sum(starts) / len(starts)
         after = rollout.steps - before
         if rollout.ode_method == "heun":
-            return 2 * before, rollout.window_size + 2 * (after - rollout.window_size) - 1
-        return before, after
+            before, after = 2 * before, 2 * after - rollout.window_size - 1
+        return (before, after) if rollout.group_noise == "shared" else (before + after,)
 
     def _array(self, shape: tuple[int, ...], dtype: Any, leading: int = 0) -> Any:
         sharding = batch_sharding(self._layout.mesh, leading)
@@ -227,12 +263,15 @@ def largest_grid(config: GrpoConfig) -> LatentGrid:
 
 def workload(config: GrpoConfig) -> Workload:
     """What the run asks of accelerators and judges, whatever they are."""
-    judge, rollout = config.judge, config.rollout
+    judge, rollout, evaluation = config.judge, config.rollout, config.evaluation
+    heun = evaluation.method == "heun"
+    per_picture = 2 * evaluation.steps - 1 if heun else evaluation.steps
     return Workload(
         epochs=config.epochs,
         updates=config.learner.updates,
         groups=rollout.groups,
         group_size=rollout.group_size,
         judge_calls=rollout.group_size + (judge.grids if judge.two_stage else 0),
-        judge_concurrency=judge.concurrency,
+        evaluations=evaluation.pictures * per_picture / evaluation.every,
+        rollouts=rollout.groups * rollout.group_size * rollout.steps,
     )

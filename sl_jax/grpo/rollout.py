@@ -164,26 +164,28 @@ class Rollout:
         )
         stochastic = sampler.rollout
         if shared:  # up to the window candidates are equal: one stands for its group
-            x = sampler.rollout_prefix(
-                velocity(groups),
-                x,
-                table.sigmas,
-                window_start=window_start,
-                ode_method=config.ode_method,
-            )
+            with jax.named_scope("prefix"):
+                x = sampler.rollout_prefix(
+                    velocity(groups),
+                    x,
+                    table.sigmas,
+                    window_start=window_start,
+                    ode_method=config.ode_method,
+                )
             x = self._spread(jnp.repeat(x, config.group_size, axis=0))
             stochastic = sampler.rollout_window
-        trajectory = stochastic(
-            velocity(samples),
-            x,
-            table.sigmas,
-            dynamics=config.dynamics,
-            noise_level=config.noise_level,
-            window_start=window_start,
-            window_size=config.window_size,
-            keys=keys,
-            ode_method=config.ode_method,
-        )
+        with jax.named_scope("window"):
+            trajectory = stochastic(
+                velocity(samples),
+                x,
+                table.sigmas,
+                dynamics=config.dynamics,
+                noise_level=config.noise_level,
+                window_start=window_start,
+                window_size=config.window_size,
+                keys=keys,
+                ode_method=config.ode_method,
+            )
         return _without_spoiled(trajectory, samples)
 
     def _spread(self, x: Array) -> Array:

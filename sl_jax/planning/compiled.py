@@ -6,6 +6,8 @@ from typing import NamedTuple
 import jax
 from jax.errors import JaxRuntimeError
 
+from sl_jax.planning.topologies import PlanError
+
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
@@ -44,13 +46,21 @@ class OutOfMemory(NamedTuple):
 
 
 def compile_program(traced: jax.stages.Traced) -> jax.stages.Compiled | OutOfMemory:
-    """Compiles for the devices of the arguments' shardings."""
+    """Compiles for the devices of the arguments' shardings.
+
+    Raises:
+        PlanError: the compiler failed, and not for want of memory.
+    """
     try:
         return traced.lower().compile()
     except JaxRuntimeError as error:
         found = out_of_memory(str(error))
         if found is None:
-            raise
+            reason = " ".join(str(error).split())[:300]
+            raise PlanError(
+                f"the compiler failed on a program of this configuration: {reason}; another mesh, "
+                "micro-batch or version of libtpu may do"
+            ) from error
         return found
 
 

@@ -1,6 +1,8 @@
 """What a plan is made of: the programs of a job, how often they run, and what else is in memory."""
 
 import math
+import re
+from collections.abc import Generator
 from typing import Any, NamedTuple
 
 import jax
@@ -13,20 +15,35 @@ class Phase(NamedTuple):
         name: for people.
         traced: the program.
         calls: how often an epoch runs it.
-        trips: of its loops whose length is not fixed: how often each is expected to run, in order.
+        trips: of its outermost loops whose length is not fixed: how often each is expected to run.
+        loops: of all loops in which chips talk: a pattern of paths in the program ("jit(f)/…", see
+            `planning.hlo`), and how often what lies there runs for each time the loop is met.
         held: pytree of everything that is on the devices while it runs, as shapes with shardings,
             but its arguments.
+        weights: bytes of the base's weights that every chip's products read, all runs of loops
+            together: each chip reads them whole, though it keeps a part.
     """
 
     name: str
     traced: jax.stages.Traced
     calls: float
     trips: tuple[float, ...]
+    loops: tuple[tuple[str, float], ...]
     held: Any
+    weights: float
+
+    def times(self, path: str) -> float:
+        """How often an instruction of this path runs."""
+        return math.prod(times for pattern, times in self.loops if re.search(pattern, path))
+
+
+# Phases one after the other, of which a later one may depend on how an earlier one was compiled:
+# that is sent, or None where it could not be compiled, which ends the chain.
+Phases = Generator[Phase, jax.stages.Compiled | None, None]
 
 
 class Workload(NamedTuple):
-    """What an epoch of a run does, whatever the hardware.
+    """What a run does, whatever the hardware.
 
     Attributes:
         epochs: of the run.
@@ -34,7 +51,8 @@ class Workload(NamedTuple):
         groups: pictures per epoch.
         group_size: candidates per picture.
         judge_calls: requests to the judge per group.
-        judge_concurrency: groups in flight.
+        evaluations: forward passes of one sample for the held-out pictures, per epoch on average.
+        rollouts: forward passes of one sample for the candidates, per epoch.
     """
 
     epochs: int
@@ -42,7 +60,8 @@ class Workload(NamedTuple):
     groups: int
     group_size: int
     judge_calls: int
-    judge_concurrency: int
+    evaluations: float
+    rollouts: float
 
 
 def bytes_per_chip(tree: Any) -> int:

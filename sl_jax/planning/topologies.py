@@ -40,8 +40,8 @@ _GIB = 2**30
 
 # Peak rates and HBM bandwidth: Google's system architecture pages of each generation
 # (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Links: the same pages give the sum over a chip's
-# links and both directions; per link and direction as in "How to scale your model" (jax-ml.github.io
-# /scaling-book, table of TPU specs). `hbm` is what libtpu's compiler says is available.
+# links and both directions; per link and direction as in "How to scale your model", table of TPU
+# specs (jax-ml.github.io/scaling-book). `hbm` is what libtpu's compiler says is available.
 CHIPS = {
     "v4": Chip("v4", 30.75 * _GIB, 275e12, 1228e9, 45e9, 3, 2, "v4"),
     "v5e": Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 45e9, 2, 1, "v5litepod"),

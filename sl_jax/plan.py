@@ -1,0 +1,102 @@
+"""Does a run fit, and how long does it take at best? `python -m sl_jax.plan --topology=v5e:2x4`.
+
+Compiles the phases of a training configuration for TPUs that need not be there, or only the
+shapes of the model: no weights are loaded. Exit code 1 if the run does not fit.
+"""
+
+import json
+import logging
+import os
+import sys
+
+from absl import app, flags
+from etils import epath
+from ml_collections import config_flags
+
+from sl_jax.checkpoints.errors import CheckpointError
+from sl_jax.checkpoints.source import RELEASE_ID, release_shapes, resolve_model
+from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.grpo.programs import Programs, workload
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.planning import suggestions, topologies
+from sl_jax.planning.phases import bytes_per_chip
+from sl_jax.planning.roofline import Plan, plan_phases
+from sl_jax.planning.text import to_json, to_text
+from sl_jax.planning.topologies import PlanError, Topology
+from sl_jax.training.configuration import ConfigError
+from sl_jax.training.console import set_up_logging
+from sl_jax.training.flags import parse_config_flags
+
+_log = logging.getLogger("sl_jax")
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+_TOPOLOGY = flags.DEFINE_string("topology", None, "Slice of TPUs, such as v5e:2x4 or v5p:2x2x1.")
+_JSON = flags.DEFINE_boolean("json", False, "Print the plan as JSON.")
+_SUGGEST = flags.DEFINE_boolean("suggest", False, "Try up to three meshes; print the fastest.")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan; exits with 1 if the run does not fit."""
+    set_up_logging()
+    if len(argv) > 1:
+        raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
+    try:
+        sys.exit(run())
+    except (ConfigError, CheckpointError, PlanError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def run() -> int:
+    """The plan of the flags; the exit code."""
+    slice_ = topologies.topology(_TOPOLOGY.value)
+    topologies.prepare_environment(slice_)
+    chips = topologies.devices(slice_)
+    settings = _CONFIG.value.to_dict()
+    settings["data"]["path"] = settings["data"]["path"] or "of no interest here"
+    config = from_mapping(settings, len(chips))
+    name = config.model
+    folder = release_shapes() if name == RELEASE_ID else resolve_model(name, ["*/*.json"])
+    if _SUGGEST.value:
+        plan = _suggested(settings, folder, slice_, chips)
+    else:
+        plan = make_plan(config, folder, slice_, chips)
+    print(json.dumps(to_json(plan), indent=1) if _JSON.value else to_text(plan))
+    return 0 if plan.fits else 1
+
+
+def make_plan(config: GrpoConfig, folder: epath.Path, slice_: Topology, chips: list) -> Plan:
+    """The plan of one configuration on a slice."""
+    mesh = make_mesh(config.mesh, chips)
+    programs = Programs(config, folder, Layout(mesh))
+    resident = {name: bytes_per_chip(tree) for name, tree in programs.resident().items()}
+    phases = plan_phases(programs.chains(), slice_)
+    return Plan(slice_, dict(mesh.shape), resident, phases, workload(config))
+
+
+def _suggested(settings: dict, folder: epath.Path, slice_: Topology, chips: list) -> Plan:
+    """The fastest plan that fits of the most promising meshes; if none does, the nearest."""
+
+    def config_on(mesh: MeshConfig) -> GrpoConfig:
+        return from_mapping(settings | {"mesh": vars(mesh)}, len(chips))
+
+    def resident_on(mesh: MeshConfig) -> int:
+        programs = Programs(config_on(mesh), folder, Layout(make_mesh(mesh, chips)))
+        return sum(map(bytes_per_chip, programs.resident().values()))
+
+    plans = []
+    for mesh in suggestions.meshes(slice_, config_on, resident_on):
+        plans.append(make_plan(config_on(mesh), folder, slice_, chips))
+        sizes = ", ".join(f"{axis} {size}" for axis, size in plans[-1].mesh.items())
+        _log.info(
+            "%s: %s, %.0f s per epoch",
+            sizes,
+            "fits" if plans[-1].fits else "does not fit",
+            plans[-1].forecast().epoch_seconds,
+        )
+    return suggestions.best(plans)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "topology"])
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # libtpu tells of its options
+    app.run(main, flags_parser=parse_config_flags)

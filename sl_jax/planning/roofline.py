@@ -1,0 +1,165 @@
+"""A plan: for each phase of an epoch its memory, its traffic, and the least time that it takes.
+
+The time is a roofline: arithmetic, memory and links each at their peak rate, the slowest of them
+counts. A run takes longer; how much longer is what a measurement on the hardware tells.
+"""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+
+from sl_jax.planning.compiled import Memory, OutOfMemory, compile_program, memory
+from sl_jax.planning.hlo import sent_bytes
+from sl_jax.planning.phases import Phase, Phases, Workload, bytes_per_chip
+from sl_jax.planning.topologies import Topology
+from sl_jax.planning.work import count_work
+
+_COMPILERS = 2  # at a time; each takes up to 2 GB of memory
+
+
+class PhasePlan(NamedTuple):
+    """One program on one chip.
+
+    Attributes:
+        name: of the phase.
+        calls: per epoch.
+        memory: None where the compiler refused the program.
+        refused: why, if so.
+        held: bytes of what else is in memory.
+        flops, hbm, sent: operations, bytes to and from memory and bytes to other chips, per call.
+        collectives: the last by kind.
+    """
+
+    name: str
+    calls: float
+    memory: Memory | None
+    refused: OutOfMemory | None
+    held: int
+    flops: float
+    hbm: float
+    collectives: dict[str, float]
+
+    @property
+    def needed(self) -> float:
+        """Bytes on a chip while it runs."""
+        return self.held + (self.memory.total if self.memory else self.refused.needed)
+
+    @property
+    def sent(self) -> float:
+        """Bytes to other chips, per call."""
+        return sum(self.collectives.values())
+
+    def times(self, slice_: Topology) -> dict[str, float]:
+        """Seconds per call that arithmetic, memory and links take at their peak rates."""
+        chip = slice_.chip
+        return {
+            "arithmetic": self.flops / chip.flops,
+            "memory": self.hbm / chip.bandwidth,
+            "links": self.sent / slice_.ici,
+        }
+
+    def seconds(self, slice_: Topology) -> float:
+        """Per epoch, by the slowest of them."""
+        return self.calls * max(self.times(slice_).values())
+
+
+class Forecast(NamedTuple):
+    """A whole run at its roofline.
+
+    Attributes:
+        epoch_seconds: rollout, decoding and learning.
+        evaluation_seconds: per epoch on average.
+        hours: of the run.
+        judge_calls: of the run.
+        pictures_per_second: candidates that the judge pool must score so that nobody waits for it.
+        calls_per_second: its requests for that.
+    """
+
+    epoch_seconds: float
+    evaluation_seconds: float
+    hours: float
+    judge_calls: int
+    pictures_per_second: float
+    calls_per_second: float
+
+
+class Plan(NamedTuple):
+    """What a configuration takes on a slice.
+
+    Attributes:
+        resident: bytes per chip that are there all the time, by name.
+    """
+
+    slice: Topology
+    mesh: dict[str, int]
+    resident: dict[str, int]
+    phases: tuple[PhasePlan, ...]
+    workload: Workload
+
+    @property
+    def most(self) -> PhasePlan:
+        """The phase that needs the most memory."""
+        return max(self.phases, key=lambda phase: phase.needed)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase does."""
+        return self.most.needed <= self.slice.chip.hbm
+
+    def forecast(self) -> Forecast:
+        """The run's time and what it asks of the judge."""
+        work, seconds = self.workload, {p.name: p.seconds(self.slice) for p in self.phases}
+        epoch = sum(seconds.values())
+        evaluation = seconds["rollout"] * work.evaluations / work.rollouts
+        candidates, calls = work.groups * work.group_size, work.groups * work.judge_calls
+        return Forecast(
+            epoch,
+            evaluation,
+            work.epochs * (epoch + evaluation) / 3600,
+            work.epochs * calls,
+            candidates / epoch,
+            calls / epoch,
+        )
+
+
+def plan_phases(chains: Sequence[Phases], slice_: Topology) -> tuple[PhasePlan, ...]:
+    """Compiles all phases for the slice, chains beside each other; in the chains' order."""
+    with ThreadPoolExecutor(_COMPILERS) as pool:
+        plans = list(pool.map(lambda chain: _planned_chain(chain, slice_), chains))
+    return tuple(plan for chain in plans for plan in chain)
+
+
+def _planned_chain(phases: Phases, slice_: Topology) -> list[PhasePlan]:
+    plans: list[PhasePlan] = []
+    phase = next(phases, None)
+    while phase is not None:
+        found = compile_program(phase.traced)
+        refused = found if isinstance(found, OutOfMemory) else None
+        compiled = None if refused else found
+        plans.append(_planned(phase, compiled, refused, slice_))
+        try:
+            phase = phases.send(compiled)
+        except StopIteration:
+            phase = None
+    return plans
+
+
+def _planned(
+    phase: Phase,
+    compiled: jax.stages.Compiled | None,
+    refused: OutOfMemory | None,
+    slice_: Topology,
+) -> PhasePlan:
+    work = count_work(phase.traced, phase.trips)
+    return PhasePlan(
+        phase.name,
+        phase.calls,
+        memory(compiled) if compiled else None,
+        refused,
+        bytes_per_chip(phase.held),
+        work.flops / slice_.chips,
+        work.bytes / slice_.chips + phase.weights,
+        sent_bytes(compiled.as_text(), phase.times) if compiled else {},
+    )

@@ -1,0 +1,79 @@
+"""`python -m sl_jax.plan`: programs for TPUs that are not there."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# Two blocks of the release's width; the rest of the production run, but for fewer samples.
+SMALL = (
+    "--config.rollout.groups=8",
+    "--config.rollout.batch_groups=4",
+    "--config.rollout.group_size=4",
+    "--config.learner.micro_batch=4",
+    "--config.data.buckets=((128, 128),)",
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The release's configuration, with two blocks."""
+    folder = tmp_path_factory.mktemp("model")
+    for path in (ROOT / "sl_jax" / "assets" / "qwen_image_layered").rglob("*.json"):
+        told = json.loads(path.read_text())
+        if "num_layers" in told:
+            told["num_layers"] = 2
+        target = folder / path.relative_to(ROOT / "sl_jax" / "assets" / "qwen_image_layered")
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(json.dumps(told))
+    return folder
+
+
+def _plan(*flags):
+    done = subprocess.run(
+        [sys.executable, "-m", "sl_jax.plan", "--config=configs/grpo.py", *flags],
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_mistakes_end_in_one_line():
+    for flags, message in (
+        (("--topology=h100:1",), "PlanError: topology 'h100:1' is unknown"),
+        (("--topology=v5e:2x4", "--config.mesh.fsdp=3"), "ConfigError"),
+    ):
+        code, printed, errors = _plan(*flags)
+        assert code == 1 and not printed
+        assert message in errors and "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_the_programs_of_a_run_are_compiled_for_a_slice(folder):
+    flags = ("--topology=v5e:2x2", f"--config.model={folder}", *SMALL, "--json")
+    code, printed, errors = _plan(*flags)
+    assert code == 0, errors
+    plan = json.loads(printed)
+    assert plan["fits"] and plan["mesh"] == {"data": 1, "fsdp": 4, "tensor": 1, "sequence": 1}
+    phases = {phase["name"]: phase for phase in plan["phases"]}
+    assert set(phases) == {"learner forward", "learner backward", "rollout", "decode", "apply"}
+    for phase in phases.values():
+        assert phase["memory"]["arguments"] > 0 and phase["refused"] is None
+        assert phase["needed"] < plan["chip"]["hbm"]
+    # A block and its share of the rest, counted by hand: 226.5 M parameters in bfloat16 per block.
+    forward = phases["learner forward"]
+    gathered = 2 * 226.5e6 * 2 * 3 / 4
+    assert 0.7 * gathered < sum(forward["sent_bytes"].values()) < 1.5 * gathered
+    tokens = 6 * 64 + 512
+    linear = 2 * 2 * 226.5e6 / 2 * tokens  # image and text tokens each meet half of the weights
+    assert 0.9 * linear < forward["flops"] * 4 / 4 < 1.3 * linear
+    backward = phases["learner backward"]["flops"] / forward["flops"]
+    assert 2 < backward < 2.6  # computed again, and back through; of the weights adapters alone
+    assert plan["forecast"]["judge_calls"] == 300 * 8 * 5
