@@ -98,11 +98,11 @@ def test_refusals_are_understood(message, needed, available):
 def test_the_forecast_of_a_run():
     plan = _plan(_phase("rollout", calls=4, flops=10 * CHIP.flops), _phase("apply", calls=2, hbm=0))
     found = plan.forecast()
-    assert found.epoch_seconds == pytest.approx(40)
-    assert found.evaluation_seconds == pytest.approx(5)  # an eighth as many forward passes
-    assert found.hours == pytest.approx(300 * 45 / 3600)
+    assert found.epoch_seconds == pytest.approx(40, rel=1e-3)
+    assert found.evaluation_seconds == pytest.approx(5, rel=1e-3)  # an eighth
+    assert found.hours == pytest.approx(300 * 45 / 3600, rel=1e-3)
     assert found.judge_calls == 300 * 32 * 9
-    assert found.pictures_per_second == pytest.approx(32 * 8 / 40)
+    assert found.pictures_per_second == pytest.approx(32 * 8 / 40, rel=1e-3)
     text = to_text(plan)
     assert "300 epochs (600 updates) 3.8 h" in text and "86400 calls" in text
     assert json.loads(json.dumps(to_json(plan)))["forecast"]["judge_calls"] == 86400
