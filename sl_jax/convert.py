@@ -19,6 +19,7 @@ from sl_jax.checkpoints.pipeline import parameter_shapes
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.checkpoints.tensor_files import local_path
 from sl_jax.checkpoints.verify import TOLERANCES, compare
+from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.prompts import DEFAULT_PROMPT
@@ -88,7 +89,8 @@ def to_peft(flags: argparse.Namespace) -> None:
     settings = CardSettings(RELEASE.layers, RELEASE.steps, RELEASE.size, DEFAULT_PROMPT)
     trained = found.layers is not None and found.base_model is not None
     write_card(flags.output, flags.format, base, settings, trained)
-    print(f"{len(found.modules)} adapted modules, README.md and infer.py: {flags.output}")
+    modules = counted(len(found.modules), "adapted module")
+    print(f"{modules}, README.md and infer.py: {flags.output}")
 
 
 def from_peft(flags: argparse.Namespace) -> None:
@@ -105,7 +107,7 @@ def merge_adapter(flags: argparse.Namespace) -> None:
     modules = read_adapter(flags.source).modules
     merged = merge(resolve_model(flags.model), modules, flags.output)
     print(
-        f"{merged.changed} of {merged.tensors} tensors changed, "
+        f"{merged.changed} of {counted(merged.tensors, 'tensor')} changed, "
         f"{merged.size / 1e9:.2f} GB: {flags.output}"
     )
 
