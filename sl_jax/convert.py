@@ -60,25 +60,35 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
-        added.add_argument("source", metavar="ADAPTER", help=_SOURCE)
+        added.add_argument("source", metavar="ADAPTER", type=_named, help=_SOURCE)
         return added
 
     export = command("to-peft", to_peft, "Writes an adapter for PyTorch, with card and script.")
-    export.add_argument("output", help="folder to write")
+    export.add_argument("output", type=_named, help="folder to write")
     export.add_argument("--format", choices=sorted(_WRITERS), default="peft")
     export.add_argument("--base-model", help="name of the base, for card and script")
     enter = command("from-peft", from_peft, "Writes an adapter as a checkpoint of this package.")
-    enter.add_argument("output", help="folder to write")
+    enter.add_argument("output", type=_named, help="folder to write")
     fold = command("merge", merge_adapter, "Writes a checkpoint with the adapter folded in.")
-    fold.add_argument("output", help="folder to write; must not exist")
+    fold.add_argument("output", type=_named, help="folder to write; must not exist")
     check = command("verify", verify, "Compares one forward here with the same one in PyTorch.")
     check.add_argument(
-        "other", nargs="?", help="what PyTorch loads instead: an adapter, or a merged checkpoint"
+        "other",
+        nargs="?",
+        type=_named,
+        help="what PyTorch loads instead: an adapter, or a merged checkpoint",
     )
     check.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
     for parts, note in ((enter, ""), (fold, _LOCAL), (check, _LOCAL)):
-        parts.add_argument("--model", default=_BASE, help=_MODEL + note)
+        parts.add_argument("--model", type=_named, default=_BASE, help=_MODEL + note)
     return parser
+
+
+def _named(given: str) -> str:
+    """A path or name that is not empty, as that of a variable without value would be."""
+    if not given:
+        raise argparse.ArgumentTypeError("it is empty; please name a path")
+    return given
 
 
 def to_peft(flags: argparse.Namespace) -> None:

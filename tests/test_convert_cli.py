@@ -396,6 +396,9 @@ def test_mistakes_end_in_one_message(peft_folder, random_checkpoint, tmp_path, c
     for arguments in ((), ("to-peft", "a"), ("to-peft", "a", "b", "--format", "ckpt"), ("melt",)):
         assert refused(*arguments) == "2"
     assert "--format" in capsys.readouterr().err
+    for arguments in (("to-peft", "", "out"), ("merge", peft_folder, "")):
+        assert refused(*arguments) == "2"
+        assert "it is empty; please name a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["to-peft", "from-peft", "merge"])
