@@ -416,6 +416,15 @@ def test_outputs_that_cannot_be_written(
         )
 
 
+def test_a_name_that_is_no_text(peft_folder, random_checkpoint, tmp_path):
+    output = tmp_path / "step\udcff"
+    message = refused("from-peft", peft_folder, output, "--model", random_checkpoint)
+    assert message.endswith(
+        "step\\xff is no UTF-8, which checkpoints need; please choose another name"
+    )
+    assert not output.exists()
+
+
 def test_a_disk_that_is_full(peft_folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "adapter_config.json").symlink_to("/dev/full")
