@@ -19,6 +19,7 @@ from sl_jax.checkpoints.pipeline import parameter_shapes
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.checkpoints.tensor_files import local_path
 from sl_jax.checkpoints.verify import TOLERANCES, compare
+from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.prompts import DEFAULT_PROMPT
@@ -59,25 +60,35 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, run: object, text: str) -> argparse.ArgumentParser:
         added = commands.add_parser(name, help=text, description=text)
         added.set_defaults(run=run)
-        added.add_argument("source", metavar="ADAPTER", help=_SOURCE)
+        added.add_argument("source", metavar="ADAPTER", type=_named, help=_SOURCE)
         return added
 
     export = command("to-peft", to_peft, "Writes an adapter for PyTorch, with card and script.")
-    export.add_argument("output", help="folder to write")
+    export.add_argument("output", type=_named, help="folder to write")
     export.add_argument("--format", choices=sorted(_WRITERS), default="peft")
     export.add_argument("--base-model", help="name of the base, for card and script")
     enter = command("from-peft", from_peft, "Writes an adapter as a checkpoint of this package.")
-    enter.add_argument("output", help="folder to write")
+    enter.add_argument("output", type=_named, help="folder to write")
     fold = command("merge", merge_adapter, "Writes a checkpoint with the adapter folded in.")
-    fold.add_argument("output", help="folder to write; must not exist")
+    fold.add_argument("output", type=_named, help="folder to write; must not exist")
     check = command("verify", verify, "Compares one forward here with the same one in PyTorch.")
     check.add_argument(
-        "other", nargs="?", help="what PyTorch loads instead: an adapter, or a merged checkpoint"
+        "other",
+        nargs="?",
+        type=_named,
+        help="what PyTorch loads instead: an adapter, or a merged checkpoint",
     )
     check.add_argument("--dtype", choices=sorted(TOLERANCES), default="float32")
     for parts, note in ((enter, ""), (fold, _LOCAL), (check, _LOCAL)):
-        parts.add_argument("--model", default=_BASE, help=_MODEL + note)
+        parts.add_argument("--model", type=_named, default=_BASE, help=_MODEL + note)
     return parser
+
+
+def _named(given: str) -> str:
+    """A path or name that is not empty, as that of a variable without value would be."""
+    if not given:
+        raise argparse.ArgumentTypeError("it is empty; please name a path")
+    return given
 
 
 def to_peft(flags: argparse.Namespace) -> None:
@@ -88,7 +99,8 @@ def to_peft(flags: argparse.Namespace) -> None:
     settings = CardSettings(RELEASE.layers, RELEASE.steps, RELEASE.size, DEFAULT_PROMPT)
     trained = found.layers is not None and found.base_model is not None
     write_card(flags.output, flags.format, base, settings, trained)
-    print(f"{len(found.modules)} adapted modules, README.md and infer.py: {flags.output}")
+    modules = counted(len(found.modules), "adapted module")
+    print(f"{modules}, README.md and infer.py: {flags.output}")
 
 
 def from_peft(flags: argparse.Namespace) -> None:
@@ -105,7 +117,7 @@ def merge_adapter(flags: argparse.Namespace) -> None:
     modules = read_adapter(flags.source).modules
     merged = merge(resolve_model(flags.model), modules, flags.output)
     print(
-        f"{merged.changed} of {merged.tensors} tensors changed, "
+        f"{merged.changed} of {counted(merged.tensors, 'tensor')} changed, "
         f"{merged.size / 1e9:.2f} GB: {flags.output}"
     )
 

@@ -74,6 +74,8 @@ for _alias, _flag in (
     ("batch-size", "batch_size"),
 ):
     flags.DEFINE_alias(_alias, _flag)
+for _flag in ("input", "output", "model"):
+    flags.register_validator(_flag, lambda given: given != "", "it is empty; please name a path")
 
 
 def main(argv: list[str]) -> None:
@@ -124,7 +126,7 @@ def _made_by() -> dict[str, str | None]:
     return {
         "model": _MODEL.value,
         "model_sha256": checkpoint_digest(_MODEL.value),
-        "adapter": _ADAPTER.value,
+        "adapter": _ADAPTER.value or None,
         "adapter_sha256": adapter_digest(_ADAPTER.value) if _ADAPTER.value else None,
         "prompt": _PROMPT.value,
         "negative_prompt": _NEGATIVE.value,
@@ -135,7 +137,7 @@ def _made_by() -> dict[str, str | None]:
 def _load() -> PictureDecomposer:
     return Decomposer.from_pretrained(
         _MODEL.value,
-        _ADAPTER.value,
+        _ADAPTER.value or None,
         prompt=_PROMPT.value,
         negative_prompt=_NEGATIVE.value,
         dtype=_DTYPE.value,

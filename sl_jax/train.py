@@ -32,6 +32,7 @@ from sl_jax.grpo.loop import Parts, train
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.report import run_report
 from sl_jax.grpo.rollout import Rollout
+from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.joining import joined
@@ -79,7 +80,7 @@ def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
         done = checkpoints.latest or 0
         if processes.from_main("looking for a report", done >= config.epochs and report.exists()):
             if processes.is_main:
-                print(f"This run is finished: {done} epochs. Report: {report}")
+                print(f"This run is finished: {counted(done, 'epoch')}. Report: {report}")
             return
         with _parts(config, folder, checkpoints, processes) as (parts, first):
             with processes.together("recording the configuration"):

@@ -396,6 +396,9 @@ def test_mistakes_end_in_one_message(peft_folder, random_checkpoint, tmp_path, c
     for arguments in ((), ("to-peft", "a"), ("to-peft", "a", "b", "--format", "ckpt"), ("melt",)):
         assert refused(*arguments) == "2"
     assert "--format" in capsys.readouterr().err
+    for arguments in (("to-peft", "", "out"), ("merge", peft_folder, "")):
+        assert refused(*arguments) == "2"
+        assert "it is empty; please name a path" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["to-peft", "from-peft", "merge"])
@@ -411,6 +414,15 @@ def test_outputs_that_cannot_be_written(
         assert message == f"{output}: Not a directory; something else is in its way; please " + (
             "choose another place"
         )
+
+
+def test_a_name_that_is_no_text(peft_folder, random_checkpoint, tmp_path):
+    output = tmp_path / "step\udcff"
+    message = refused("from-peft", peft_folder, output, "--model", random_checkpoint)
+    assert message.endswith(
+        "step\\xff is no UTF-8, which checkpoints need; please choose another name"
+    )
+    assert not output.exists()
 
 
 def test_a_disk_that_is_full(peft_folder, tmp_path):

@@ -1,6 +1,7 @@
 """The command, and decomposing from Python: equal to PyTorch, and the same on any devices."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,26 +12,34 @@ import jax
 import numpy as np
 import pytest
 import torch
+from absl import flags
+from absl.testing import flagsaver
 from diffusers import (
     AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
+    QwenImageLayeredPipeline,
     QwenImageTransformer2DModel,
 )
+from diffusers.pipelines.qwenimage import pipeline_qwenimage_layered
+from etils import epath
 from PIL import Image
 from psd_tools import PSDImage
 
 import sl_jax
+from sl_jax import decompose
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_params, make_model
 from sl_jax.flow.sampler import initial_noise
 from sl_jax.inference import prompts
 from sl_jax.inference.decomposer import Sampling
+from sl_jax.inference.folder import Job, Outcome, decompose_pictures, find_pictures
 from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
 from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
 torch.set_num_threads(1)
 
+ROOT = Path(__file__).parents[1]
 SHORT = Sampling(layers=2, steps=2, size=32)
 
 
@@ -105,6 +114,130 @@ def test_seeds_beyond_31_bits(decomposer):
     for seed in (-1, 2**32):
         with pytest.raises(ValueError, match="please use 0 to 4294967295"):
             decomposer(image, seed=seed, **settings)
+
+
+@pytest.fixture
+def asked(tmp_path, monkeypatch):
+    """Flags → (inputs, job, arguments of the loader), with nothing loaded or decomposed."""
+    for name in ("a.png", "b.jpg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"not opened")
+    seen = {}
+
+    def pictures(entries, job, load):
+        seen.update(names=[entry.path.name for entry in entries], job=job)
+        load()
+        return Outcome([], [], [])
+
+    def loaded(*arguments, **settings):
+        seen["load"] = (*arguments, settings)
+
+    monkeypatch.setattr(decompose, "decompose_pictures", pictures)
+    monkeypatch.setattr(decompose.Decomposer, "from_pretrained", loaded)
+    monkeypatch.setattr(decompose, "checkpoint_digest", lambda name: f"of {name}")
+    monkeypatch.setattr(decompose, "adapter_digest", lambda name: f"of {name}")
+
+    def ask(*arguments):
+        command = ["decompose", "--input", f"{tmp_path}", "--output", "out", *map(str, arguments)]
+        with flagsaver.flagsaver():
+            flags.FLAGS(command)
+            assert decompose.run() == 0
+        return seen["names"], seen["job"], seen["load"]
+
+    return ask
+
+
+def test_defaults_are_those_of_the_release(asked):
+    names, job, load = asked()
+    assert names == ["a.png", "b.jpg"]
+    made_by = job.made_by
+    assert job == Job(
+        epath.Path("out"), Sampling(4, 50, "heun", 640, "longest", 1.0), made_by=made_by
+    )
+    assert (job.seed, job.transparent, job.recurse, job.overwrite) == (42, False, None, False)
+    model, adapter, settings = load
+    assert (model, adapter) == ("Qwen/Qwen-Image-Layered", None)
+    assert settings["prompt"] == "a clean, well composed image"
+    assert (made_by["model_sha256"], made_by["adapter_sha256"]) == (f"of {model}", None)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("model", "adapter", "layers", "guidance", "negative_prompt", "batch_size"),
+        ("base-model", "lora", "num-layers", "guidance-scale", "negative-prompt", "batch-size"),
+    ],
+    ids=["own", "of the release"],
+)
+def test_every_flag_counts(asked, tmp_path, names):
+    values = dict(zip(names, ("base", "some/adapter", 3, 2.5, "blurry", 6), strict=True))
+    values |= {"steps": 20, "sampler": "euler", "size": 512, "resize": "area", "prompt": "a poster"}
+    values |= {"seed": 7, "recurse": 2, "dtype": "float32"}
+    given = (part for name, value in values.items() for part in (f"--{name}", value))
+    switches = ("--transparent", "--overwrite", "--nocfg_normalize")
+    found, job, load = asked(*given, *switches, "--input", tmp_path / "*.png")
+    assert found == ["a.png"]
+    assert job.sampling == Sampling(3, 20, "euler", 512, "area", 2.5, normalize=False)
+    assert (job.seed, job.batch, job.recurse) == (7, 6, 2) and job.transparent and job.overwrite
+    told = {"prompt": "a poster", "negative_prompt": "blurry", "dtype": "float32"}
+    assert load == ("base", "some/adapter", told)
+    told |= {"model": "base", "model_sha256": "of base"}
+    told |= {"adapter": "some/adapter", "adapter_sha256": "of some/adapter"}
+    assert job.made_by == told
+
+
+def test_names_that_are_empty(asked):
+    """As those of shell variables that are not set: the working directory is not meant."""
+    for name in ("--input", "--output", "--model", "--base-model"):
+        with pytest.raises(flags.IllegalFlagValueError, match="is empty; please name a path"):
+            asked(name, "")
+    _, job, load = asked("--adapter", "")
+    assert job.made_by["adapter"] is None and load[1] is None
+
+
+def test_sizes_have_one_program_each(decomposer, tmp_path):
+    """Five pictures of two sizes in batches, one of them not full, and a sixth of its own."""
+    for index, side in enumerate((32, 16, 32, 16, 32, 32)):
+        picture = Image.fromarray(_picture(side, 32, index)[..., :3])
+        picture.save(tmp_path / f"{index}.png")
+    program = decomposer._decomposer._program
+    program.clear_cache()
+    job = Job(epath.Path(tmp_path / "out"), Sampling(layers=1, steps=1, size=32), batch=3)
+    outcome = decompose_pictures(find_pictures(str(tmp_path)), job, lambda: decomposer)
+    assert len(outcome.written) == 6 and program._cache_size() == 2
+    again = Job(epath.Path(tmp_path / "again"), job.sampling, seed=9, batch=3)
+    decompose_pictures(find_pictures(str(tmp_path)), again, lambda: decomposer)
+    assert program._cache_size() == 2
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme(checkpoint, adapter, tmp_path):
+    """Word for word, but for a model that is small and the number of steps."""
+    readme = (ROOT / "README.md").read_text().split("From Python:")[1]
+    example = readme.split("```python\n")[1].split("```")[0]
+    assert example.count(">>>") == 5
+    (tmp_path / "Qwen").mkdir()
+    (tmp_path / "Qwen" / "Qwen-Image-Layered").symlink_to(checkpoint)
+    (tmp_path / "RUN").mkdir()
+    (tmp_path / "RUN" / "adapter").symlink_to(adapter)
+    Image.fromarray(_picture(1200, 1600)[..., :3]).save(tmp_path / "photo.jpg")
+    (tmp_path / "example.txt").write_text(example)
+    program = (
+        "import doctest, sys\n"
+        "from sl_jax.inference.decomposer import PictureDecomposer\n"
+        "PictureDecomposer.__call__.__kwdefaults__['steps'] = 1\n"
+        "failed, tried = doctest.testfile('example.txt', module_relative=False)\n"
+        "sys.exit(failed or tried != 5)\n"
+    )
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +364,51 @@ def test_heun_equals_pytorch(checkpoint, decomposer, sampling):
     theirs = _pytorch_layers(checkpoint, frame, np.array(noise), sampling)
     assert np.abs(ours.astype(int) - theirs).max() <= 2
     assert theirs.std() > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resize", ["longest", "area"])
+def test_pictures_and_prompts_equal_diffusers(checkpoint, monkeypatch, resize):
+    """diffusers' pipeline from picture and prompt to layers, as its users call it."""
+    prompt, negative = "a poster with «Grüße»", "blurry"
+    sampling = Sampling(2, 5, "euler", 64, resize, 3.0 if resize == "area" else 1.0)
+    ours = sl_jax.Decomposer.from_pretrained(
+        str(checkpoint), prompt=prompt, negative_prompt=negative, dtype="float32"
+    )
+    image = Image.fromarray(_picture(41, 100))
+    shown = image
+    if resize == "longest":  # which diffusers lacks, as it does the white behind
+        shown = Image.new("RGBA", image.size, "white")
+        shown.alpha_composite(image)
+    rule = pipeline_qwenimage_layered.calculate_dimensions
+    sides = {
+        "longest": lambda area, ratio: (64, 32),  # 64 / 100 · 41 = 26.2, rounded to 2 · 16
+        "area": lambda area, ratio: rule(64 * 64, ratio),
+    }
+    monkeypatch.setattr(pipeline_qwenimage_layered, "calculate_dimensions", sides[resize])
+    found = ours(
+        image,
+        **{"layers": 2, "steps": 5, "sampler": "euler", "size": 64, "resize": resize, "seed": 9},
+        guidance=sampling.guidance,
+    )
+    width, height = found[0].size
+    noise = initial_noise(_keys(9), 3 * (height // 16) * (width // 16), 64)
+    peer = QwenImageLayeredPipeline.from_pretrained(checkpoint, processor=None, dtype=torch.float32)
+    peer.set_progress_bar_config(disable=True)
+    wanted = peer(
+        shown,
+        prompt=prompt,
+        negative_prompt=negative,
+        true_cfg_scale=sampling.guidance,
+        cfg_normalize=True,
+        layers=2,
+        num_inference_steps=5,
+        latents=torch.from_numpy(np.array(noise)),
+    ).images[0]
+    found, wanted = (np.stack([np.asarray(layer, int) for layer in s]) for s in (found, wanted))
+    assert np.abs(found - wanted).max() <= 2
+    assert wanted.shape[1:3] == {"longest": (32, 64), "area": (32, 96)}[resize]
+    assert wanted.std() > 10
 
 
 @torch.no_grad()

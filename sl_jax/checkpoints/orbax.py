@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import os
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,21 @@ _log = logging.getLogger(__name__)
 _TREE = "tree"
 
 
+def _require_text(folder: epath.Path) -> None:
+    """Makes sure that Orbax, which takes names for UTF-8, can write there.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    try:
+        os.fspath(folder).encode()
+    except UnicodeEncodeError as error:
+        name = os.fsencode(folder).decode("utf-8", "backslashreplace")
+        raise CheckpointError(
+            f"{name} is no UTF-8, which checkpoints need; please choose another name"
+        ) from error
+
+
 class RunCheckpoints:
     """The numbered checkpoints of one work directory.
 
@@ -31,6 +47,7 @@ class RunCheckpoints:
     def __init__(self, directory: epath.PathLike, keep: int = 3):
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         self.directory = epath.Path(directory).absolute()
+        _require_text(self.directory)
         self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     @property

@@ -27,6 +27,7 @@ from sl_jax.data.pictures import (
     shown,
 )
 from sl_jax.data.threads import in_threads
+from sl_jax.imaging.words import counted
 
 _log = logging.getLogger(__name__)
 _NAMED_PER_REASON = 50
@@ -152,7 +153,7 @@ class PictureIndex:
         shapes = ", ".join(f"{bucket}: {len(rows)}" for bucket, rows in self.by_bucket.items())
         captions = sum(bool(record.caption) for record in self.records)
         lines = [
-            f"{len(self.records)} pictures in {shown(self.folder)}"
+            f"{counted(len(self), 'picture')} in {shown(self.folder)}"
             + (f" ({shapes})" if shapes else "")
             + f", {captions} with a caption, {len(self.skipped)} skipped"
         ]
@@ -271,11 +272,12 @@ def training_and_held_out(
         training = index.without(held_out)
         _log_summary(training)
         _log_summary(held_out)
-    _log.info("%d pictures to train on, %d held out", len(training), len(held_out))
+    _log.info("%s to train on, %d held out", counted(len(training), "picture"), len(held_out))
     if not training:
+        every = counted(len(index), "picture")
         raise FolderError(
-            f"all {len(index)} pictures of {shown(index.folder)} are held out, none are left to "
-            "train on; please add pictures, lower eval_fraction, or use another eval_data"
+            f"all that {shown(index.folder)} has is held out ({every}), none are left to train on; "
+            "please add pictures, lower eval_fraction, or use another eval_data"
         )
     return training, held_out
 
@@ -364,7 +366,7 @@ def named_by_reason(
 def _nothing_found(index: PictureIndex, files: int) -> str:
     head = (
         f"no usable picture in {shown(index.folder)}: looked there and in the folders inside for "
-        f"any picture that Pillow reads (.png, .jpg, .webp, .tif, …) and found {files} files, "
-        f"{len(index.skipped)} of which were skipped"
+        f"any picture that Pillow reads (.png, .jpg, .webp, .tif, …) and found "
+        f"{counted(files, 'file')}, {len(index.skipped)} of them skipped"
     )
     return "\n".join([head, *named_by_reason("skipped", index.skipped, _NAMED_PER_REASON)])

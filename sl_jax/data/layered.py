@@ -26,6 +26,7 @@ from sl_jax.data.pictures import (
     shown,
 )
 from sl_jax.data.threads import in_threads
+from sl_jax.imaging.words import counted
 
 _LAYER_NAME = re.compile(r"(?:(.+)/)?(\d+)\.png", re.IGNORECASE | re.DOTALL)
 _DEFAULT_LIMITS = PictureLimits()
@@ -127,7 +128,9 @@ class LayeredFolder(Sequence[LayeredSample]):
             limits,
         )
         if not found.records:
-            raise FolderError(f"no layered design among {len(files)} files; {_WANTED}\n{found}")
+            raise FolderError(
+                f"no layered design among {counted(len(files), 'file')}; {_WANTED}\n{found}"
+            )
         return found
 
     def __len__(self) -> int:
@@ -187,7 +190,7 @@ class LayeredFolder(Sequence[LayeredSample]):
     def summary(self) -> str:
         """What is used and what is skipped, by reason and by name."""
         head = (
-            f"{len(self.records)} layered designs in {shown(self.folder)}, "
+            f"{counted(len(self.records), 'layered design')} in {shown(self.folder)}, "
             f"{len(self.skipped)} skipped"
         )
         return "\n".join([head, *named_by_reason("skipped", self.skipped)])

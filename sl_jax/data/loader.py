@@ -22,6 +22,7 @@ from sl_jax.data._schedule import Schedule
 from sl_jax.data.buckets import Bucket
 from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
 from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, resize_to, shown
+from sl_jax.imaging.words import counted
 
 _log = logging.getLogger(__name__)
 _ENDLESS = 1 << 60
@@ -280,9 +281,9 @@ class TrainStream(Iterator[StepPictures]):
         if fingerprint != self.fingerprint:
             _log.warning(
                 "the pictures, or the settings of their order, are not those of the checkpoint: "
-                "going on at step %d with %d pictures in a new order",
+                "going on at step %d with %s in a new order",
                 step,
-                sum(map(len, self._records)),
+                counted(sum(map(len, self._records)), "picture"),
             )
         self.close()
         self._step = step

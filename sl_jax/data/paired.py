@@ -27,6 +27,7 @@ from sl_jax.data.tfds_pictures import (
     parse_named,
     read_example,
 )
+from sl_jax.imaging.words import counted
 
 _DEFAULT_LIMITS = PictureLimits()
 _PSD = (".psd", ".psb")
@@ -94,7 +95,8 @@ class PairedData(Sequence[PairedDesign]):
     def summary(self) -> str:
         """What is used and what is skipped, by reason and by name."""
         head = (
-            f"{len(self)} designs with layers in {shown(self.where)}, {len(self.skipped)} skipped"
+            f"{counted(len(self), 'design')} with layers in {shown(self.where)}, "
+            f"{len(self.skipped)} skipped"
         )
         return "\n".join([head, *named_by_reason("skipped", self.skipped)])
 

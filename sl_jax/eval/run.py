@@ -27,6 +27,7 @@ from sl_jax.eval.samples import EvalData, open_data, own_side
 from sl_jax.eval.summary import Evaluated, LeftOut, evaluation_report, summary_text
 from sl_jax.eval.systems import Model, ModelConfig, System, baseline_systems, ready_made
 from sl_jax.eval.work import Plan, Work
+from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import check_seeds
 
 _log = logging.getLogger(__name__)
@@ -132,9 +133,10 @@ def evaluate(config: EvaluationConfig, systems: Sequence[System] = ()) -> Outcom
 
 def _shard_text(work: Work, config: EvaluationConfig) -> str:
     part, of = config.shard
+    pictures = counted(len(work.pictures), "picture")
     return (
-        f"Shard {part}/{of} is finished: {len(work.pictures)} pictures. When all are, the same "
-        "command without --shard writes the report."
+        f"Shard {part}/{of} is finished: {pictures}. When all are, the same command without "
+        "--shard writes the report."
     )
 
 
@@ -171,7 +173,7 @@ def _details(config: EvaluationConfig, plan: Plan) -> dict[str, str]:
     pictures = plan.data.pictures
     sizes = sorted({picture.size for picture in pictures})
     told = {
-        "data": f"{config.data} ({len(pictures)} pictures)",
+        "data": f"{config.data} ({counted(len(pictures), 'picture')})",
         "sizes": ", ".join(f"{width}×{height}" for height, width in sizes[:20]),
         "protocols": ", ".join(plan.protocols),
     }

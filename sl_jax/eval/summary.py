@@ -28,6 +28,7 @@ from sl_jax.eval.options import Named
 from sl_jax.eval.report import Column, Decomposition, Fact, Picture, Report, Table
 from sl_jax.eval.samples import EvalData, EvalPicture, Sample
 from sl_jax.eval.systems import System
+from sl_jax.imaging.words import counted
 
 # What pictures are sorted by: the first of these that was measured.
 _QUALITY = (layerd_metrics(0)[2], LAYER_L1[2], JUDGE[0], REFERENCE_FREE[0])
@@ -130,7 +131,7 @@ def evaluation_report(evaluated: Evaluated, shown: int = 50) -> Report:
     base = evaluated.base if evaluated.base in measured else None  # else it is among the left out
     chosen = ""
     if len(pictures) < len(data.pictures):
-        chosen = f"{len(pictures)} of {len(data.pictures)} pictures, chosen evenly"
+        chosen = f"{len(pictures)} of {counted(len(data.pictures), 'picture')}, chosen evenly"
         ranked = f" from those that {second} improves most on {first} to those it spoils most"
         chosen += f"{ranked if evaluated.improvements() else ''}."
     return Report(
@@ -152,7 +153,8 @@ def evaluation_report(evaluated: Evaluated, shown: int = 50) -> Report:
 
 def _opening(evaluated: Evaluated) -> str:
     data, missing = evaluated.data, len(evaluated.left_out)
-    text = f"{len(evaluated.systems)} systems on {len(data.pictures)} pictures from {data.where}, "
+    systems, pictures = len(evaluated.systems), len(data.pictures)
+    text = f"{counted(systems, 'system')} on {counted(pictures, 'picture')} from {data.where}, "
     text += "with the same noise for every model."
     if missing:
         text += f"\n\nLeft out: {missing}. Every table says how many pictures it covers; the last "
@@ -211,7 +213,7 @@ def _facts(evaluated: Evaluated) -> tuple[Fact, ...]:
             Fact(
                 "improvement",
                 _format.number(gain.mean, digits, signed=True),
-                f"95 % {ends[0]} … {ends[1]}, {gain.count} pictures",
+                f"95 % {ends[0]} … {ends[1]}, {counted(gain.count, 'picture')}",
                 tone,
             )
         )

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Literal
 
 from sl_jax.data import PictureIndex, open_picture
+from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import Processes
 from sl_jax.scoring import JudgeWorker
 from sl_jax.scoring.captions import captions_of
@@ -69,5 +70,5 @@ def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker) -> dict[str, str
         for index in indices
         for record in index
     }
-    _log.info("Asking for captions of %d pictures.", len(openers))
+    _log.info("Asking for captions of %s.", counted(len(openers), "picture"))
     return judge.call(captions_of(judge.endpoint, openers)).result()

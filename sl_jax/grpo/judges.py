@@ -10,6 +10,7 @@ from etils import epath
 
 from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings
 from sl_jax.grpo.judging import Judging
+from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.scoring import (
     EmbeddedConfig,
@@ -221,7 +222,7 @@ def _try_out(
         _forecast(config, reports, epochs, groups, 0 if other else graded, captions)
     if other:
         _preflight(config, worker, other.pool)
-        _log.info("The evaluation's judge gets %d calls in the run.", graded)
+        _log.info("The evaluation's judge gets %s in the run.", counted(graded, "call"))
 
 
 def _preflight(

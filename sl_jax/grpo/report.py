@@ -11,6 +11,7 @@ from sl_jax.eval.divergence import divergence
 from sl_jax.eval.report import Column, Decomposition, Fact, Picture, Report, Table
 from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.evaluation import Evaluated
+from sl_jax.imaging.words import counted
 from sl_jax.scoring import CRITERIA
 from sl_jax.training.metrics import read_metrics
 
@@ -32,9 +33,9 @@ def run_report(
     return Report(
         title="Stable-Layers on JAX: training run",
         summary=(
-            f"{config.epochs} epochs of Flow-GRPO on pictures in {config.data.path}, judged by "
-            f"{', '.join(config.judge.models)}. Held-out pictures were never trained on; their "
-            f"noise is the same before and after.{warnings}"
+            f"{counted(config.epochs, 'epoch')} of Flow-GRPO on pictures in {config.data.path}, "
+            f"judged by {', '.join(config.judge.models)}. Held-out pictures were never trained on; "
+            f"their noise is the same before and after.{warnings}"
         ),
         facts=_facts(before, after, gain),
         tables=(_table(before, after),),
@@ -69,7 +70,7 @@ def _table(before: Sequence[Evaluated], after: Sequence[Evaluated]) -> Table:
         criteria = [interval([r.criteria[k] for r in results]) for k in range(len(CRITERIA))]
         rows.append((name, interval([r.reward for r in results]), *criteria))
     return Table(
-        f"Stage-1 score of {len(before)} held-out pictures",
+        f"Stage-1 score of {counted(len(before), 'held-out picture')}",
         (
             Column(""),
             Column("reward", better="higher"),

@@ -247,7 +247,7 @@ def _differences(record: Mapping[str, Any], entry: Entry, job: Job) -> str:
         other.append("another picture")
     if not other:
         return ""
-    folder = job.output / entry.name
+    folder = shown(job.output / entry.name)
     return (
         f"{folder} was made with {', '.join(other)}; please pass --overwrite, or another --output"
     )

@@ -11,6 +11,7 @@ from typing import Literal
 import jax
 from jax.errors import JaxRuntimeError
 
+from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import ProcessError, Processes
 
 _log = logging.getLogger(__name__)
@@ -74,7 +75,8 @@ def joined(config: DistributedConfig) -> Iterator[Processes]:
     store = _Coordinator() if count > 1 else None
     if count > 1:
         _mark_messages(index)
-        _log.info("%d processes with %d devices have joined.", count, jax.device_count())
+        devices = counted(jax.device_count(), "device")
+        _log.info("%d processes with %s have joined.", count, devices)
     with Processes(index, count, store).open() as processes:
         yield processes
 

@@ -20,6 +20,7 @@ import pydantic
 from jaxtyping import UInt8
 from PIL import Image
 
+from sl_jax.imaging.words import counted
 from sl_jax.scoring.rubric import parse_object
 from sl_jax.scoring.types import (
     BrokenAnswerError,
@@ -174,7 +175,8 @@ async def captions_of(
         raise CaptionError(_complaint(next(iter(refused.values()))))
     if refused:
         named = "; ".join(f"{name}: {reason}" for name, reason in list(refused.items())[:_NAMED])
-        _log.warning("%d of %d pictures got no caption: %s", len(refused), len(pictures), named)
+        asked = counted(len(pictures), "picture")
+        _log.warning("%d of %s got no caption: %s", len(refused), asked, named)
     return captions
 
 

@@ -31,6 +31,7 @@ from sl_jax.data.buckets import Bucket, make_buckets
 from sl_jax.data.paired import PairedData, open_paired
 from sl_jax.data.paired_stream import PairedBatch, PairedShape, PairedStream
 from sl_jax.flow.schedule import SchedulerConfig, SigmaDistribution, shift_mu
+from sl_jax.imaging.words import counted
 from sl_jax.models.codec import encode_frames
 from sl_jax.models.lora import Adapter, LoRAConfig
 from sl_jax.models.mmdit import MMDiT
@@ -256,7 +257,8 @@ def fine_tune(
             for data in (training, held_out)
             if len(data)
         ]
-        _log.info("%d designs to train on, %d held out.", streams[0].used, len(held_out))
+        used = counted(streams[0].used, "design")
+        _log.info("%s to train on, %d held out.", used, len(held_out))
         captions = {design.caption for data in (training, held_out) for design in data}
         texts = _TextTable(config.data, captions, store_at(folder / "prompts"))
         pipeline = load_pipeline(model, config.compute, layout)

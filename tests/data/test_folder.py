@@ -203,7 +203,7 @@ def test_missing_and_empty_folders_say_what_was_looked_for(tmp_path):
         scan_folder(empty, BUCKETS)
     (empty / "a.txt").write_text("caption")
     (empty / "b.png").touch()
-    with pytest.raises(FolderError, match=r"2 files, 1 of which.*\n.*0 bytes\): b\.png"):
+    with pytest.raises(FolderError, match=r"2 files, 1 of them skipped.*\n.*0 bytes\): b\.png"):
         scan_folder(empty, BUCKETS)
 
 

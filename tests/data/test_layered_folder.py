@@ -87,7 +87,7 @@ def test_no_designs_is_an_error_that_says_what_was_looked_for(tmp_path):
     with pytest.raises(FolderError, match=r"no folder .*NAME/0000\.png"):
         LayeredFolder.scan(tmp_path / "nowhere")
     Image.new("RGB", (32, 32)).save(tmp_path / "0000.png")
-    with pytest.raises(FolderError, match=r"no layered design among 1 files; .*NAME/0000\.png"):
+    with pytest.raises(FolderError, match=r"no layered design among 1 file; .*NAME/0000\.png"):
         LayeredFolder.scan(tmp_path)
 
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from sl_jax.checkpoints.adapters import save_adapter_checkpoint
+from sl_jax.checkpoints.diffusers_lora import write_diffusers
 from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.lora_modules import to_modules
 from sl_jax.checkpoints.peft import load_peft, save_peft
 from sl_jax.checkpoints.pipeline import abstract_params, make_model
 from sl_jax.grpo.config import ComputeConfig, GrpoConfig
@@ -93,6 +96,26 @@ def test_a_peft_folder_is_taken_up_with_its_own_rank_and_targets(
     jax.tree.map(np.testing.assert_array_equal, found, adapter)
     placed = {leaf.sharding.mesh for leaf in jax.tree.leaves(found)}
     assert placed == {layout.mesh}
+
+
+@pytest.mark.parametrize("form", ["diffusers", "checkpoint", "hub"])
+def test_every_form_of_an_adapter_is_taken_up(
+    config_only, layout, params, tmp_path, monkeypatch, form
+):
+    adapter = _trained(config_only, layout, params)
+    name = str(tmp_path / "adapter")
+    if form == "diffusers":
+        write_diffusers(name, to_modules(jax.device_get(adapter)), "base")
+        name += "/pytorch_lora_weights.safetensors"
+    elif form == "checkpoint":
+        save_adapter_checkpoint(name, adapter)
+    else:
+        save_peft(name, adapter, "base")
+        local = name
+        monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: local)
+        name = "owner/adapter"
+    found = first_adapter(_config(init_adapter=name), config_only, layout).on(params)
+    jax.tree.map(np.testing.assert_array_equal, found, adapter)
 
 
 def test_layers_with_other_ranks_and_alphas_keep_their_updates(

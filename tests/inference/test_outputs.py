@@ -127,6 +127,9 @@ def test_names_that_are_no_text(tmp_path):
     assert record["picture"].endswith("a\udcff.png")
     again, _ = _decompose(tmp_path / "in", tmp_path / "out")
     assert len(again.kept) == 2 and not again.written
+    other, _ = _decompose(tmp_path / "in", tmp_path / "out", seed=1)
+    assert all("\\xff" in str(p) and "\udcff" not in str(p) for p in other.problems[:1])
+    assert len(other.problems) == 2
 
 
 def test_seed_is_the_place_among_the_inputs(tmp_path):
