@@ -48,7 +48,7 @@ def test_it_compares_before_and_after(workdir):
     assert facts["held-out reward before"].value == "0.3000"
     assert facts["held-out reward after"].value == "0.6000"
     assert facts["difference"].value == "+0.3000" and facts["difference"].tone == "good"
-    assert len(report.pictures) == 1
+    assert [picture.name for picture in report.pictures] == ["0.png"]
     assert report.pictures[0].improvement == pytest.approx(0.3)
     assert [d.model for d in report.pictures[0].decompositions] == ["before", "after"]
     curves = {curve.title: curve for curve in report.curves}
