@@ -70,7 +70,7 @@ def test_pictures_that_vanished_meanwhile_are_left_out(workdir):
     before = [_evaluated(i, 0.2) for i in range(3)]
     after = [_evaluated(i, 0.5) for i in (0, 2)]
     report = run_report(_config(shown=8), workdir, before, after)
-    assert [picture.name for picture in report.pictures] == ["id0", "id2"]
+    assert [picture.name for picture in report.pictures] == ["0.png", "2.png"]
     assert report.tables[0].title == "Stage-1 score of 2 held-out pictures"
 
 
