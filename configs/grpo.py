@@ -33,8 +33,8 @@ def _production() -> ConfigDict:
     config.epochs = 300  # 600 updates; unmeasured
 
     data = config.data = ConfigDict()
-    data.path = ""  # a folder of pictures
-    data.eval_data = ""  # a folder of held-out pictures, or
+    data.path = ""  # a folder of pictures, local or gs://; or crello#train, tfds:NAME#train
+    data.eval_data = ""  # the like, held out, or
     data.eval_fraction = 0.05  # the share of `path` held out by content hash
     # Longest side 640 (the Stable-Layers release), up to 2:1 both ways; which ones: ours.
     data.buckets = standard_buckets(640, ASPECTS)

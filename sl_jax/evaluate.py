@@ -12,6 +12,7 @@ from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.eval import options
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.run import BASE, EvaluationConfig, evaluate
+from sl_jax.eval.samples import MOST_LAYERS
 from sl_jax.eval.systems import ModelConfig
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.disk import disk_problem
@@ -25,8 +26,8 @@ from sl_jax.training.console import set_up_logging
 _DATA = flags.DEFINE_string(
     "data",
     None,
-    "procedural:FAMILY:COUNT[:LAYERS[:SIZE[:FIRST_SEED]]]; a folder of designs NAME/0000.png, …; "
-    "a picture, a folder of pictures, or a pattern in quotes.",
+    "procedural:FAMILY:COUNT[:LAYERS[:SIZE[:FIRST_SEED]]]; a folder of designs NAME/0000.png, … or "
+    ".psd files; crello#SPLIT; a picture, a folder of pictures, a pattern in quotes; tfds:NAME.",
 )
 _OUTPUT = flags.DEFINE_string("output", None, "Folder for results and report.")
 _MODEL = flags.DEFINE_string(
@@ -68,11 +69,10 @@ _COUNT = flags.DEFINE_integer(
     f"Layers to ask for; by default as many as there are true ones, or {RELEASE.layers}.",
     lower_bound=1,
 )
+_MOST = flags.DEFINE_integer("max_layers", MOST_LAYERS, "More true ones merge.", lower_bound=1)
 _GUIDANCE = flags.DEFINE_float("guidance", RELEASE.guidance, "Guidance scale; 1 is off.")
 _NEGATIVE = flags.DEFINE_string("negative_prompt", " ", "Prompt that guidance leads away from.")
-_NORMALIZE = flags.DEFINE_boolean(
-    "cfg_normalize", RELEASE.normalize, "Guidance keeps the norm of the velocity."
-)
+_NORMALIZE = flags.DEFINE_boolean("cfg_normalize", RELEASE.normalize, "Guidance keeps norms.")
 _PROMPT = flags.DEFINE_string("prompt", DEFAULT_PROMPT, "Prompt for all pictures.")
 _SEED = flags.DEFINE_integer(
     "seed", 42, "Of the first picture; the next has seed + 1.", lower_bound=0
@@ -136,6 +136,7 @@ def _config() -> EvaluationConfig:
         samplers=options.parse_samplers(_SAMPLER.value, _STEPS.value),
         size=_SIZE.value,
         num_layers=_COUNT.value,
+        max_layers=_MOST.value,
         base=_BASE.value,
         baselines=_BASELINES.value,
         shard=options.parse_shard(_SHARD.value),

@@ -18,9 +18,9 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import load_pipeline
 from sl_jax.checkpoints.source import TINY, resolve_model
-from sl_jax.data import EvalSet, FolderError, TrainStream, make_buckets, training_and_held_out
+from sl_jax.data import EvalSet, FolderError, TrainStream
 from sl_jax.eval.report import write_html
-from sl_jax.grpo.batches import rows_here, same_pictures
+from sl_jax.grpo.batches import pictures_of, rows_here
 from sl_jax.grpo.captions import captioned, to_caption
 from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.grpo.evaluation import Evaluator
@@ -109,18 +109,12 @@ def _parts(
     first = first_adapter(config, resolve_model(config.model, _SETTINGS), layout)
     if config.model == TINY:
         _log.warning("The tiny base knows procedural designs only: expect little of others.")
-    index, held_out = training_and_held_out(
-        data.path,
-        make_buckets(data.buckets, "config.data.buckets"),
-        eval_data=data.eval_data or None,
-        eval_fraction=data.eval_fraction,
-    )
+    index, held_out = pictures_of(data, processes)
     held_out_set = partial(EvalSet, layers=data.layers, count=config.evaluation.pictures)
     groups, rows = rollout.batch_groups, rows_here(config, layout, processes).held
     training_stream = partial(
         TrainStream, groups=groups, layers=data.layers, seed=config.seed, slots=rows
     )
-    same_pictures((index, held_out), processes)
     left = config.epochs - (checkpoints.latest or 0)
     described = to_caption((index, held_out), data.caption)
     count = len(held_out_set(held_out))

@@ -16,6 +16,7 @@ import sl_jax
 from sl_jax import imaging
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import parameter_shapes
+from sl_jax.data import write_designs
 from sl_jax.data.procedural import make_design
 from sl_jax.eval.stacks import read_stack
 from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
@@ -59,6 +60,27 @@ def test_an_output_that_cannot_be_written(tmp_path):
     assert told.stderr.strip().splitlines()[-1] == (
         f"{tmp_path}/taken: File exists; something else is in its way; please choose another place"
     )
+
+
+@pytest.mark.slow
+def test_processes_share_the_pictures(tmp_path):
+    write_designs(tmp_path / "data", "B", range(COUNT), 32, 2, with_layers=True)
+    data, layers = f"--data={tmp_path}/data", f"--layers=made={tmp_path}/data"
+    flags = (data, layers, "--protocols=stable_layers", f"--output={tmp_path}/out")
+    pipe = subprocess.PIPE
+    shards = [
+        subprocess.Popen([*COMMAND, *flags, f"--shard={part}/2"], stdout=pipe, stderr=pipe)
+        for part in range(2)
+    ]
+    for part, shard in enumerate(shards):
+        printed, errors = shard.communicate(timeout=600)
+        assert shard.returncode == 0, errors.decode()
+        assert f"Shard {part}/2 is finished: {COUNT // 2} pictures." in printed.decode()
+    assert not (tmp_path / "out" / "report.html").exists()
+    done = _run(*flags)
+    assert done.returncode == 0 and "made:" not in done.stderr  # nothing was left to measure
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {row["Pictures"] for row in report["tables"][0]["rows"]} == {COUNT}
 
 
 @pytest.mark.slow

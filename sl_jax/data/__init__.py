@@ -8,7 +8,6 @@ from sl_jax.data.folder import (
     PictureIndex,
     PictureRecord,
     scan_folder,
-    training_and_held_out,
 )
 from sl_jax.data.layered import LayeredFolder, LayeredRecord, LayeredSample
 from sl_jax.data.loader import EvalSet, Example, StepPictures, StepPlan, TrainStream
@@ -22,6 +21,8 @@ from sl_jax.data.pictures import (
     picture_size,
     resize_to,
 )
+from sl_jax.data.sources import make_dataset, scan_pictures, training_and_held_out
+from sl_jax.data.tfds_pictures import open_record
 from sl_jax.data.threads import in_threads
 
 __all__ = [
@@ -45,12 +46,15 @@ __all__ = [
     "in_threads",
     "longest_side_size",
     "make_buckets",
+    "make_dataset",
     "nearest_bucket",
     "open_picture",
+    "open_record",
     "open_rgba",
     "picture_size",
     "resize_to",
     "scan_folder",
+    "scan_pictures",
     "standard_buckets",
     "training_and_held_out",
     "write_designs",

@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import tensorflow_datasets as tfds
 from etils import epath
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from sl_jax import imaging
 from sl_jax.data._walk import Skipped
@@ -262,6 +262,8 @@ def _picture(entry: Mapping[str, Any] | None, number: int) -> UInt8[np.ndarray, 
     try:
         with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
             return np.array(image.convert("RGBA"))
+    except UnidentifiedImageError as error:
+        raise RowError(f"the picture of element {number} is no PNG, JPEG or WebP") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise RowError(f"the picture of element {number} cannot be read: {error}") from error
 

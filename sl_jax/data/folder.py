@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ from sl_jax.data.pictures import (
 from sl_jax.data.threads import in_threads
 from sl_jax.imaging.words import counted
 
-_log = logging.getLogger(__name__)
 _NAMED_PER_REASON = 50
 _DEFAULT_LIMITS = PictureLimits()
 
@@ -218,73 +216,6 @@ def scan_folder(
     if not index.records:
         raise FolderError(_nothing_found(index, len(files)))
     return index
-
-
-def training_and_held_out(
-    folder: str | os.PathLike[str],
-    buckets: Sequence[Bucket],
-    *,
-    eval_data: str | os.PathLike[str] | None = None,
-    eval_fraction: float = 0.05,
-    limits: PictureLimits = _DEFAULT_LIMITS,
-    verify: bool = True,
-    threads: int | None = None,
-) -> tuple[PictureIndex, PictureIndex]:
-    """Indexes the pictures to train on and those held out, and logs one summary of each folder.
-
-    Args:
-      folder: pictures to train on.
-      buckets: static shapes.
-      eval_data: folder of held-out pictures. Contents that it shares with `folder` are not trained
-        on. If None, the share `eval_fraction` of `folder` is held out by content hash.
-      eval_fraction: 0 ≤ eval_fraction < 1; not used with `eval_data`.
-      limits, verify, threads: as in `scan_folder`.
-
-    Returns:
-      (training, held-out). Where the fraction of a small folder hits no picture, the first one by
-      content hash is held out.
-
-    Raises:
-      FolderError: a folder is missing or holds no usable picture, or nothing is left to train on.
-    """
-    scan = functools.partial(
-        scan_folder, buckets=buckets, limits=limits, verify=verify, threads=threads
-    )
-    index = scan(folder)
-    if eval_data is None:
-        training, held_out = index.split(eval_fraction)
-        if eval_fraction and len(index) == 1:
-            raise FolderError(
-                f"{shown(index.folder)} holds one usable picture; one to train on and another to "
-                "evaluate on are needed: please add pictures, or name another folder as eval_data"
-            )
-        if eval_fraction and not held_out:
-            training, held_out = index.split_off_first()
-            _log.warning(
-                "A share of %g of so few pictures is none: %s is held out, as long as no picture "
-                "is added",
-                eval_fraction,
-                held_out.records[0].name,
-            )
-        _log_summary(index)
-    else:
-        held_out = scan(eval_data)
-        training = index.without(held_out)
-        _log_summary(training)
-        _log_summary(held_out)
-    _log.info("%s to train on, %d held out", counted(len(training), "picture"), len(held_out))
-    if not training:
-        every = counted(len(index), "picture")
-        raise FolderError(
-            f"all that {shown(index.folder)} has is held out ({every}), none are left to train on; "
-            "please add pictures, lower eval_fraction, or use another eval_data"
-        )
-    return training, held_out
-
-
-def _log_summary(index: PictureIndex) -> None:
-    level = logging.WARNING if index.skipped or index.notes else logging.INFO
-    _log.log(level, "%s", index.summary())
 
 
 def _check_folder(root: epath.Path) -> None:

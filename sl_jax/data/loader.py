@@ -21,7 +21,8 @@ from jaxtyping import UInt8
 from sl_jax.data._schedule import Schedule
 from sl_jax.data.buckets import Bucket
 from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
-from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, resize_to, shown
+from sl_jax.data.pictures import PictureError, PictureLimits, resize_to, shown
+from sl_jax.data.tfds_pictures import open_record
 from sl_jax.imaging.words import counted
 
 _log = logging.getLogger(__name__)
@@ -479,12 +480,12 @@ def _open_patiently(path: str, limits: PictureLimits) -> UInt8[np.ndarray, "heig
     """Opens a picture, again after a pause where storage fails rather than the picture."""
     for pause in _RETRY_SECONDS:
         try:
-            return open_picture(path, limits)
+            return open_record(path, limits)
         except PictureError as error:
             if not _may_pass(error.__cause__):
                 raise
         time.sleep(pause)
-    return open_picture(path, limits)
+    return open_record(path, limits)
 
 
 def _may_pass(cause: BaseException | None) -> bool:

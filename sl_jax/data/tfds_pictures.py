@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +18,9 @@ from PIL import Image
 from sl_jax.data._walk import Skipped
 from sl_jax.data.buckets import Bucket, nearest_bucket
 from sl_jax.data.canvas import content_hash
-from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord, scan_folder
+from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
 from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, shown
+from sl_jax.data.threads import in_threads
 
 TFDS, CRELLO = "tfds", "crello"
 _IMAGE = "image"
@@ -83,7 +83,7 @@ def scan_tfds(
       where: `crello…` or `tfds:NAME…`, see `parse_named`.
       buckets: static shapes.
       limits: what counts as absurd and is skipped.
-      threads: number of reading threads; default: one a core, at most 32.
+      threads: number of reading threads; see `in_threads`.
 
     Raises:
       FolderError: there is no such dataset or split, it has no `image`, or no usable picture.
@@ -99,8 +99,7 @@ def scan_tfds(
     else:
         inspect = functools.partial(_inspect, named, limits)
         skipped = []
-        with ThreadPoolExecutor(threads or min(os.cpu_count() or 1, 32)) as pool:
-            results = list(pool.map(inspect, range(count)))
+        results = in_threads(inspect, range(count), "examples", threads)
     first: dict[str, PictureRecord] = {}
     for result in results:
         if isinstance(result, Skipped):
@@ -117,23 +116,6 @@ def scan_tfds(
         reason = f": {skipped[0].reason}" if skipped else ""
         raise FolderError(f"no usable picture among the {count} of {named}{reason}")
     return PictureIndex(str(named), tuple(first.values()), tuple(skipped), limits=limits)
-
-
-def scan_pictures(
-    where: str | os.PathLike[str],
-    buckets: Sequence[Bucket],
-    *,
-    limits: PictureLimits = _DEFAULT_LIMITS,
-    verify: bool = True,
-    threads: int | None = None,
-) -> PictureIndex:
-    """Indexes pictures wherever they are: `scan_tfds` for a named dataset, else `scan_folder`.
-
-    Arguments and errors are theirs.
-    """
-    if parse_named(where) is not None:
-        return scan_tfds(os.fspath(where), buckets, limits=limits, threads=threads)
-    return scan_folder(where, buckets, limits=limits, verify=verify, threads=threads)
 
 
 def open_record(

@@ -23,7 +23,7 @@ from sl_jax.eval.options import (
 )
 from sl_jax.eval.report import write_report
 from sl_jax.eval.results import ResultFolder, file_name
-from sl_jax.eval.samples import EvalData, open_data, own_side
+from sl_jax.eval.samples import MOST_LAYERS, EvalData, open_data, own_side
 from sl_jax.eval.summary import Evaluated, LeftOut, evaluation_report, summary_text
 from sl_jax.eval.systems import Model, ModelConfig, System, baseline_systems, ready_made
 from sl_jax.eval.work import Plan, Work
@@ -52,6 +52,7 @@ class EvaluationConfig:
       size: longest side in pixels; None takes that of procedural designs, else 640 for a model,
         and the pictures' own size without one.
       num_layers: number of layers asked for; None asks for as many as there are true layers, or 4.
+      max_layers: of designs with more true layers neighbours are merged.
       base: the system that others are compared with; empty for the model without adapter, or the
         first of the ready-made ones.
       baselines: run them too.
@@ -70,6 +71,7 @@ class EvaluationConfig:
     samplers: tuple[SamplerChoice, ...] = (SamplerChoice("heun", 50),)
     size: int | None = None
     num_layers: int | None = None
+    max_layers: int = MOST_LAYERS
     base: str = ""
     baselines: bool = True
     shard: Shard = field(default_factory=Shard)
@@ -106,7 +108,7 @@ def evaluate(config: EvaluationConfig, systems: Sequence[System] = ()) -> Outcom
       ValueError: a picture's seed would be out of range.
       CheckpointError: a model or adapter is missing or damaged.
     """
-    data = open_data(config.data, _side(config), config.limit)
+    data = open_data(config.data, _side(config), config.limit, config.max_layers)
     for name, reason in data.skipped:
         _log.warning("skipped %s: %s", name, reason)
     if config.model:
@@ -177,6 +179,10 @@ def _details(config: EvaluationConfig, plan: Plan) -> dict[str, str]:
         "sizes": ", ".join(f"{width}×{height}" for height, width in sizes[:20]),
         "protocols": ", ".join(plan.protocols),
     }
+    if merged := plan.data.merged:
+        told["true layers"] = (
+            f"merged to {config.max_layers} in {merged} of {len(pictures)} designs"
+        )
     if config.model:
         told["model"] = config.model.model
         told["seed"] = f"{config.model.seed} for the first picture, one more for each next"

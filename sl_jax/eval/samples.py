@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -15,23 +16,25 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sl_jax import imaging
-from sl_jax.data import FolderError, Skipped
-from sl_jax.data.paired import is_paired, open_paired
+from sl_jax.data import FolderError, Skipped, make_buckets
+from sl_jax.data.canvas import merge_to
+from sl_jax.data.paired import PairedDesign, is_paired, open_paired
 from sl_jax.data.pictures import (
     PictureError,
     fetch_file,
     longest_side_size,
-    open_picture,
     picture_size,
     resize_to,
 )
 from sl_jax.data.procedural import FAMILIES, MAX_LAYERS, make_design
+from sl_jax.data.tfds_pictures import Named, open_record, parse_named, scan_tfds
 from sl_jax.data.threads import in_threads
 from sl_jax.eval.options import EvaluationError
 from sl_jax.eval.stacks import LIMITS, StackError, check_alpha
 from sl_jax.inference.folder import Entry, find_pictures
 
 PROCEDURAL = "procedural"
+MOST_LAYERS = 8  # which `sft` merges to as well
 _PROCEDURAL_WANTED = (
     "please write procedural:FAMILY:COUNT[:LAYERS[:SIZE[:FIRST]]], such as procedural:B:256:3,4:64"
 )
@@ -59,8 +62,9 @@ class EvalPicture:
       size: (height, width) at which it is decomposed.
       original: (height, width) as it is stored.
       layers: number of its true layers; None if they are not known.
-      digest: changes with its content, name and size.
+      digest: changes with its content, name, size and number of layers.
       open: reads it. Raises `PictureError` if that is no longer possible.
+      merged: its true layers are fewer than the design has, neighbours having become one.
     """
 
     index: int
@@ -70,6 +74,7 @@ class EvalPicture:
     layers: int | None
     digest: str
     open: Callable[[], Sample]
+    merged: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,12 +91,19 @@ class EvalData:
         return self.pictures[0].layers is not None
 
     @property
+    def merged(self) -> int:
+        """Number of designs whose true layers were merged."""
+        return sum(picture.merged for picture in self.pictures)
+
+    @property
     def layer_counts(self) -> tuple[int, ...]:
         """Numbers of true layers that occur, ascending."""
         return tuple(sorted({p.layers for p in self.pictures if p.layers is not None}))
 
 
-def open_data(where: str, side: int | None = None, limit: int | None = None) -> EvalData:
+def open_data(
+    where: str, side: int | None = None, limit: int | None = None, max_layers: int = MOST_LAYERS
+) -> EvalData:
     """Finds the pictures to evaluate on.
 
     Args:
@@ -99,10 +111,12 @@ def open_data(where: str, side: int | None = None, limit: int | None = None) -> 
         numbers to take in turn (3), SIZE the side in pixels (64), and FIRST the first seed (0);
         designs with layers as `data.paired.open_paired` finds them: a folder of designs
         NAME/0000.png, … (LayerD layout), Photoshop documents, `crello#SPLIT`; or a picture, a
-        folder of pictures, or a pattern.
+        folder of pictures, a pattern, or `tfds:NAME#SPLIT`.
       side: pixels of the longest side, sides being multiples of 16; None keeps the pictures' own
         size.
       limit: take the first so many.
+      max_layers: of designs with more true layers neighbours are merged, see `canvas.merge_to`;
+        procedural ones have as many as they are asked for.
 
     Raises:
       FolderError: there is nothing to evaluate on.
@@ -111,7 +125,9 @@ def open_data(where: str, side: int | None = None, limit: int | None = None) -> 
     if where.partition(":")[0] == PROCEDURAL:
         data = _procedural(where, side)
     elif is_paired(where):
-        data = _paired(where, side)
+        data = _paired(where, side, max_layers)
+    elif named := parse_named(where):
+        data = _dataset(named, side)
     else:
         data = _flat(where, side)
     return dataclasses.replace(data, pictures=data.pictures[:limit]) if limit else data
@@ -181,7 +197,7 @@ def _open_procedural(
     return _with_reference(make_design(family, seed, own, layers).layers, size)
 
 
-def _paired(where: str, side: int | None) -> EvalData:
+def _paired(where: str, side: int | None, most: int) -> EvalData:
     found = open_paired(where, limits=LIMITS)
     skipped, designs = list(found.skipped), []
     checked = in_threads(lambda design: _opaque_layer(design.files), found, "designs")
@@ -201,12 +217,17 @@ def _paired(where: str, side: int | None) -> EvalData:
                 name=design.name,
                 size=size,
                 original=(design.height, design.width),
-                layers=design.layers,
-                digest=_digest(design.name, design.content_hash, size),
-                open=lambda design=design, size=size: _with_reference(design.read(), size),
+                layers=min(design.layers, most),
+                digest=_digest(design.name, design.content_hash, size, min(design.layers, most)),
+                open=functools.partial(_open_paired, design, most, size),
+                merged=design.layers > most,
             )
         )
     return EvalData(where, tuple(pictures), tuple(skipped))
+
+
+def _open_paired(design: PairedDesign, most: int, size: tuple[int, int]) -> Sample:
+    return _with_reference(merge_to(design.read(), most), size)
 
 
 def _opaque_layer(paths: Sequence[str]) -> str:
@@ -223,6 +244,29 @@ def _with_reference(layers: np.ndarray, size: tuple[int, int]) -> Sample:
     """True layers at a size, and the picture that they are together at that size."""
     reference = np.stack([resize_to(layer, size) for layer in layers])
     return Sample(imaging.recompose(reference), reference)
+
+
+def _dataset(named: Named, side: int | None) -> EvalData:
+    """The images of a TFDS split, named by their places in it."""
+    found = scan_tfds(
+        str(named), make_buckets([(16, 16)]), limits=LIMITS
+    )  # their shape is not used
+    pictures = []
+    for index, record in enumerate(found):
+        size = _frame(record.height, record.width, side)
+        dataset, _, place = record.path.partition(":")[2].rpartition("@")
+        pictures.append(
+            EvalPicture(
+                index=index,
+                name=f"{re.sub('[^A-Za-z0-9.-]', '_', dataset)}-{int(place):06d}",
+                size=size,
+                original=(record.height, record.width),
+                layers=None,
+                digest=_digest(record.path, record.content_hash, size),
+                open=functools.partial(_open_flat, record.path, size),
+            )
+        )
+    return EvalData(str(named), tuple(pictures), tuple(found.skipped))
 
 
 def _flat(where: str, side: int | None) -> EvalData:
@@ -260,7 +304,7 @@ def _inspected(entry: Entry) -> tuple[tuple[int, int], str] | Skipped:
 
 
 def _open_flat(path: os.PathLike[str], size: tuple[int, int]) -> Sample:
-    return Sample(resize_to(open_picture(path, LIMITS), size), None)
+    return Sample(resize_to(open_record(os.fspath(path), LIMITS), size), None)
 
 
 def _frame(height: int, width: int, side: int | None) -> tuple[int, int]:

@@ -156,6 +156,9 @@ def _opening(evaluated: Evaluated) -> str:
     systems, pictures = len(evaluated.systems), len(data.pictures)
     text = f"{counted(systems, 'system')} on {counted(pictures, 'picture')} from {data.where}, "
     text += "with the same noise for every model."
+    if data.merged:
+        text += f" Designs with more than {max(data.layer_counts)} true layers had neighbours "
+        text += f"merged to so many: {data.merged} of {len(data.pictures)}."
     if missing:
         text += f"\n\nLeft out: {missing}. Every table says how many pictures it covers; the last "
         text += "one names what is missing, and why."

@@ -6,8 +6,15 @@ import jax
 import numpy as np
 from jaxtyping import PRNGKeyArray, UInt32
 
-from sl_jax.data import Example, FolderError, PictureIndex
-from sl_jax.grpo.config import GrpoConfig
+from sl_jax.data import (
+    Example,
+    FolderError,
+    PictureIndex,
+    make_buckets,
+    make_dataset,
+    training_and_held_out,
+)
+from sl_jax.grpo.config import DataConfig, GrpoConfig
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Pictures
 from sl_jax.parallel.mesh import Layout, batch_sharding
@@ -25,6 +32,26 @@ def rows_here(config: GrpoConfig, layout: Layout, processes: Processes) -> Batch
         return batch_rows(layout.mesh, config.rollout.batch_groups, processes.index)
     except ValueError as error:
         raise ConfigError(f"config.mesh is {config.mesh}: {error}") from error
+
+
+def pictures_of(data: DataConfig, processes: Processes) -> tuple[PictureIndex, PictureIndex]:
+    """The pictures to train on and those held out, the same in all processes.
+
+    Raises:
+        FolderError: there are none, or processes find different ones.
+    """
+    with processes.together("opening the pictures"):
+        if processes.is_main:  # which makes a dataset, if need be, before the others look for it
+            for where in filter(None, (data.path, data.eval_data)):
+                make_dataset(where)
+    found = training_and_held_out(
+        data.path,
+        make_buckets(data.buckets, "config.data.buckets"),
+        eval_data=data.eval_data or None,
+        eval_fraction=data.eval_fraction,
+    )
+    same_pictures(found, processes)
+    return found
 
 
 def same_pictures(indices: Sequence[PictureIndex], processes: Processes) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
-from sl_jax.data import PictureIndex, open_picture
+from sl_jax.data import PictureIndex, open_record
 from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import Processes
 from sl_jax.scoring import JudgeWorker
@@ -66,7 +66,7 @@ def captioned(
 def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker) -> dict[str, str]:
     """Content hash → caption."""
     openers = {
-        record.content_hash: partial(open_picture, record.path, index.limits)
+        record.content_hash: partial(open_record, record.path, index.limits)
         for index in indices
         for record in index
     }

@@ -46,8 +46,9 @@ class DataConfig:
     """Pictures to train on.
 
     Attributes:
-        path: folder of pictures.
-        eval_data: folder of held-out pictures; empty to hold out `eval_fraction` of `path`.
+        path: folder of pictures, local or remote; `crello#SPLIT` or `tfds:NAME#SPLIT`, see
+            `data.sources.scan_pictures`.
+        eval_data: the like, of held-out pictures; empty to hold out `eval_fraction` of `path`.
         eval_fraction: share of the pictures held out, by content hash.
         buckets: (height, width) in pixels, multiples of 16; each picture is stretched to the
             nearest by aspect ratio.
@@ -337,7 +338,7 @@ _RULES = {
     **dict.fromkeys(_NOT_NEGATIVE, NOT_NEGATIVE),
     **dict.fromkeys(_OPTIONAL, Rule(POSITIVE_OR_NONE.holds, "None or more than 0")),
     "evaluation.seed": SEED,
-    "data.path": given("a folder of pictures to train on"),
+    "data.path": given("a folder of pictures to train on, crello#train, or tfds:NAME#train"),
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,

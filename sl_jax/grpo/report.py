@@ -86,7 +86,7 @@ def _pictures(
 ) -> tuple[Picture, ...]:
     return tuple(
         Picture(
-            name=first.example.picture_id,
+            name=first.example.path.rpartition("/")[2] or first.example.picture_id,
             source=first.example.picture,
             caption=first.example.caption,
             decompositions=tuple(

@@ -15,23 +15,20 @@ designs: picture, true layers, layers of the base, layers of the first seed's ad
 
 import argparse
 import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from held_out import changes, module, read_records
 from PIL import Image
 
 from sl_jax.data import write_designs
 from sl_jax.data.procedural import make_design
-from sl_jax.eval.bootstrap import paired_difference
 from sl_jax.imaging import on_checkerboard, recompose
 from sl_jax.training.metrics import read_metrics
 
 _PICTURES = range(100_000, 100_256)  # as launch/quickstart.sh draws them
 _SIZE, _LAYERS = 64, 3
-_ONE_SIGMA = 0.6827  # central share within one standard error
 _MEASURES = {
     "reward": +1,
     "layer_l1_order_free": -1,
@@ -56,10 +53,10 @@ def main() -> None:
         write_designs(pictures, "B", _PICTURES, _SIZE, _LAYERS)
     runs = [arguments.work / f"seed_{seed}" for seed in arguments.seeds]
     for seed, run in zip(arguments.seeds, runs, strict=True):
-        _module("train", *_training(pictures, run, seed), *settings)
+        module("train", *_training(pictures, run, seed), *settings)
     evaluation = arguments.work / "evaluation"
-    _module("evaluate", *_evaluation(runs, arguments.designs, evaluation))
-    records = json.loads((evaluation / "report.json").read_text())["records"]
+    module("evaluate", *_evaluation(runs, arguments.designs, evaluation))
+    records = read_records(evaluation)
     result = {
         "pictures": arguments.designs,
         "settings": settings,
@@ -93,43 +90,16 @@ def _evaluation(runs: Sequence[Path], designs: int, output: Path) -> list[str]:
     ]
 
 
-def _module(name: str, *arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", f"sl_jax.{name}", *arguments], check=True)
-
-
 def _moves(run: Path, records: Sequence[dict]) -> dict:
     """What one training changed: in its own evaluations, and on the held-out designs."""
     own = [r for r in read_metrics(run) if r.get("evaluation/reward") is not None]
     ends = {"before": own[0], "after": own[-1]}
-    measured = {
-        model: {r["picture"]: r for r in records if r["model"] == model}
-        for model in ("base", run.name)
-    }
-    names = sorted(measured["base"])
-    changes = {}
-    for measure, better in _MEASURES.items():
-        before, after = (
-            np.array([measured[model][name][measure] for name in names], float)
-            for model in ("base", run.name)
-        )
-        change = paired_difference(after, before)
-        error = paired_difference(after, before, level=_ONE_SIGMA)
-        deviation = (error.high - error.low) / 2
-        changes[measure] = {
-            "before": float(np.nanmean(before)),
-            "after": float(np.nanmean(after)),
-            "change": change.mean,
-            "low": change.low,
-            "high": change.high,
-            "bootstrap_error": deviation,
-            "better_by_errors": better * change.mean / deviation,
-        }
     return {
         "training_evaluation": {
             when: {k.removeprefix("evaluation/"): v for k, v in r.items() if "evaluation/" in k}
             for when, r in ends.items()
         },
-        "held_out": changes,
+        "held_out": changes(records, run.name, _MEASURES),
     }
 
 

@@ -1,131 +1,46 @@
 """Crello: parquet files with the public schema, made into a dataset and read back."""
 
-import io
-import json
 import sys
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from PIL import Image
+from crello_files import GREEN, RED, design, write_split
 
 from sl_jax import imaging
 from sl_jax.data import FolderError, Skipped, make_buckets
 from sl_jax.data.crello import RowError, compose, designs, parquet_files, prepare_crello
 from sl_jax.data.paired import is_paired, open_paired
-from sl_jax.data.tfds_pictures import open_record, parse_named, scan_pictures, scan_tfds
-
-_PICTURE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-# The columns of revision 5, as `datasets` writes them; labels are numbers, names in the metadata.
-_SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("length", pa.int64()),
-        ("group", pa.int64()),
-        ("format", pa.int64()),
-        ("category", pa.int64()),
-        ("canvas_width", pa.int64()),
-        ("canvas_height", pa.int64()),
-        ("suitability", pa.list_(pa.int64())),
-        ("keywords", pa.list_(pa.string())),
-        ("industries", pa.list_(pa.int64())),
-        ("title", pa.string()),
-        ("preview", _PICTURE),
-        ("cluster_index", pa.int64()),
-        ("type", pa.list_(pa.int64())),
-        ("left", pa.list_(pa.float32())),
-        ("top", pa.list_(pa.float32())),
-        ("width", pa.list_(pa.float32())),
-        ("height", pa.list_(pa.float32())),
-        ("angle", pa.list_(pa.float32())),
-        ("opacity", pa.list_(pa.float32())),
-        ("color", pa.list_(pa.list_(pa.string()))),
-        ("image", pa.list_(_PICTURE)),
-        ("text", pa.list_(pa.string())),
-        ("font", pa.list_(pa.int64())),
-        ("font_size", pa.list_(pa.float32())),
-        ("font_bold", pa.list_(pa.list_(pa.bool_()))),
-        ("font_italic", pa.list_(pa.list_(pa.bool_()))),
-        ("text_color", pa.list_(pa.list_(pa.string()))),
-        ("text_line", pa.list_(pa.list_(pa.int64()))),
-        ("text_align", pa.list_(pa.int64())),
-        ("capitalize", pa.list_(pa.bool_())),
-        ("line_height", pa.list_(pa.float32())),
-        ("letter_spacing", pa.list_(pa.float32())),
-    ]
-)
-_RED, _GREEN = (200, 0, 0, 255), (0, 160, 0, 255)
-
-
-def _encoded(height, width, colour):
-    content = io.BytesIO()
-    Image.fromarray(np.full((height, width, 4), colour, np.uint8)).save(content, "PNG")
-    return {"bytes": content.getvalue(), "path": None}
-
-
-def _element(kind, left, top, width, height, colour, angle=0.0, opacity=1.0):
-    picture = _encoded(max(round(height), 1), max(round(width), 1), colour)
-    return (kind, left, top, width, height, angle, opacity, picture)
-
-
-def _row(name, elements, canvas=(60, 80)):
-    lists = list(zip(*elements, strict=True)) or [()] * 8
-    names = ("type", "left", "top", "width", "height", "angle", "opacity", "image")
-    row = {field.name: [] if pa.types.is_list(field.type) else 0 for field in _SCHEMA}
-    row |= dict(zip(names, map(list, lists), strict=True))
-    row |= {"preview": _encoded(4, 4, _RED), "text": [""] * len(elements)}
-    row |= {"id": name, "title": f"Title of {name}", "length": len(elements)}
-    return row | {"canvas_height": canvas[0], "canvas_width": canvas[1]}
-
-
-def _design(name, shift=0):
-    """A background, a red box, a green box turned by a right angle, half opaque."""
-    return _row(
-        name,
-        [
-            (3, 0.0, 0.0, 80.0, 60.0, 0.0, 1.0, _encoded(1, 1, (250, 240, 230, 255))),
-            _element(0, 10.0 + shift, 5.0, 20.0, 10.0, _RED),
-            _element(2, 30.0, 30.0, 24.0, 8.0, _GREEN, 90.0, 0.5),
-        ],
-    )
-
-
-def _write(folder, split, rows, part=0, of=1, metadata=None):
-    folder.mkdir(parents=True, exist_ok=True)
-    features = metadata or {"canvas_width": {"dtype": "int64", "_type": "Value"}}
-    told = {"huggingface": json.dumps({"info": {"features": features}})}
-    table = pa.Table.from_pylist(rows, _SCHEMA.with_metadata(told))
-    pq.write_table(table, folder / f"{split}-{part:05d}-of-{of:05d}.parquet")
+from sl_jax.data.sources import scan_pictures
+from sl_jax.data.tfds_pictures import open_record, parse_named, scan_tfds
 
 
 @pytest.fixture(scope="module")
 def crello(tmp_path_factory):
     """A folder as the hub has it, with one broken design."""
     folder = tmp_path_factory.mktemp("crello")
-    broken = _design("broken")
+    broken = design("broken")
     broken["image"][1] = {"bytes": b"no picture", "path": None}
-    _write(folder / "data", "train", [_design("b", 2), broken], 0, 2)
-    _write(folder / "data", "train", [_design("a"), _design("c", 3)], 1, 2)
-    _write(folder / "data", "validation", [_design("v", 4)])
-    _write(folder / "data", "test", [_design("t", 5), _design("twin", 5)])
+    write_split(folder / "data", "train", [design("b", 2), broken], 0, 2)
+    write_split(folder / "data", "train", [design("a"), design("c", 3)], 1, 2)
+    write_split(folder / "data", "validation", [design("v", 4)])
+    write_split(folder / "data", "test", [design("t", 5), design("twin", 5)])
     return folder
 
 
 def test_elements_are_composed_where_the_dataset_puts_them():
-    layers = compose(_design("a"), 1024)
+    layers = compose(design("a"), 1024)
     assert layers.shape == (3, 60, 80, 4)
     assert (layers[0] == (250, 240, 230, 255)).all()
     wanted = np.zeros((60, 80, 4), np.uint8)
-    wanted[5:15, 10:30] = _RED
+    wanted[5:15, 10:30] = RED
     assert np.array_equal(layers[1], wanted)
     wanted[:] = 0
-    wanted[22:46, 38:46] = (*_GREEN[:3], 128)  # 8 wide, 24 high, about (42, 34)
+    wanted[22:46, 38:46] = (*GREEN[:3], 128)  # 8 wide, 24 high, about (42, 34)
     assert np.array_equal(layers[2], wanted)
 
 
 def test_large_canvases_are_reduced():
-    layers = compose(_design("a"), 40)
+    layers = compose(design("a"), 40)
     assert layers.shape == (3, 30, 40, 4)
     covered = layers[1, ..., 3] > 127
     assert covered.sum() == pytest.approx(50, abs=10)
@@ -142,18 +57,18 @@ def test_large_canvases_are_reduced():
 )
 def test_a_row_that_makes_no_sense_is_refused(change, message):
     with pytest.raises(RowError, match=message):
-        compose(_design("a") | change, 64)
+        compose(design("a") | change, 64)
 
 
 def test_it_is_built_and_read_without_tensorflow(crello):
     data = open_paired(f"crello:{crello}")
-    assert [design.name for design in data] == ["a", "b", "c"]
+    assert [one.name for one in data] == ["a", "b", "c"]
     assert [skip.name for skip in data.skipped] == ["broken"]
-    assert "element 1 cannot be read" in data.skipped[0].reason
-    design = data[1]
-    assert (design.height, design.width, design.layers) == (60, 80, 3)
-    assert design.caption == "Title of b"
-    assert np.array_equal(design.read(), compose(_design("b", 2), 1024))
+    assert "element 1 is no PNG, JPEG or WebP" in data.skipped[0].reason
+    second = data[1]
+    assert (second.height, second.width, second.layers) == (60, 80, 3)
+    assert second.caption == "Title of b"
+    assert np.array_equal(second.read(), compose(design("b", 2), 1024))
     assert "tensorflow" not in sys.modules
 
 
@@ -174,9 +89,9 @@ def test_its_pictures_are_an_index_like_a_folders(crello):
     record = index.records[0]
     assert (record.height, record.width, record.bucket) == (60, 80, buckets[1])
     assert record.caption.startswith("Title of")
-    wanted = imaging.recompose(compose(_design("b", 2), 1024))
+    wanted = imaging.recompose(compose(design("b", 2), 1024))
     assert np.array_equal(open_record(record.path), wanted)
-    hashes = {design.content_hash for design in open_paired(f"crello:{crello}")}
+    hashes = {one.content_hash for one in open_paired(f"crello:{crello}")}
     assert {r.content_hash for r in index} == hashes  # so that both hold the same out
     training, held_out = index.split(0.5)
     assert len(training) + len(held_out) == 3
@@ -227,13 +142,13 @@ def test_damaged_or_other_files_end_in_one_clear_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FolderError, match="no parquet file of a split"):
         parquet_files(tmp_path / "empty")
-    _write(tmp_path / "cut", "train", [_design("a")])
+    write_split(tmp_path / "cut", "train", [design("a")])
     path = next((tmp_path / "cut").glob("*.parquet"))
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(FolderError, match="no whole parquet file"):
         prepare_crello(tmp_path / "cut", tmp_path / "cut_tfds")
     labels = {"canvas_width": {"names": ["60"], "_type": "ClassLabel"}}
-    _write(tmp_path / "old", "train", [_design("a")], metadata=labels)
+    write_split(tmp_path / "old", "train", [design("a")], metadata=labels)
     with pytest.raises(FolderError, match="revision before 5"):
         prepare_crello(tmp_path / "old", tmp_path / "old_tfds")
     with pytest.raises(FolderError, match="delete the folder"):

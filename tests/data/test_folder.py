@@ -26,9 +26,9 @@ from sl_jax.data.folder import (
     FolderError,
     is_held_out,
     scan_folder,
-    training_and_held_out,
 )
 from sl_jax.data.pictures import PictureLimits
+from sl_jax.data.sources import training_and_held_out
 
 BUCKETS = standard_buckets(64)
 

@@ -169,7 +169,7 @@ def test_plan_reads_nothing_and_tells_the_future(index, monkeypatch):
     for plan, step in zip(plans, take(source, 5), strict=True):
         assert (plan.step, plan.bucket, plan.layers) == step[:3]
         assert [record.picture_id for record in plan.records] == [e[1] for e in step[3]]
-    monkeypatch.setattr(loader, "open_picture", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(loader, "open_record", lambda *_: pytest.fail("read"))
     source.plan(10**6)
     assert source.step == 5 and source.passes == 20 / 19
 
@@ -217,7 +217,7 @@ def test_storage_that_stumbles_is_asked_again(index, monkeypatch):
             raise PictureError(path, "storage") from OSError(errno.EIO, "storage")
         return open_picture(path, limits)
 
-    monkeypatch.setattr(loader, "open_picture", stumbling)
+    monkeypatch.setattr(loader, "open_record", stumbling)
     source = stream(index, threads=1)
     assert take(source, 3) == expected and not source.failures
 
@@ -230,11 +230,11 @@ def test_nothing_left_is_an_error_not_a_hang(index):
 
 
 class Counted:
-    """Stands in for `open_picture` and notes the threads that call it."""
+    """Stands in for `open_record` and notes the threads that call it."""
 
     def __init__(self, monkeypatch):
         self.threads = []
-        monkeypatch.setattr(loader, "open_picture", self)
+        monkeypatch.setattr(loader, "open_record", self)
 
     def __call__(self, path, limits):
         picture = open_picture(path, limits)

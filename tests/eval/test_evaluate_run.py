@@ -11,6 +11,7 @@ from PIL import Image
 
 from sl_jax import imaging
 from sl_jax.data import write_designs
+from sl_jax.data.canvas import merge_to
 from sl_jax.eval.baselines import BASELINES
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.options import EvaluationError, Named, Shard
@@ -273,6 +274,28 @@ def test_bad_designs_are_named_and_counted(designs, tmp_path):
     }
     assert {row["Pictures"] for row in table(output, "Without a reference")} == {1}
     assert written(output)["facts"][0]["note"] == "3 more were skipped"
+
+
+def test_more_true_layers_than_asked_for_are_merged(tmp_path):
+    write_designs(tmp_path / "data", "B", range(3), 32, (2, 4), with_layers=True)
+    settings = {"layers": (Named("truth", str(tmp_path / "data")),)}
+    evaluate(config(tmp_path / "data", tmp_path / "two", **settings, max_layers=2))
+    evaluate(config(tmp_path / "data", tmp_path / "all", **settings))
+    four = sorted((tmp_path / "data").iterdir())[1]
+    merged = merge_to(read_stack(four), 2)
+    wanted = layer_l1(BASELINES["copies"](imaging.recompose(merged), 2), merged)
+    found = records(tmp_path / "two")
+    assert {row["layers"] for row in found.values()} == {"2"}
+    assert float(found["copies", four.name]["layer_l1_mean"]) == pytest.approx(wanted.mean)
+    assert written(tmp_path / "two")["details"]["true layers"] == "merged to 2 in 1 of 3 designs"
+    assert (
+        "more than 2 true layers had neighbours merged to so many: 1 of 3."
+        in written(tmp_path / "two")["summary"]
+    )
+    assert {row["layers"] for row in records(tmp_path / "all").values()} == {"2", "4"}
+    assert "true layers" not in written(tmp_path / "all")["details"]
+    with pytest.raises(EvaluationError, match="data: picture 1 is another one"):
+        evaluate(config(tmp_path / "data", tmp_path / "two", **settings))
 
 
 def test_layers_of_another_size_are_scaled_in_proportion_only(tmp_path):

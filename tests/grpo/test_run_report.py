@@ -48,7 +48,7 @@ def test_it_compares_before_and_after(workdir):
     assert facts["held-out reward before"].value == "0.3000"
     assert facts["held-out reward after"].value == "0.6000"
     assert facts["difference"].value == "+0.3000" and facts["difference"].tone == "good"
-    assert len(report.pictures) == 1
+    assert [picture.name for picture in report.pictures] == ["0.png"]
     assert report.pictures[0].improvement == pytest.approx(0.3)
     assert [d.model for d in report.pictures[0].decompositions] == ["before", "after"]
     curves = {curve.title: curve for curve in report.curves}
@@ -70,7 +70,7 @@ def test_pictures_that_vanished_meanwhile_are_left_out(workdir):
     before = [_evaluated(i, 0.2) for i in range(3)]
     after = [_evaluated(i, 0.5) for i in (0, 2)]
     report = run_report(_config(shown=8), workdir, before, after)
-    assert [picture.name for picture in report.pictures] == ["id0", "id2"]
+    assert [picture.name for picture in report.pictures] == ["0.png", "2.png"]
     assert report.tables[0].title == "Stage-1 score of 2 held-out pictures"
 
 
