@@ -51,10 +51,10 @@ from sl_jax.training.flags import parse_config_flags
 _log = logging.getLogger("sl_jax")
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+_SETTINGS = ["*/*.json"]  # of a checkpoint
 _EXPECTED = (
-    *(ConfigError, CheckpointError, FolderError, ProcessError),
-    *(KeyMissingError, PreflightError, CacheError, JudgeUnavailableError, BudgetError),
-    CaptionError,
+    *(ConfigError, CheckpointError, FolderError, ProcessError, JudgeUnavailableError, BudgetError),
+    *(KeyMissingError, PreflightError, CacheError, CaptionError),
 )
 
 
@@ -76,16 +76,16 @@ def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
     folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
     with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
-        finished = (checkpoints.latest or 0) >= config.epochs and report.exists()
-        if processes.from_main("looking for a report", finished):
+        done = checkpoints.latest or 0
+        if processes.from_main("looking for a report", done >= config.epochs and report.exists()):
             if processes.is_main:
-                print(f"This run is finished: {config.epochs} epochs. Report: {report}")
+                print(f"This run is finished: {done} epochs. Report: {report}")
             return
         with _parts(config, folder, checkpoints, processes) as (parts, first):
             with processes.together("recording the configuration"):
                 if processes.is_main:
                     work.record(config)
-                    report.unlink(missing_ok=True)  # of a shorter run, which this one prolongs
+                    report.unlink(missing_ok=True)  # of a run with fewer epochs
             outcome = train(parts, first)
             average = to_everywhere(outcome.state.ema, parts.layout.mesh)
         with processes.together("writing adapter and report"):
@@ -104,6 +104,8 @@ def _parts(
     What needs no weights comes first, so that its errors do.
     """
     data, rollout = config.data, config.rollout
+    layout = Layout(make_mesh(config.mesh))
+    first = first_adapter(config, resolve_model(config.model, _SETTINGS), layout)
     if config.model == TINY:
         _log.warning("The tiny base knows procedural designs only: expect little of others.")
     index, held_out = training_and_held_out(
@@ -113,14 +115,11 @@ def _parts(
         eval_fraction=data.eval_fraction,
     )
     held_out_set = partial(EvalSet, layers=data.layers, count=config.evaluation.pictures)
-    layout = Layout(make_mesh(config.mesh))
     groups, rows = rollout.batch_groups, rows_here(config, layout, processes).held
     training_stream = partial(
         TrainStream, groups=groups, layers=data.layers, seed=config.seed, slots=rows
     )
     same_pictures((index, held_out), processes)
-    model = resolve_model(config.model)
-    first = first_adapter(config, model, layout)
     left = config.epochs - (checkpoints.latest or 0)
     described = to_caption((index, held_out), data.caption)
     count = len(held_out_set(held_out))
@@ -131,8 +130,9 @@ def _parts(
         examples = held_out_set(held_out)
         captions = [record.caption for part in (index, held_out) for record in part]
         with processes.together("loading the model"):
+            model = resolve_model(config.model)
             prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
-            pipeline = load_pipeline(model, config.compute, layout)
+            pipeline = load_pipeline(model, config.compute, layout, [first.shapes])
         training, grading = judgings(config, folder, judges, processes)
         sampled = (Decomposer(pipeline), examples, prompts)
         evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
@@ -141,7 +141,7 @@ def _parts(
             pipeline, rollout, config.objective, config.optimizer, config.learner, layout
         )
         parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
-        yield Parts(*parts, checkpoints, layout, processes), partial(first, pipeline.params)
+        yield Parts(*parts, checkpoints, layout, processes), partial(first.on, pipeline.params)
 
 
 if __name__ == "__main__":

@@ -239,8 +239,17 @@ def test_mistakes_end_in_one_line(trainer, tmp_path):
         ((), {"data__path": tmp_path / "none"}, f"no folder {tmp_path / 'none'}"),
         ((), {"data__path": tmp_path / "empty"}, f"no usable picture in {tmp_path / 'empty'}"),
         ((), {"data__eval_fraction": 0.0}, "config.data.eval_fraction is 0.0"),
-        ((), {"lora__targets": ("to_nothing",)}, "config.lora.targets"),
-        ((), {"model": tmp_path / "empty"}, "it has no model_index.json"),
+        # Before any picture is looked at:
+        (
+            (),
+            {"lora__targets": ("to_nothing",), "data__path": tmp_path / "empty"},
+            "config.lora.targets",
+        ),
+        (
+            (),
+            {"model": tmp_path / "empty", "data__path": tmp_path / "empty"},
+            "it has no model_index.json",
+        ),
         ((), server, "no endpoint of the judge pool can judge"),
         ((), server | {"judge__key_env": "NO_SUCH_KEY"}, "environment variable NO_SUCH_KEY"),
     ]

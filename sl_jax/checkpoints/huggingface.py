@@ -5,7 +5,7 @@ Reading goes by byte ranges from local or remote files straight into sharded arr
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -38,6 +38,7 @@ def load_params(
     naming: Naming,
     abstract: Mapping[str, Any],
     unused: tuple[str, ...] = (),
+    on_host: Collection[str] = (),
 ) -> dict[str, Any]:
     """Loads the parameters of one model.
 
@@ -51,6 +52,7 @@ def load_params(
         abstract: tree of `jax.ShapeDtypeStruct`; a leaf with a `sharding` becomes an array with
             this sharding, each process reading only its own shards.
         unused: substrings of tensor names that may be present without being loaded.
+        on_host: first parts of paths whose parameters stay in the hosts' memory, as `HostArray`s.
 
     Raises:
         CheckpointError: lists every missing, surplus and mis-shaped tensor, or names the file and
@@ -61,7 +63,10 @@ def load_params(
     with TensorFiles(folder) as files:
         _check(files, plan, unused)
         with Loader(files, flat.values()) as loader:
-            loaded = {path: loader.load(source, flat[path]) for path, source in plan.items()}
+            loaded = {
+                path: loader.load(source, flat[path], path[0] in on_host)
+                for path, source in plan.items()
+            }
     return traverse_util.unflatten_dict(loaded)
 
 

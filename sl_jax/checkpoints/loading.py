@@ -20,8 +20,7 @@ from tqdm import tqdm
 
 from sl_jax.checkpoints.naming import Source, to_parameter
 from sl_jax.checkpoints.tensor_files import TensorFiles
-
-Bounds = tuple[tuple[int, int], ...]
+from sl_jax.parallel.host_array import Bounds, HostArray, places_of
 
 _REQUESTS = 16  # to a remote store at a time
 _COPIES = 8  # threads at most that copy from mapped memory
@@ -64,9 +63,12 @@ class Loader:
         self._pool.shutdown(cancel_futures=True)
         self._bar.close()
 
-    def load(self, source: Source, leaf: Any) -> jax.Array:
+    def load(self, source: Source, leaf: Any, on_host: bool = False) -> jax.Array | HostArray:
         """The parameter that `source` fills, of `leaf`'s shape, dtype and, if any, sharding."""
         sharding = getattr(leaf, "sharding", None)
+        if on_host:
+            shards = self._filled(source, leaf, list(places_of(leaf.shape, sharding)))
+            return HostArray(leaf.shape, leaf.dtype, sharding, shards)
         if sharding is None:
             whole = tuple((0, size) for size in leaf.shape)
             return jax.numpy.asarray(self._filled(source, leaf, [whole])[whole])
@@ -82,7 +84,7 @@ class Loader:
         return placed
 
     def _placed(self, source: Source, leaf: Any, sharding: Sharding) -> jax.Array:
-        places = _places(leaf.shape, sharding)
+        places = places_of(leaf.shape, sharding)
         # What lies in remote rows together is fetched together, though it takes a buffer for each.
         groups = [list(places)] if self._files.is_remote else [[bounds] for bounds in places]
         arrays: list[jax.Array] = []
@@ -191,19 +193,10 @@ def _same(x: jax.Array) -> jax.Array:
     return x
 
 
-def _places(shape: tuple[int, ...], sharding: Sharding) -> dict[Bounds, list[jax.Device]]:
-    """The devices of this process, by the part of the array that they hold."""
-    places: dict[Bounds, list[jax.Device]] = {}
-    for device, index in sharding.addressable_devices_indices_map(shape).items():
-        bounds = tuple(part.indices(n)[:2] for part, n in zip(index, shape, strict=True))
-        places.setdefault(bounds, []).append(device)
-    return places
-
-
 def _bytes(leaf: Any) -> int:
     """Bytes of a parameter's shards that this process holds, copies counted once."""
     sharding = getattr(leaf, "sharding", None)
-    shards = 1 if sharding is None else len(_places(leaf.shape, sharding))
+    shards = 1 if sharding is None else len(places_of(leaf.shape, sharding))
     shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
     return shards * math.prod(shape) * np.dtype(leaf.dtype).itemsize
 

@@ -1,8 +1,12 @@
 """Checkpoints of a run, by Orbax: asynchronous, atomic, the last n kept."""
 
+import asyncio
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,7 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from sl_jax.checkpoints.huggingface import CheckpointError
+from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.errors import CheckpointError
 
 _log = logging.getLogger(__name__)
 _TREE = "tree"
@@ -34,13 +39,19 @@ class RunCheckpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, record: Mapping[str, Any] | None = None) -> None:
-        """Starts saving `tree` and `record` as `step`; a step that exists is left as it is."""
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(dict(record or {}))
-            ),
-        )
+        """Starts saving `tree` and `record` as `step`; a step that exists is left as it is.
+
+        Raises:
+            CheckpointError: the disk has no room for it, or the save before this one failed.
+        """
+        with self._explained():
+            self._require_room(tree)
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(dict(record or {}))
+                ),
+            )
 
     def restore(self, like: Any, step: int | None = None) -> tuple[int, Any, dict[str, Any]]:
         """Step, tree and record of the newest checkpoint that can be read, or of `step`.
@@ -89,12 +100,53 @@ class RunCheckpoints:
             self._manager.reload()
 
     def wait(self) -> None:
-        """Returns when everything that was saved is on disk."""
-        self._manager.wait_until_finished()
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+            CheckpointError: it could not be written.
+        """
+        with self._explained():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Finishes saving and lets go of the directory."""
-        self._manager.close()
+        """Finishes saving and lets go of the directory; raises as `wait`."""
+        with self._explained():
+            self._manager.close()
+
+    def _require_room(self, tree: Any) -> None:
+        """Before anything is written: half a checkpoint helps nobody, and fills the disk."""
+        if is_remote(self.directory):
+            return
+        free = shutil.disk_usage(self.directory).free
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        if needed > free:
+            raise OSError(f"it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What keeps Orbax from writing, in a line."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            _silence_remains()
+            full = "No space left on device" in str(error)
+            reason = "no space is left" if full else " ".join(str(error).split())
+            raise CheckpointError(
+                f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
+                "are whole. Please make room or allow writing there; the same command then goes on"
+            ) from error
+
+
+def _silence_remains() -> None:
+    """Keeps a save that failed from a traceback for each array that it left unwritten."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    hook = sys.unraisablehook
+
+    def without_coroutines(unraisable: Any) -> None:
+        if not asyncio.iscoroutine(unraisable.object):
+            hook(unraisable)
+
+    sys.unraisablehook = without_coroutines
 
 
 def find_step(folder: epath.PathLike) -> epath.Path | None:

@@ -1,7 +1,7 @@
 """A decomposition model loaded from a checkpoint folder: transformer, autoencoder, scheduler."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,12 +18,17 @@ from sl_jax.flow.schedule import SchedulerConfig
 from sl_jax.models.attention import Attention, choose_implementation
 from sl_jax.models.lora import Adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
+from sl_jax.models.modulation import TIME_PARAMS, split_time, time_modules
 from sl_jax.models.packing import PATCH
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
-from sl_jax.parallel.mesh import Layout, replicated
+from sl_jax.parallel.mesh import AXES, Layout, replicated
 
 _log = logging.getLogger(__name__)
+
+# Kept on hosts, a kernel is split by outputs over all devices: each process reads and keeps rows of
+# the tensor, and no device has to add up what others multiplied.
+_ON_HOST = (("modulation", AXES),)
 
 
 @dataclass(frozen=True)
@@ -44,17 +49,37 @@ class ComputeConfig:
 
 
 class Pipeline(NamedTuple):
-    """Modules with their parameters; parameters of the transformer are sharded, the rest whole."""
+    """Modules with their parameters; parameters of the transformer are sharded, the rest whole.
+
+    Attributes:
+        params: of the transformer, on the devices.
+        time_params: those of them that only time passes (`models.modulation.TIME_PARAMS`), where
+            they are not in `params`: `HostArray`s, from which `inference.modulation` makes tables.
+    """
 
     model: MMDiT
     params: Any
     vae: Vae
     vae_params: Any
     scheduler: SchedulerConfig
+    time_params: Any = None
 
 
-def load_pipeline(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -> Pipeline:
+def load_pipeline(
+    folder: epath.PathLike,
+    compute: ComputeConfig,
+    layout: Layout,
+    adapters: Iterable[Adapter] | None = None,
+) -> Pipeline:
     """Loads a checkpoint in the diffusers layout onto a mesh.
+
+    Args:
+        folder: the checkpoint.
+        compute: how the model computes.
+        layout: of parameters and activations.
+        adapters: all (or their shapes) that the pipeline will sample with, if it only samples at
+            the times of grids. Unless one of them changes the modulation, its weights, a third of
+            the transformer's, then stay in the hosts' memory. None keeps all on the devices.
 
     Raises:
         CheckpointError: lists what is missing, surplus or mis-shaped, or says how transformer and
@@ -64,12 +89,36 @@ def load_pipeline(folder: epath.PathLike, compute: ComputeConfig, layout: Layout
     folder = epath.Path(folder)
     model = make_model(folder, compute, layout)
     _check_fit(folder, model.config, VaeConfig.from_dict(read_config(folder / "vae")))
-    params = load_params(folder / "transformer", MMDIT, layout.abstract(abstract_params(model)))
+    params, time_params = _transformer(folder / "transformer", model, layout, adapters)
     vae, vae_params = load_vae(folder / "vae", compute.dtype, replicated(layout.mesh))
     scheduler = SchedulerConfig.from_dict(
         read_config(folder / "scheduler", "scheduler_config.json")
     )
-    return Pipeline(model, params, vae, vae_params, scheduler)
+    return Pipeline(model, params, vae, vae_params, scheduler, time_params)
+
+
+def _transformer(
+    folder: epath.Path, model: MMDiT, layout: Layout, adapters: Iterable[Adapter] | None
+) -> tuple[Any, Any]:
+    """Parameters on the devices, and on the hosts; see `load_pipeline`."""
+    shapes = abstract_params(model)
+    adapted = sorted({name for adapter in adapters or () for name in time_modules(adapter.lora)})
+    if adapters is None or adapted:
+        if adapted:
+            gigabytes = _bytes(split_time(nn.unbox(shapes))[1]) / 1e9
+            _log.info(
+                "The adapter changes %s: no table of the modulation can stand in for the %.1f GB "
+                "of its weights, which stay on the accelerator.",
+                *(", ".join(adapted), gigabytes),
+            )
+        return load_params(folder, MMDIT, layout.abstract(shapes)), None
+    kept, time = split_time(shapes)
+    abstract = layout.abstract(kept) | Layout(layout.mesh, _ON_HOST).abstract(time)
+    return split_time(load_params(folder, MMDIT, abstract, on_host=TIME_PARAMS))
+
+
+def _bytes(shapes: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
 
 def _check_fit(folder: epath.Path, model: MMDiTConfig, vae: VaeConfig) -> None:

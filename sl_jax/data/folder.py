@@ -252,7 +252,12 @@ def training_and_held_out(
     index = scan(folder)
     if eval_data is None:
         training, held_out = index.split(eval_fraction)
-        if eval_fraction and not held_out and len(index) > 1:
+        if eval_fraction and len(index) == 1:
+            raise FolderError(
+                f"{shown(index.folder)} holds one usable picture; one to train on and another to "
+                "evaluate on are needed: please add pictures, or name another folder as eval_data"
+            )
+        if eval_fraction and not held_out:
             training, held_out = index.split_off_first()
             _log.warning(
                 "A share of %g of so few pictures is none: %s is held out, as long as no picture "

@@ -239,7 +239,8 @@ def _load(config: ModelConfig, where: Mapping[str, str]) -> _Loaded:
     layout = Layout(make_mesh(MeshConfig(), jax.local_devices()))
     texts = [config.prompt, config.negative_prompt]
     prompts = encode_prompts(folder, texts, cache_dir=user_cache(), dtype=config.dtype)
-    pipeline = load_pipeline(folder, ComputeConfig(config.dtype, remat="none"), layout)
+    compute = ComputeConfig(config.dtype, remat="none")
+    pipeline = load_pipeline(folder, compute, layout, adapters.values())
     placed = {name: shard_adapter(adapter, pipeline.params) for name, adapter in adapters.items()}
     return _Loaded(Decomposer(pipeline), prompts, {None: None, **placed}, layout)
 

@@ -29,8 +29,9 @@ from sl_jax.grpo.objective import (
     rollout_mismatch,
 )
 from sl_jax.grpo.rollout import Candidates
-from sl_jax.inference.sampling import Condition, modulation_table, velocity_function
+from sl_jax.inference.sampling import Condition, modulation_rows, velocity_function
 from sl_jax.models.lora import Adapter
+from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, batch_sharding, batch_shards, replicated
 from sl_jax.parallel.processes import from_everywhere
@@ -42,14 +43,14 @@ class Scored(NamedTuple):
 
     Attributes:
         candidates: the rollout.
-        sigmas: its σ grid.
+        table: its σ grid and modulation.
         advantage: per sample of the whole batch, in every process.
         weight: likewise, normalised over the whole update.
         grid: static shape.
     """
 
     candidates: Candidates
-    sigmas: Float[Array, " steps_1"]
+    table: ModulationTable
     advantage: Float[np.ndarray, " b"]
     weight: Float[np.ndarray, " b"]
     grid: LatentGrid
@@ -210,7 +211,7 @@ class Learner:
         ), UpdateReport(reports, norms, norm)
 
     def velocity(
-        self, adapter: Adapter, step: Step, sigmas: Float[Array, " steps_1"], grid: LatentGrid
+        self, adapter: Adapter, step: Step, table: ModulationTable, grid: LatentGrid
     ) -> tuple[Float[Array, "m n c"], Any]:
         """Velocity of one micro-batch, and its vjp with respect to the adapter's weights."""
         return self._forward(
@@ -220,7 +221,7 @@ class Learner:
             step.x,
             step.index,
             step.condition,
-            sigmas,
+            table,
             grid=grid,
         )
 
@@ -251,10 +252,10 @@ class Learner:
         """Adds the gradient of one micro-batch; `others` are the old and the reference adapter."""
         # Of the others' vjps nothing is kept: their residuals are as large as the trained one's.
         old, reference = (
-            self.velocity(other, step, batch.sigmas, batch.grid)[0] if other else None
+            self.velocity(other, step, batch.table, batch.grid)[0] if other else None
             for other in others
         )
-        velocity, vjp = self.velocity(adapter, step, batch.sigmas, batch.grid)
+        velocity, vjp = self.velocity(adapter, step, batch.table, batch.grid)
         trained = None
         if self._rollout.train_frames == "layers":
             trained = np.arange(batch.grid.generated_tokens) >= batch.grid.frame_tokens
@@ -265,7 +266,7 @@ class Learner:
             velocity if old is None else old,
             reference,
             step,
-            batch.sigmas,
+            batch.table.sigmas,
             trained,
         )
 
@@ -316,7 +317,7 @@ class Learner:
         x: Array,
         index: Array,
         condition: Condition,
-        sigmas: Array,
+        table: ModulationTable,
         *,
         grid: LatentGrid,
     ) -> tuple[Array, Any]:
@@ -324,9 +325,8 @@ class Learner:
 
         def forward(trained: Any) -> Array:
             variables = Adapter(trained, lora_scale).variables()
-            now = jax.lax.dynamic_slice_in_dim(sigmas, index, 2)
-            table = modulation_table(model, params, variables, now)
-            velocity = velocity_function(model, params, variables, condition, table, grid)
+            rows = modulation_rows(model, params, variables, table.only(index))
+            velocity = velocity_function(model, params, variables, condition, rows, grid)
             return velocity(x, jnp.int32(0))
 
         return jax.vjp(forward, lora)

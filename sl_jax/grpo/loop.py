@@ -169,8 +169,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         )
         phases = Phases(progress)
         phases.begin("evaluating")
-        before, after = evaluator(state.initial), None
+        before = after = None
         if epoch == 0:
+            before = evaluator(state.initial)
             writer.scalars(0, evaluation_metrics(before) | _sampler_gap(parts, state, before))
             writer.pictures(0, before)
         phases.finish()
@@ -202,6 +203,8 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     parts.checkpoints.wait()
             raise
         parts.checkpoints.wait()
+        phases.begin("evaluating")
+        before = evaluator(state.initial) if before is None else before
         after = evaluator(state.ema) if after is None else after
         writer.pictures(epoch, after)
         return Outcome(state, before, after)
@@ -494,7 +497,7 @@ def _scored(
     return [
         Scored(
             batch.candidates,
-            parts.rollout.sigmas(batch.grid),
+            parts.rollout.table(batch.grid),
             worth.advantage[number * size : (number + 1) * size].ravel(),
             worth.weight[number * size : (number + 1) * size].ravel(),
             batch.grid,

@@ -10,15 +10,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from sl_jax.checkpoints.pipeline import Pipeline
 from sl_jax.flow import sampler
 from sl_jax.grpo.config import RolloutConfig
+from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.sampling import (
     Condition,
     each_layer,
-    modulation_table,
+    modulation_rows,
     picture_latents,
     velocity_function,
 )
 from sl_jax.models.codec import to_uint8
 from sl_jax.models.lora import Adapter
+from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae, denormalize_latents
 from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
@@ -77,6 +79,7 @@ class Rollout:
 
     def __init__(self, pipeline: Pipeline, config: RolloutConfig, layout: Layout):
         self._pipeline = pipeline
+        self._tables = ModulationTables(pipeline)
         self._config = config
         self._layout = layout
         rows, steps = (batch_sharding(layout.mesh, leading) for leading in (0, 1))
@@ -93,10 +96,10 @@ class Rollout:
             out_shardings=Decoded(rows, whole),
         )
 
-    def sigmas(self, grid: LatentGrid) -> Float[Array, " steps_1"]:
-        """The σ grid of a bucket."""
+    def table(self, grid: LatentGrid) -> ModulationTable:
+        """The σ grid of a bucket and its modulation, which learning from the rollout shares."""
         config = self._config
-        return jnp.asarray(
+        return self._tables(
             self._pipeline.scheduler.sigmas(config.steps, grid.frame_tokens, config.shift)
         )
 
@@ -109,7 +112,7 @@ class Rollout:
             self._pipeline.vae_params,
             adapter,
             pictures,
-            self.sigmas(grid),
+            self.table(grid),
             jnp.int32(window_start),
             grid=grid,
         )
@@ -124,14 +127,14 @@ class Rollout:
         vae_params: Any,
         adapter: Adapter,
         pictures: Pictures,
-        sigmas: Float[Array, " steps_1"],
+        table: ModulationTable,
         window_start: Int[Array, ""],
         *,
         grid: LatentGrid,
     ) -> Candidates:
         config, model, vae = self._config, self._pipeline.model, self._pipeline.vae
         variables = adapter.variables()
-        table = modulation_table(model, params, variables, sigmas)
+        rows = modulation_rows(model, params, variables, table)
         groups = Condition(
             picture_latents(vae, vae_params, pictures.pixels),
             pictures.text,
@@ -139,22 +142,28 @@ class Rollout:
         )
         samples = groups.repeat(config.group_size)
         keys = jax.vmap(lambda key: _candidate_keys(key, config.group_size))(pictures.keys).ravel()
+        velocity = partial(velocity_function, model, params, variables, rows=rows, grid=grid)
         shared = config.group_noise == "shared"
-        noise = sampler.initial_noise(
-            pictures.keys if shared else keys, grid.generated_tokens, samples.picture.shape[-1]
+        x = self._spread(
+            sampler.initial_noise(
+                pictures.keys if shared else keys, grid.generated_tokens, samples.picture.shape[-1]
+            )
         )
-        velocity = partial(velocity_function, model, params, variables, table=table, grid=grid)
-        x = sampler.rollout_prefix(
-            velocity(groups if shared else samples),
-            self._spread(noise),
-            sigmas,
-            window_start=window_start,
-            ode_method=config.ode_method,
-        )
-        trajectory = sampler.rollout_window(
+        stochastic = sampler.rollout
+        if shared:  # up to the window candidates are equal: one stands for its group
+            x = sampler.rollout_prefix(
+                velocity(groups),
+                x,
+                table.sigmas,
+                window_start=window_start,
+                ode_method=config.ode_method,
+            )
+            x = self._spread(jnp.repeat(x, config.group_size, axis=0))
+            stochastic = sampler.rollout_window
+        trajectory = stochastic(
             velocity(samples),
-            self._spread(jnp.repeat(x, config.group_size, axis=0) if shared else x),
-            sigmas,
+            x,
+            table.sigmas,
             dynamics=config.dynamics,
             noise_level=config.noise_level,
             window_start=window_start,

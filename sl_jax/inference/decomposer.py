@@ -29,6 +29,7 @@ from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data.pictures import area_size, longest_side_size, resize_to, to_rgba
 from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
 from sl_jax.imaging import flatten
+from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.prompts import (
     DEFAULT_PROMPT,
     PromptEmbeddings,
@@ -38,11 +39,12 @@ from sl_jax.inference.prompts import (
 from sl_jax.inference.sampling import (
     Condition,
     decode_layers,
-    modulation_table,
+    modulation_rows,
     velocity_function,
 )
 from sl_jax.models.codec import encode_frames, opaque
 from sl_jax.models.lora import Adapter
+from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shards, make_mesh
@@ -75,6 +77,7 @@ class Decomposer:
 
     def __init__(self, pipeline: Pipeline):
         self._pipeline = pipeline
+        self._tables = ModulationTables(pipeline)
         self._program = jax.jit(self._sampled, static_argnames=("grid", "method"))
 
     @staticmethod
@@ -114,7 +117,7 @@ class Decomposer:
         # The text encoder is gone from memory before the model is loaded.
         cache = user_cache() if prompt_cache is None else prompt_cache
         prompts = encode_prompts(folder, [prompt, negative_prompt], cache_dir=cache, dtype=dtype)
-        pipeline = load_pipeline(folder, compute, layout)
+        pipeline = load_pipeline(folder, compute, layout, [loaded] if loaded else [])
         if loaded is not None:
             loaded = shard_adapter(loaded, pipeline.params)
         return PictureDecomposer(Decomposer(pipeline), prompts, loaded, layout)
@@ -157,7 +160,7 @@ class Decomposer:
             text,
             text_lengths,
             noise,
-            jnp.asarray(sigmas),
+            self._tables(sigmas),
             guidance,
             grid=grid,
             method=method,
@@ -172,7 +175,7 @@ class Decomposer:
         text: Array,
         text_lengths: Array | None,
         noise: Array,
-        sigmas: Array,
+        table: ModulationTable,
         guidance: Guidance | None,
         *,
         grid: LatentGrid,
@@ -182,10 +185,10 @@ class Decomposer:
         frames = pictures if pictures.shape[-1] == 4 else opaque(pictures)
         latents = encode_frames(vae, vae_params, frames).astype(jnp.float32)
         condition = Condition(pack(latents[:, None]), text, text_lengths)
-        table = modulation_table(model, params, variables, sigmas)
-        velocity = partial(velocity_function, model, params, variables, table=table, grid=grid)
+        rows = modulation_rows(model, params, variables, table)
+        velocity = partial(velocity_function, model, params, variables, rows=rows, grid=grid)
         chosen = velocity(condition) if guidance is None else _guided(velocity, condition, guidance)
-        return decode_layers(vae, vae_params, sample(chosen, noise, sigmas, method), grid)
+        return decode_layers(vae, vae_params, sample(chosen, noise, table.sigmas, method), grid)
 
 
 def _guided(velocity: Any, condition: Condition, guidance: Guidance) -> VelocityFn:

@@ -10,7 +10,8 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from sl_jax.flow.sampler import VelocityFn
 from sl_jax.models.codec import decode_frames, encode_frames, opaque
-from sl_jax.models.mmdit import MMDiT, Modulation
+from sl_jax.models.mmdit import MMDiT
+from sl_jax.models.modulation import Modulation, ModulationTable, time_modules
 from sl_jax.models.packing import pack, unpack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
@@ -70,11 +71,23 @@ def each_layer(
     )
 
 
-def modulation_table(
-    model: MMDiT, params: Any, adapter: Mapping[str, Any], sigmas: Float[Array, " steps_1"]
+def modulation_rows(
+    model: MMDiT, params: Any, adapter: Mapping[str, Any], table: ModulationTable
 ) -> Modulation:
-    """Modulation at every σ of a grid but the final 0, where no velocity is evaluated."""
-    return model.apply({"params": params, **adapter}, sigmas[:-1], method="modulate")
+    """The rows of a table; of one without rows computed here, from `params` and `adapter`.
+
+    Raises:
+        ValueError: the rows are known, but not with this adapter, which changes them.
+    """
+    if table.rows is None:
+        return model.apply({"params": params, **adapter}, table.sigmas[:-1], method="modulate")
+    adapted = time_modules(adapter.get("lora", {}))
+    if adapted:
+        raise ValueError(
+            f"the adapter changes {', '.join(adapted)}, which the table of the base's modulation "
+            "does not know; please name the adapter when the pipeline is loaded"
+        )
+    return table.rows
 
 
 def velocity_function(
@@ -82,14 +95,14 @@ def velocity_function(
     params: Any,
     adapter: Mapping[str, Any],
     condition: Condition,
-    table: Modulation,
+    rows: Modulation,
     grid: LatentGrid,
 ) -> VelocityFn:
     """(x, index into the σ grid) → velocity, float32, for the samples of `condition`.
 
     Args:
         adapter: collections from `Adapter.variables`; empty for the base model.
-        table: from `modulation_table` with the same parameters and adapter.
+        rows: from `modulation_rows` with the same parameters and adapter.
     """
 
     def velocity(x: Float[Array, "b n c"], index: Int[Array, ""]) -> Float[Array, "b n c"]:
@@ -99,7 +112,7 @@ def velocity_function(
             condition.picture,
             condition.text,
             condition.text_lengths,
-            table.at(index),
+            rows.at(index),
             grid,
         ).astype(jnp.float32)
 

@@ -4,16 +4,14 @@ Sixty double-stream blocks: image and text tokens have weights of their own and 
 attention. Behaviour of `QwenImageTransformer2DModel` in diffusers 0.42 with `use_layer3d_rope`;
 parameter paths mirror its tensor names (see `checkpoints.naming`).
 
-Time enters through AdaLN modulation alone, and the modulation depends on nothing else. It is
-therefore computed apart from the blocks: `modulate` maps times to a `Modulation`, `__call__` takes
-one. For a fixed set of times the result is a table, and the third of the parameters that makes it
-(collection path `modulation`, `time_text_embed`, `norm_out`) need not stay on the accelerator.
+Modulation by time is computed apart from the blocks, see `models.modulation`: `modulate` maps times
+to a `Modulation`, `__call__` takes one. Each works without the parameters that the other uses.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,6 +21,7 @@ from jaxtyping import Array, Float, Int
 
 from sl_jax.models.attention import Attention
 from sl_jax.models.lora import LoRADense
+from sl_jax.models.modulation import Modulation
 from sl_jax.models.packing import PATCH
 from sl_jax.models.rope import LatentGrid, RopeTable, layer3d_rope, rotate
 
@@ -111,27 +110,6 @@ def unconstrained(x: Array, axes: tuple[str | None, ...]) -> Array:
     """Leaves the layout to the compiler."""
     del axes
     return x
-
-
-class Modulation(NamedTuple):
-    """What time does to the network; B is the batch, or 1 to serve a whole batch.
-
-    Attributes:
-        image, text: [layers, B, 6, width]: shift, scale, gate of attention, then of the MLP.
-        output: [B, 2, width]: scale and shift before the last projection.
-    """
-
-    image: Float[Array, "n b 6 d"]
-    text: Float[Array, "n b 6 d"]
-    output: Float[Array, "b 2 d"]
-
-    def at(self, index: Int[Array, ""]) -> "Modulation":
-        """Row `index` of a table made from several times, as a modulation of batch 1."""
-
-        def row(table: Array, axis: int) -> Array:
-            return jax.lax.dynamic_slice_in_dim(table, index, 1, axis)
-
-        return Modulation(row(self.image, 1), row(self.text, 1), row(self.output, 0))
 
 
 class MMDiT(nn.Module):

@@ -338,9 +338,9 @@ def from_local(local: np.ndarray, sharding: NamedSharding, rows: int) -> jax.Arr
 
 
 def from_everywhere(values: np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """A global array of values that every process knows."""
+    """A global array of values that every process knows whole, and places its own shards of."""
     values = np.asarray(values)
-    return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
+    return jax.make_array_from_process_local_data(sharding, values, values.shape)
 
 
 def to_local(array: jax.Array) -> np.ndarray:

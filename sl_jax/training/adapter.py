@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 from etils import epath
@@ -24,10 +24,20 @@ class AdapterConfig(Protocol):
     compute: ComputeConfig
 
 
-def first_adapter(
-    config: AdapterConfig, folder: epath.Path, layout: Layout
-) -> Callable[[Any], Adapter]:
-    """Base parameters → the adapter to start from, laid out like them.
+class FirstAdapter(NamedTuple):
+    """The adapter to start from.
+
+    Attributes:
+        shapes: of its arrays.
+        on: base parameters → the adapter, laid out like them.
+    """
+
+    shapes: Adapter
+    on: Callable[[Any], Adapter]
+
+
+def first_adapter(config: AdapterConfig, folder: epath.Path, layout: Layout) -> FirstAdapter:
+    """The adapter to start from, before the base parameters are loaded.
 
     `config.init_adapter` names any adapter that `checkpoints.adapters.locate_adapter` finds, whose
     rank and targets then count; without it the adapter is a fresh one of `config.lora`.
@@ -49,16 +59,18 @@ def first_adapter(
         raise CheckpointError(f"{folder / 'transformer' / 'config.json'}: {error}") from error
     if config.init_adapter:
         try:
-            return partial(shard_adapter, load_adapter(config.init_adapter, shapes))
+            loaded = load_adapter(config.init_adapter, shapes)
         except CheckpointError as error:
             raise ConfigError(f"config.init_adapter: {error}") from error
+        return FirstAdapter(jax.eval_shape(lambda: loaded), partial(shard_adapter, loaded))
     try:
         target_paths(shapes, config.lora.targets)
     except ValueError as error:
         raise ConfigError(f"config.lora.targets is {config.lora.targets}: {error}") from error
 
     def fresh(params: Any) -> Adapter:
-        key = jax.random.key(config.seed)
-        return shard_adapter(init_adapter(key, params, config.lora), params)
+        return init_adapter(jax.random.key(config.seed), params, config.lora)
 
-    return fresh
+    return FirstAdapter(
+        jax.eval_shape(lambda: fresh(shapes)), lambda params: shard_adapter(fresh(params), params)
+    )

@@ -17,6 +17,13 @@ class _AboveBars(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Of errors in Orbax's threads the message: `checkpoints.orbax` raises them where it waits."""
+    if "orbax" in record.pathname:
+        record.exc_info = None
+    return True
+
+
 class _Format(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         text = super().format(record)
@@ -28,6 +35,7 @@ def set_up_logging() -> None:
     # transformers advises to install PyTorch, which nothing here needs.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     absl_logging.set_verbosity(absl_logging.WARNING)
+    absl_logging.get_absl_logger().addFilter(_without_traceback)
     handler = _AboveBars()
     handler.setFormatter(_Format())
     own = logging.getLogger("sl_jax")

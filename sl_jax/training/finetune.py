@@ -325,7 +325,7 @@ def _first(
     if config.train == "full":
         _check_apart(Path(config.export), local_path(model))
         return lambda base: _Parts(jax.tree.map(lambda x: x.astype(jnp.float32), base), None, None)
-    adapter_on = first_adapter(config, epath.Path(model), layout)
+    adapter_on = first_adapter(config, epath.Path(model), layout).on
 
     def parts(base: Any) -> _Parts:
         adapter = adapter_on(base)

@@ -171,7 +171,7 @@ class _OneHost:
 
     def __init__(self, monkeypatch, devices):
         self.buffers = {}
-        places, filled = loading._places, loading.Loader._filled
+        places, filled = loading.places_of, loading.Loader._filled
 
         def own(shape, sharding):
             every = places(shape, sharding)
@@ -186,7 +186,7 @@ class _OneHost:
             self.buffers.update({(source.names, bounds): found[bounds] for bounds in found})
             return dict(found)
 
-        monkeypatch.setattr(loading, "_places", own)
+        monkeypatch.setattr(loading, "places_of", own)
         monkeypatch.setattr(loading.Loader, "_filled", noted)
         monkeypatch.setattr(
             jax, "make_array_from_single_device_arrays", lambda shape, *_: jnp.zeros(shape)

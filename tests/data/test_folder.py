@@ -313,6 +313,14 @@ def test_a_small_folder_has_a_held_out_picture_too(tmp_path, caplog):
     assert not training_and_held_out(tmp_path, BUCKETS, eval_fraction=0.0)[1]
 
 
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.999])
+def test_one_picture_cannot_be_trained_on_and_held_out(tmp_path, fraction):
+    fill(tmp_path, 1)
+    with pytest.raises(FolderError, match=r"one usable picture; .* add pictures, or name another"):
+        training_and_held_out(tmp_path, BUCKETS, eval_fraction=fraction)
+    assert len(training_and_held_out(tmp_path, BUCKETS, eval_fraction=0.0)[0]) == 1
+
+
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
 def test_wrong_fraction(tmp_path, fraction):
     index = scan_folder(fill(tmp_path, 1), BUCKETS)

@@ -142,6 +142,21 @@ def test_big_endian_16_bit_tiff(tmp_path):
     )
 
 
+@pytest.mark.parametrize(("channels", "colour"), [(3, 2), (4, 6), (2, 4)])
+def test_16_bit_colour_and_alpha(tmp_path, channels, colour):
+    """PNG's types RGB, RGBA and grey with alpha, of which the decoder keeps the upper byte."""
+    values = np.random.default_rng(0).integers(0, 65536, (HEIGHT, WIDTH, channels))
+    path = tmp_path / "a.png"
+    path.write_bytes(
+        png_bytes(values.astype(">u2").tobytes(), WIDTH * 2 * channels, depth=16, colour=colour)
+    )
+    places = {3: [0, 1, 2], 4: [0, 1, 2, 3], 2: [0, 0, 0, 1]}[channels]
+    rgba = open_rgba(path)
+    assert np.abs(rgba[..., : len(places)] - values[..., places] / 257).max() <= 1
+    flat = rgba[..., :3] if channels == 3 else over_white(rgba)
+    np.testing.assert_array_equal(open_picture(path), flat)
+
+
 def test_16_bit_grey_with_a_transparent_level(tmp_path):
     values = np.full((HEIGHT, WIDTH), 1000, np.uint16)
     values[:5] = 40_000

@@ -12,7 +12,8 @@ from sl_jax.inference import prompts
 
 def test_prompts_are_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setenv("SL_JAX_CACHE", str(tmp_path))
-    monkeypatch.setattr(systems, "load_pipeline", lambda *_: SimpleNamespace(params={}))
+    pipeline = SimpleNamespace(params={}, time_params=None)
+    monkeypatch.setattr(systems, "load_pipeline", lambda *_: pipeline)
     config = ModelConfig("tiny", "a prompt", dtype="float32")
     first = systems._load(config, {}).prompts
     assert len(list((tmp_path / "prompts").iterdir())) == 2

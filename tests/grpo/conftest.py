@@ -22,7 +22,10 @@ from sl_jax.scoring.server import JudgeServer
 
 
 class Bench:
-    """A float32 pipeline on a mesh, pictures to roll out, and an adapter whose update is not 0."""
+    """A float32 pipeline on a mesh, pictures to roll out, and an adapter whose update is not 0.
+
+    `adapters` is for `load_pipeline`; by default modulation comes from tables, as in a run.
+    """
 
     grid = LatentGrid(2, 2, 1)
     groups = 8
@@ -30,10 +33,10 @@ class Bench:
         groups=8, batch_groups=8, group_size=2, steps=4, window_range=(0, 3), noise_level=0.7
     )
 
-    def __init__(self, folder, **mesh):
+    def __init__(self, folder, adapters=(), **mesh):
         devices = jax.devices()[: np.prod(list(mesh.values()))]
         self.layout = Layout(make_mesh(MeshConfig(**mesh), devices))
-        self.pipeline = load_pipeline(folder, ComputeConfig(dtype="float32"), self.layout)
+        self.pipeline = load_pipeline(folder, ComputeConfig("float32"), self.layout, adapters)
         targets = ("to_q", "to_out.0", "add_k_proj", "img_mlp.net.2")
         fresh = init_adapter(jax.random.key(3), self.pipeline.params, LoRAConfig(4, 8.0, targets))
         rng = np.random.default_rng(4)

@@ -65,7 +65,7 @@ def test_a_model_that_is_not_implemented(config_only, layout, tmp_path):
 
 def test_a_fresh_one_follows_the_seed(config_only, layout, params):
     first, again, other = (
-        first_adapter(_config(seed=seed), config_only, layout)(params) for seed in (1, 1, 2)
+        first_adapter(_config(seed=seed), config_only, layout).on(params) for seed in (1, 1, 2)
     )
     leaves = jax.tree.leaves(first)
     assert {x.shape[-1] for x in leaves if x.ndim == 3} >= {3}
@@ -74,7 +74,7 @@ def test_a_fresh_one_follows_the_seed(config_only, layout, params):
 
 
 def _trained(config_only, layout, params):
-    adapter = first_adapter(_config(), config_only, layout)(params)
+    adapter = first_adapter(_config(), config_only, layout).on(params)
     rng = np.random.default_rng(0)
     return adapter.replace(
         lora=jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), adapter.lora)
@@ -88,7 +88,7 @@ def test_a_peft_folder_is_taken_up_with_its_own_rank_and_targets(
     save_peft(tmp_path, adapter, "base")
     config = _config(init_adapter=str(tmp_path))
     config = dataclasses.replace(config, lora=LoRAConfig(9, 1.0, ("to_k",)))
-    found = first_adapter(config, config_only, layout)(params)
+    found = first_adapter(config, config_only, layout).on(params)
     assert jax.tree.structure(found) == jax.tree.structure(adapter)
     jax.tree.map(np.testing.assert_array_equal, found, adapter)
     placed = {leaf.sharding.mesh for leaf in jax.tree.leaves(found)}

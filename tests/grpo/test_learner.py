@@ -36,7 +36,7 @@ def _scored(bench, candidates):
     weight[3] = 0
     advantage = np.random.default_rng(0).normal(size=SAMPLES)
     rollout = Rollout(bench.pipeline, bench.config, bench.layout)
-    return Scored(candidates, rollout.sigmas(bench.grid), advantage, weight, bench.grid)
+    return Scored(candidates, rollout.table(bench.grid), advantage, weight, bench.grid)
 
 
 def _rolled(bench):
@@ -111,7 +111,7 @@ def test_only_the_adapter_is_differentiated_and_optimized(bench, scored, learner
     optimizer = sum(x.size for x in jax.tree.leaves(state.optimizer))
     assert optimizer == 2 * weights + counts
     step = next(learner._steps(scored, 0))
-    velocity, vjp = learner.velocity(bench.adapter, step, scored.sigmas, bench.grid)
+    velocity, vjp = learner.velocity(bench.adapter, step, scored.table, bench.grid)
     (cotangent,) = jax.eval_shape(vjp, velocity)
     assert jax.tree.map(np.shape, cotangent) == jax.tree.map(np.shape, bench.adapter.lora)
     gradient = _gradient(state)

@@ -62,7 +62,7 @@ def test_the_others_are_learned_from(bench, rollout, spoiled):
     )
     weight = np.where(_of_spoiled(bench), 0, 1 / 14)
     advantage = np.random.default_rng(0).normal(size=16) * (weight > 0)
-    scored = Scored(spoiled, rollout.sigmas(bench.grid), advantage, weight, bench.grid)
+    scored = Scored(spoiled, rollout.table(bench.grid), advantage, weight, bench.grid)
     state = learner.start(bench.adapter)
     state, first = learner.update(state, [scored])
     state, second = learner.update(state, [scored], bench.adapter)
@@ -90,7 +90,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
             rollout=RolloutConfig(groups=4, batch_groups=2, group_size=4),
             learner=LearnerConfig(updates=1),
         ),
-        rollout=SimpleNamespace(sigmas=lambda grid: None),
+        rollout=SimpleNamespace(table=lambda grid: None),
         learner=SimpleNamespace(update=update),
         judging=SimpleNamespace(
             metrics=dict,

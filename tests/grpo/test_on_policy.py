@@ -5,12 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, shard_adapter
+from sl_jax.checkpoints.pipeline import (
+    ComputeConfig,
+    load_pipeline,
+    parameter_shapes,
+    shard_adapter,
+)
 from sl_jax.grpo.config import LearnerConfig, RolloutConfig
 from sl_jax.grpo.learner import Learner, Scored
 from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.grpo.rollout import Pictures, Rollout
-from sl_jax.models.lora import LoRAConfig, init_adapter
+from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig, init_adapter
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 from sl_jax.training.optimizer import OptimizerConfig
@@ -21,10 +26,13 @@ ROLLOUT = RolloutConfig(
 )
 
 
-def _setting(folder, mesh, dtype, micro_batch, updates=1):
+def _setting(folder, mesh, dtype, micro_batch, targets, updates=1):
     devices = jax.devices()[: np.prod([s for s in mesh.values()])]
     layout = Layout(make_mesh(MeshConfig(**mesh), devices))
-    pipeline = load_pipeline(folder, ComputeConfig(dtype=dtype), layout)
+    config = LoRAConfig(4, 8.0, targets)
+    shapes = parameter_shapes(folder)
+    adapter = jax.eval_shape(lambda: init_adapter(jax.random.key(0), shapes, config))
+    pipeline = load_pipeline(folder, ComputeConfig(dtype=dtype), layout, [adapter])
     learner = Learner(
         pipeline,
         ROLLOUT,
@@ -44,9 +52,9 @@ def _pictures(groups=8):
     return Pictures(jnp.asarray(pixels), jnp.asarray(text), jnp.full(groups, 4), keys)
 
 
-def _adapter(pipeline):
+def _adapter(pipeline, targets):
     """An adapter whose update is not zero."""
-    adapter = init_adapter(jax.random.key(3), pipeline.params, LoRAConfig(4, 8.0))
+    adapter = init_adapter(jax.random.key(3), pipeline.params, LoRAConfig(4, 8.0, targets))
     lora = jax.tree.map(
         lambda x: x + 0.02 * jax.random.normal(jax.random.key(4), x.shape), adapter.lora
     )
@@ -54,21 +62,26 @@ def _adapter(pipeline):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dtype", "micro_batch"),
+    ("mesh", "dtype", "micro_batch", "targets"),
     [
-        ({"data": 1, "fsdp": 1}, "bfloat16", 2),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8),
+        ({"data": 1, "fsdp": 1}, "bfloat16", 2, DEFAULT_TARGETS),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8, DEFAULT_TARGETS),
+        pytest.param(
+            *({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8),
+            ("to_q", "img_mod.1", "txt_mod.1"),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_delta_is_zero_bitwise_before_the_first_update(random_checkpoint, mesh, dtype, micro_batch):
-    pipeline, rollout, learner = _setting(random_checkpoint, mesh, dtype, micro_batch)
-    adapter = _adapter(pipeline)
+def test_delta_is_zero_bitwise_before_the_first_update(
+    random_checkpoint, mesh, dtype, micro_batch, targets
+):
+    pipeline, rollout, learner = _setting(random_checkpoint, mesh, dtype, micro_batch, targets)
+    adapter = _adapter(pipeline, targets)
     candidates = rollout(adapter, _pictures(), 1, GRID)
     samples = len(candidates.latents)
     advantage = np.resize([1.0, -1.0], samples)
-    scored = Scored(
-        candidates, rollout.sigmas(GRID), advantage, np.full(samples, 1 / samples), GRID
-    )
+    scored = Scored(candidates, rollout.table(GRID), advantage, np.full(samples, 1 / samples), GRID)
     old = jax.tree.map(jnp.copy, adapter)
     # Told of an old adapter, though it is equal, the learner computes both velocities.
     state, report = learner.update(learner.start(adapter), [scored], old)
@@ -79,3 +92,7 @@ def test_delta_is_zero_bitwise_before_the_first_update(random_checkpoint, mesh, 
     _, report = learner.update(state, [scored], old)
     assert all(np.all(step.objective.log_ratio != 0) for step in report.steps)
     assert all(np.all(step.mismatch.distance < 0.1) for step in report.steps)
+    # All the while the base is bfloat16, whatever its files hold, and the adapter is not.
+    base = (pipeline.params, pipeline.time_params, pipeline.vae_params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(base)} == {np.dtype(dtype)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.adapter)} == {np.dtype(np.float32)}

@@ -53,7 +53,7 @@ class WatchedRollout(Rollout):
                 assert self._judge.answered[before].wait(LIMIT)
         return super().__call__(*args)
 
-    def sigmas(self, grid):
+    def table(self, grid):
         return None
 
 

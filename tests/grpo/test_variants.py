@@ -61,29 +61,28 @@ def variant(request):
 def _objective(bench, config, objective, reference, scored):
     """The loss of all samples and steps at once, as a function of the adapter's weights."""
     pipeline, window, condition = bench.pipeline, scored.candidates.window, scored.candidates[2]
-    trained = np.ones(bench.grid.generated_tokens)
+    sigmas, trained = scored.table.sigmas, np.ones(bench.grid.generated_tokens)
     if config.train_frames == "layers":
         trained[: bench.grid.frame_tokens] = 0
 
     def velocity(lora, x, index):
         variables = {"params": pipeline.params}
         variables |= Adapter(lora, bench.adapter.lora_scale).variables()
-        sigma = scored.sigmas[index][None]
-        table = pipeline.model.apply(variables, sigma, method="modulate")
-        return pipeline.model.apply(variables, x, *condition, table.at(0), bench.grid)
+        modulation = scored.table.rows.at(index)
+        return pipeline.model.apply(variables, x, *condition, modulation, bench.grid)
 
     def loss(lora):
         total = 0.0
         for number, index in enumerate(np.asarray(window.index)):
             x = window.x[number]
-            here, following = scored.sigmas[index], scored.sigmas[index + 1]
+            here, following = sigmas[index], sigmas[index + 1]
             total += policy_objective(
                 velocity(lora, x, index),
                 velocity_old=velocity(bench.adapter.lora, x, index),
                 x=x,
                 x_next=window.x_next[number],
                 coefficients=step_coefficients(
-                    config.dynamics, here, following, scored.sigmas[1], config.noise_level
+                    config.dynamics, here, following, sigmas[1], config.noise_level
                 ),
                 advantage=jnp.asarray(scored.advantage, jnp.float32),
                 weight=jnp.asarray(scored.weight / len(window.index), jnp.float32),
@@ -110,7 +109,7 @@ def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
     rng = np.random.default_rng(0)
     weight = rng.uniform(0.5, 1.5, SAMPLES)
     scored = Scored(
-        *(candidates, rollout.sigmas(bench.grid), rng.normal(size=SAMPLES)),
+        *(candidates, rollout.table(bench.grid), rng.normal(size=SAMPLES)),
         *(weight / weight.sum(), bench.grid),
     )
     learner = Learner(

@@ -1,6 +1,6 @@
 """The judge pool under full fire: 10,000 requests over eight servers, two of which misbehave.
 
-    python tests/soak/judge_pool.py --out tests/soak/judge_pool.json
+    python tests/soak/judge_pool.py --out tests/soak/results/judge_pool.json
 
 Servers run in processes of their own, on loopback. Two runs: the six healthy servers alone, which
 says what they can do, then all eight. Every answer is compared with the one that is right.

@@ -1,6 +1,10 @@
 """Checkpoints of a run: whole or absent, the newest readable one first."""
 
 import logging
+import resource
+import shutil
+import sys
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -49,6 +53,38 @@ def test_the_newest_comes_back(folder):
     step, tree, record = _restored(folder)
     assert (step, record) == (3, {"position": 30})
     assert np.array_equal(tree["a"], _tree(3)["a"]) and int(tree["n"]) == 3
+
+
+def test_without_room_nothing_is_begun(folder, monkeypatch):
+    checkpoints = RunCheckpoints(folder)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=40))
+    with pytest.raises(CheckpointError, match=r"takes 0\.0 MB, and 0\.0 MB are free; .* make room"):
+        checkpoints.save(4, _tree(4))
+    checkpoints.close()
+    assert not list(folder.glob("4*"))
+    assert _restored(folder)[0] == 3
+
+
+@pytest.fixture
+def small_files():
+    """Until the test ends, no file grows beyond 20 kB: as on a disk that somebody else fills."""
+    hook, limits = sys.unraisablehook, resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").setLevel(logging.NOTSET)
+
+
+def test_a_save_that_fails_in_the_background_is_one_error(folder, small_files):
+    noise = np.random.default_rng(0).normal(size=(100, 1000))  # compression does not help
+    checkpoints = RunCheckpoints(folder)
+    checkpoints.save(4, {"a": jnp.asarray(noise), "n": jnp.int32(4)})
+    with pytest.raises(
+        CheckpointError, match=r"cannot be written to .*; those before it are whole"
+    ):
+        checkpoints.wait()
+    assert _restored(folder)[0] == 3
 
 
 def test_the_last_few_are_kept(tmp_path):
