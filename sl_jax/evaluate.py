@@ -120,7 +120,7 @@ def _config() -> EvaluationConfig:
         how = (_DTYPE.value, _SEED.value, _BATCH.value)
         model = ModelConfig(_MODEL.value, _PROMPT.value, *guidance, *how)
     adapters = options.parse_named(_ADAPTER.value, [BASE])
-    ready = options.parse_named(_READY.value, [BASE, *(a.name for a in adapters)])
+    ready = options.parse_named(_READY.value, [*[BASE] * bool(model), *(a.name for a in adapters)])
     for where in (_DATA.value, _OUTPUT.value, *(named.where for named in ready)):
         reachable(where)
     asked = (_JUDGE_MODEL.value, _JUDGE_KEY.value, _CONCURRENCY.value)

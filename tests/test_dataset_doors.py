@@ -52,7 +52,7 @@ def _report(output: Path) -> tuple[dict, dict[str, list[dict]]]:
 
 def test_evaluate_on_designs(crello, tmp_path):
     done = _run(
-        *(crello, "evaluate", f"--data=crello:{crello}#test", f"--layers=none={tmp_path}"),
+        *(crello, "evaluate", f"--data=crello:{crello}#test", f"--layers=none={tmp_path}/none"),
         *(f"--output={tmp_path}/out", "--protocols=stable_layers", "--max_layers=2"),
     )
     # Nobody made layers, and one design is broken: all are named.
@@ -66,7 +66,7 @@ def test_evaluate_on_designs(crello, tmp_path):
 
 def test_evaluate_takes_any_tfds_dataset_as_pictures(crello, tmp_path):
     done = _run(
-        *(crello, "evaluate", "--data=tfds:crello#test", f"--layers=none={tmp_path}"),
+        *(crello, "evaluate", "--data=tfds:crello#test", f"--layers=none={tmp_path}/none"),
         *(f"--output={tmp_path}/out", "--num_layers=2"),
     )
     assert done.returncode == 1 and f"{HELD_OUT} left out" in done.stderr, done.stderr
@@ -75,7 +75,7 @@ def test_evaluate_takes_any_tfds_dataset_as_pictures(crello, tmp_path):
     found = {record["picture"] for record in _report(tmp_path / "out")[0]["records"]}
     assert found == {f"crello_test-{number:06d}" for number in range(HELD_OUT)}
     layered = _run(
-        *(crello, "evaluate", "--data=tfds:crello#test", f"--layers=none={tmp_path}"),
+        *(crello, "evaluate", "--data=tfds:crello#test", f"--layers=none={tmp_path}/none"),
         *(f"--output={tmp_path}/out", "--protocols=layerd"),
     )
     assert (
@@ -92,7 +92,7 @@ def test_a_split_that_there_is_not_is_one_line(crello, tmp_path, door):
     flags = {
         "train": ("--config=configs/grpo.py:tiny", f"--config.data.path={where}"),
         "sft": ("--config=configs/sft.py:tiny", f"--config.data.path={where}"),
-        "evaluate": (f"--data={where}", f"--output={output}", f"--layers={tmp_path}"),
+        "evaluate": (f"--data={where}", f"--output={output}", f"--layers={tmp_path}/none"),
     }[door]
     place = () if door == "evaluate" else (f"--config.workdir={output}",)
     done = _run(crello, door, *flags, *place)

@@ -1,6 +1,7 @@
 """The evaluate command: mistakes, and a whole evaluation that is killed and started again."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,9 +26,11 @@ COMMAND = [sys.executable, "-m", "sl_jax.evaluate"]
 COUNT = 4
 
 
-def _run(*flags: object) -> subprocess.CompletedProcess[str]:
+def _run(*flags: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *map(str, flags)], capture_output=True, text=True, timeout=1200
+        [*COMMAND, *map(str, flags)],
+        **{"capture_output": True, "text": True, "timeout": 1200},
+        env=os.environ | environment,
     )
 
 
@@ -133,3 +136,35 @@ def test_an_evaluation_from_start_to_page(random_checkpoint, adapter, tmp_path):
     again = _run(*flags[:-1], "--seed=6")
     assert again.returncode == 1
     assert "seed: 5 there, 6 here" in again.stderr
+
+
+def _stacks(output: Path) -> dict[str, np.ndarray]:
+    made = sorted((output / "layers" / "base").iterdir())
+    return {folder.name: read_stack(folder).astype(int) for folder in made}
+
+
+@pytest.mark.slow
+def test_processes_and_devices_share_the_pictures(random_checkpoint, tmp_path):
+    """Two processes of four devices each, one of them again, and one device alone: the same."""
+    flags = (
+        *(f"--data=procedural:B:{COUNT}:2:32", f"--model={random_checkpoint}", "--sampler=euler"),
+        *("--steps=2", "--dtype=float32", "--protocols=stable_layers", "--nobaselines"),
+    )
+    one = _run(*flags, f"--output={tmp_path / 'one'}", XLA_FLAGS="")
+    assert one.returncode == 0, one.stderr
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    shared = (*flags, f"--output={tmp_path / 'shared'}", "--batch_size=4")
+    for part in (0, 1, 1):
+        done = _run(*shared, f"--shard={part}/2", **devices)
+        assert done.returncode == 0, done.stderr
+        assert f"Shard {part}/2 is finished" in done.stdout
+        assert len(_stacks(tmp_path / "shared")) == (part + 1) * COUNT // 2
+    assert "base:" not in done.stderr  # there was nothing left to make
+    assert not (tmp_path / "shared" / "report.html").exists()
+    last = _run(*shared, **devices)
+    assert last.returncode == 0, last.stderr
+    here, there = _stacks(tmp_path / "one"), _stacks(tmp_path / "shared")
+    assert here.keys() == there.keys() and len(here) == COUNT
+    assert max(np.abs(here[name] - there[name]).max() for name in here) <= 1
+    report = json.loads((tmp_path / "shared" / "report.json").read_text())
+    assert {row["Pictures"] for row in report["tables"][0]["rows"]} == {COUNT}

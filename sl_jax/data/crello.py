@@ -345,6 +345,7 @@ def _downloaded(name: str) -> epath.Path:
             )
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise FolderError(f"{name} cannot be downloaded from the hub ({error}); {_WANTED}") from (
-            error
-        )
+        reason = str(error).partition("\n")[0]
+        raise FolderError(
+            f"{name} cannot be downloaded from the hub ({reason}); {_WANTED}"
+        ) from error

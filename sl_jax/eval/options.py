@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from sl_jax.flow.sampler import OdeMethod
@@ -111,7 +111,7 @@ def parse_named(values: Iterable[str], taken: Iterable[str] = ()) -> tuple[Named
       taken: names that others have.
 
     Raises:
-      EvaluationError: two have one name.
+      EvaluationError: two have one name, or a name is empty or begins with a dot.
     """
     names = set(taken)
     found = []
@@ -119,6 +119,8 @@ def parse_named(values: Iterable[str], taken: Iterable[str] = ()) -> tuple[Named
         name, sign, where = value.partition("=")
         if not sign or "/" in name:
             name, where = _told(value), value
+        if not name or name.startswith("."):
+            raise EvaluationError(f"{value!r} names no system; please name it, as in tuned={where}")
         if name in names:
             raise EvaluationError(
                 f"two systems are called {name!r}; please name them, as in tuned={where}"
@@ -126,6 +128,22 @@ def parse_named(values: Iterable[str], taken: Iterable[str] = ()) -> tuple[Named
         names.add(name)
         found.append(Named(name, where))
     return tuple(found)
+
+
+def check_apart(output: str, sources: Iterable[str]) -> None:
+    """The output lies in no folder that is read, where its files would be taken for designs.
+
+    Raises:
+      EvaluationError: it does.
+    """
+    if not output:
+        raise EvaluationError("output is ''; please name a folder for the results")
+    target = Path(output).resolve()
+    for source in sources:
+        if source and Path(source).is_dir() and target.is_relative_to(Path(source).resolve()):
+            raise EvaluationError(
+                f"output {output} lies in {source}, which is read; please choose another folder"
+            )
 
 
 def parse_shard(text: str) -> Shard:

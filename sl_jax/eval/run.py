@@ -20,6 +20,7 @@ from sl_jax.eval.options import (
     SamplerChoice,
     Shard,
     allowed_protocols,
+    check_apart,
 )
 from sl_jax.eval.report import write_report
 from sl_jax.eval.results import ResultFolder, file_name
@@ -34,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 BASE = "base"
 _SIDE = 640  # at which the release decomposes
+_LARGEST = 8192  # pixels of the longest side
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,9 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if self.model is None and self.adapters:
             raise EvaluationError("adapters need their base; please pass --model")
+        if self.size is not None and not 16 <= self.size <= _LARGEST:
+            raise EvaluationError(f"size is {self.size}; please use 16 to {_LARGEST} pixels")
+        check_apart(self.output, (self.data, *(named.where for named in self.layers)))
 
 
 class Outcome(NamedTuple):

@@ -68,16 +68,18 @@ def _table(before: Sequence[Evaluated], after: Sequence[Evaluated]) -> Table:
     rows = []
     for name, results in (("before", before), ("after", after)):
         criteria = [interval([r.criteria[k] for r in results]) for k in range(len(CRITERIA))]
-        rows.append((name, interval([r.reward for r in results]), *criteria))
+        reward = interval([r.reward for r in results])
+        rows.append((name, reward, *criteria, reward.count))
     return Table(
         f"Stage-1 score of {counted(len(before), 'held-out picture')}",
         (
             Column(""),
             Column("reward", better="higher"),
             *(Column(name.replace("_", " "), better="higher") for name in CRITERIA),
+            Column("pictures", 0),
         ),
         tuple(rows),
-        note="Means with 95 % bootstrap intervals over pictures.",
+        note="Means with 95 % bootstrap intervals over the pictures that have a score.",
     )
 
 

@@ -13,6 +13,7 @@ from sl_jax.eval.options import (
     SamplerChoice,
     Shard,
     allowed_protocols,
+    check_apart,
     parse_named,
     parse_protocols,
     parse_samplers,
@@ -60,6 +61,20 @@ def test_names():
     assert parse_named(["runs/a/checkpoints/12"])[0].name == "a"
     with pytest.raises(EvaluationError, match="two systems are called 'base'"):
         parse_named(["base=x"], taken=["base"])
+    for wrong in ("=x", "..=x", ".hidden=x", ".hidden", ".."):
+        with pytest.raises(EvaluationError, match="names no system; please name it, as in tuned="):
+            parse_named([wrong])
+
+
+def test_output_lies_apart_from_what_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for wrong in ("data", "data/out", "other/../data/x"):
+        with pytest.raises(EvaluationError, match="lies in data, which is read"):
+            check_apart(wrong, ["procedural:B:4", "data"])
+    with pytest.raises(EvaluationError, match="output is ''"):
+        check_apart("", [])
+    check_apart("data2", ["data", "data/*.png", "crello", "gs://bucket/data", "not_there"])
 
 
 def test_shards():

@@ -358,6 +358,11 @@ def test_what_cannot_be_done_is_said(designs, tmp_path):
         evaluate(config(designs, tmp_path, layers=()))
     with pytest.raises(EvaluationError, match="pass --model"):
         config(designs, tmp_path, adapters=(Named("a", "b"),))
+    for size in (8, 100_000):
+        with pytest.raises(EvaluationError, match=f"size is {size}; please use 16 to 8192"):
+            config(designs, tmp_path, size=size)
+    with pytest.raises(EvaluationError, match="which is read"):
+        config(designs, designs / "out")
     with pytest.raises(EvaluationError, match="protocol judge needs a judge"):
         evaluate(config(designs, tmp_path, protocols=("judge",)))
     with pytest.raises(EvaluationError, match="is none of the systems"):

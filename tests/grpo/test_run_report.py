@@ -74,6 +74,14 @@ def test_pictures_that_vanished_meanwhile_are_left_out(workdir):
     assert report.tables[0].title == "Stage-1 score of 2 held-out pictures"
 
 
+def test_the_table_counts_the_pictures_that_have_a_score(workdir):
+    before = [_evaluated(i, r) for i, r in enumerate([0.2, 0.4, 0.3])]
+    after = [_evaluated(i, r) for i, r in enumerate([0.2, np.nan, 0.3])]
+    (table,) = run_report(_config(), workdir, before, after).tables
+    assert table.columns[-1].name == "pictures"
+    assert [row[-1] for row in table.rows] == [3, 2]
+
+
 def test_pictures_without_a_score_are_no_number():
     results = [_evaluated(0, 0.4), _evaluated(1, np.nan)]
     metrics = evaluation_metrics(results)

@@ -1,13 +1,17 @@
 """Records of a run: one JSON line each, and none twice."""
 
 import importlib.util
+import io
 import json
 import math
+import struct
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from PIL import Image
+from tensorboardX.proto.event_pb2 import Event
 
 from sl_jax.parallel.processes import ALONE
 from sl_jax.training.configuration import LOG, broken
@@ -114,3 +118,24 @@ def test_metrics_are_closed_after_an_error(tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError), open_metrics(tmp_path, 0, LogConfig(), ALONE):
         raise ZeroDivisionError
     assert len(closed) == 1
+
+
+def test_tensorboard_gets_scalars_and_pictures(tmp_path):
+    """What a reader of the event file finds: records of length, checksum, message, checksum."""
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(2, {"evaluation/psnr": 31.5})
+    writer.picture(2, "evaluation/0", pixels)
+    writer.close()
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    content, values = path.read_bytes(), {}
+    while content:
+        (length,) = struct.unpack("<Q", content[:8])
+        event = Event.FromString(content[12 : 12 + length])
+        values |= {value.tag: (event.step, value) for value in event.summary.value}
+        content = content[16 + length :]
+    step, scalar = values["evaluation/psnr"]
+    assert step == 2 and scalar.simple_value == 31.5
+    step, picture = values["evaluation/0"]
+    shown = Image.open(io.BytesIO(picture.image.encoded_image_string))
+    assert step == 2 and np.array_equal(np.asarray(shown.convert("RGB")), pixels)
