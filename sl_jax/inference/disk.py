@@ -49,7 +49,9 @@ def require_writable(folder: epath.PathLike) -> None:
         while not is_remote(place) and not place.exists():
             place = place.parent
         probe = place / f".{uuid.uuid4().hex}.partial"
-        probe.write_bytes(b"may this be written?")
-        probe.unlink()
+        try:
+            probe.write_bytes(b"may this be written?")
+        finally:
+            probe.unlink(missing_ok=True)  # a full disk takes the name, but not the content
     except OSError as error:
         raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error
