@@ -180,6 +180,7 @@ def _production() -> ConfigDict:
     compute.dtype = "bfloat16"
     compute.attention = "auto"
     compute.remat = "block"
+    compute.cache = "auto"  # of compiled programs: in the work directory; or a folder, gs://, "off"
 
     distributed = config.distributed = ConfigDict()
     distributed.join = "auto"  # TPU pods, SLURM and others are found; "on", "off"

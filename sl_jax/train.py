@@ -3,56 +3,27 @@
 Stopped and started again with the same configuration, a run goes on where it was.
 """
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
-from functools import partial
-
 import jax
 from absl import app, flags
-from etils import epath
 from ml_collections import config_flags
 
 from sl_jax.checkpoints.huggingface import CheckpointError
-from sl_jax.checkpoints.orbax import RunCheckpoints
-from sl_jax.checkpoints.peft import save_peft
-from sl_jax.checkpoints.pipeline import load_pipeline
-from sl_jax.checkpoints.source import TINY, resolve_model
-from sl_jax.data import EvalSet, FolderError, TrainStream
-from sl_jax.eval.report import write_html
-from sl_jax.grpo.batches import pictures_of, rows_here
-from sl_jax.grpo.captions import captioned, to_caption
-from sl_jax.grpo.config import GrpoConfig, from_mapping
-from sl_jax.grpo.evaluation import Evaluator
-from sl_jax.grpo.identity import IDENTITY
-from sl_jax.grpo.judges import judgings, open_judges
+from sl_jax.data import FolderError
+from sl_jax.grpo.config import from_mapping
 from sl_jax.grpo.judging import JudgeUnavailableError
-from sl_jax.grpo.learner import Learner
-from sl_jax.grpo.loop import Parts, train
-from sl_jax.grpo.prompts import PromptTable
-from sl_jax.grpo.report import run_report
-from sl_jax.grpo.rollout import Rollout
-from sl_jax.imaging.words import counted
-from sl_jax.inference.decomposer import Decomposer
-from sl_jax.models.lora import Adapter
+from sl_jax.grpo.run import run
 from sl_jax.parallel.joining import joined
-from sl_jax.parallel.mesh import Layout, make_mesh
-from sl_jax.parallel.processes import ALONE, ProcessError, Processes, to_everywhere
+from sl_jax.parallel.processes import ProcessError
 from sl_jax.scoring import BudgetError
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.captions import CaptionError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
-from sl_jax.training import workdir as work
-from sl_jax.training.adapter import first_adapter
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.flags import parse_config_flags
 
-_log = logging.getLogger("sl_jax")
-
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-_SETTINGS = ["*/*.json"]  # of a checkpoint
 _EXPECTED = (
     *(ConfigError, CheckpointError, FolderError, ProcessError, JudgeUnavailableError, BudgetError),
     *(KeyMissingError, PreflightError, CacheError, CaptionError),
@@ -70,73 +41,6 @@ def main(argv: list[str]) -> None:
         joined(distributed_part(config)) as processes,
     ):
         run(from_mapping(config, jax.device_count()), processes)
-
-
-def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
-    """One run, from wherever its work directory stands."""
-    folder = work.claim(config, IDENTITY, processes)
-    report, adapter = folder / "report.html", folder / "adapter"
-    with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
-        done = checkpoints.latest or 0
-        if processes.from_main("looking for a report", done >= config.epochs and report.exists()):
-            if processes.is_main:
-                print(f"This run is finished: {counted(done, 'epoch')}. Report: {report}")
-            return
-        with _parts(config, folder, checkpoints, processes) as (parts, first):
-            with processes.together("recording the configuration"):
-                if processes.is_main:
-                    work.record(config)
-                    report.unlink(missing_ok=True)  # of a run with fewer epochs
-            outcome = train(parts, first)
-            average = to_everywhere(outcome.state.ema, parts.layout.mesh)
-        with processes.together("writing adapter and report"):
-            if processes.is_main:
-                save_peft(adapter, average, config.model)
-                write_html(run_report(config, folder, outcome.before, outcome.after), report)
-                print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
-
-
-@contextmanager
-def _parts(
-    config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints, processes: Processes
-) -> Iterator[tuple[Parts, Callable[[], Adapter]]]:
-    """Everything that training needs, with the maker of the adapter to start from.
-
-    What needs no weights comes first, so that its errors do.
-    """
-    data, rollout = config.data, config.rollout
-    layout = Layout(make_mesh(config.mesh))
-    first = first_adapter(config, resolve_model(config.model, _SETTINGS), layout)
-    if config.model == TINY:
-        _log.warning("The tiny base knows procedural designs only: expect little of others.")
-    index, held_out = pictures_of(data, processes)
-    held_out_set = partial(EvalSet, layers=data.layers, count=config.evaluation.pictures)
-    groups, rows = rollout.batch_groups, rows_here(config, layout, processes).held
-    training_stream = partial(
-        TrainStream, groups=groups, layers=data.layers, seed=config.seed, slots=rows
-    )
-    left = config.epochs - (checkpoints.latest or 0)
-    described = to_caption((index, held_out), data.caption)
-    count = len(held_out_set(held_out))
-    judging = open_judges(config, folder, left, count, processes, described)
-    with judging as judges, ExitStack() as stack:
-        index, held_out = captioned((index, held_out), data.caption, judges.training, processes)
-        stream = stack.enter_context(closing(training_stream(index)))
-        examples = held_out_set(held_out)
-        captions = [record.caption for part in (index, held_out) for record in part]
-        with processes.together("loading the model"):
-            model = resolve_model(config.model)
-            prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
-            pipeline = load_pipeline(model, config.compute, layout, [first.shapes])
-        training, grading = judgings(config, folder, judges, processes)
-        sampled = (Decomposer(pipeline), examples, prompts)
-        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
-        rolling = Rollout(pipeline, rollout, layout)
-        learner = Learner(
-            pipeline, rollout, config.objective, config.optimizer, config.learner, layout
-        )
-        parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
-        yield Parts(*parts, checkpoints, layout, processes), partial(first.on, pipeline.params)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """`python -m sl_jax.train` as its users meet it: mistakes, interruptions, kills, results."""
 
+import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -227,6 +229,25 @@ def test_a_longer_run_goes_on_from_an_adapter_of_another(trainer, finished, tmp_
     assert code == 0, printed
     assert "Going on after epoch 1" in printed
     assert [record["step"] for record in _records(tmp_path / "run")] == [0, 1, 2]
+
+
+@pytest.mark.slow
+def test_a_second_start_compiles_nothing_again(trainer, tmp_path):
+    """With the default settings, and nothing of the environment's."""
+    told = {n: v for n, v in trainer.environment.items() if not n.startswith("JAX_")}
+    alone = copy.copy(trainer)
+    alone.environment = told | {"JAX_PLATFORMS": "cpu", "JAX_LOG_COMPILES": "1"}
+    alone.environment["JAX_EXPLAIN_CACHE_MISSES"] = "1"
+    missed, found = [], []
+    for epochs in (1, 2):
+        code, printed = alone(tmp_path / "run", epochs=epochs, evaluation__every=1)
+        assert code == 0, printed
+        missed.append(set(re.findall(r"COMPILATION CACHE MISS for '.*' with key '(.*)'", printed)))
+        found.append(set(re.findall(r"compilation cache hit for '.*' with key '(.*)'", printed)))
+    assert len(missed[0]) > 20 and not missed[0] & missed[1]
+    names = {key.rpartition("-")[0] for key in found[1]}
+    assert {"jit__program", "jit__decoded", "jit__micro_batch"} <= names, names
+    assert any((tmp_path / "run" / "programs").iterdir())
 
 
 @pytest.mark.slow

@@ -33,6 +33,6 @@ def test_a_disk_that_takes_nothing(tmp_path, monkeypatch, number, names):
     def claim(*args):
         raise OSError(number, "the disk says no", *file)
 
-    monkeypatch.setattr(train.work, "claim", claim)
+    monkeypatch.setattr("sl_jax.grpo.run.work.claim", claim)
     told = _ended(tmp_path / "run")
     assert "the disk says no" in told and (file or [str(tmp_path / "run")])[0] in told

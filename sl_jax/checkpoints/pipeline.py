@@ -42,11 +42,14 @@ class ComputeConfig:
             and head size, and says so where they do not; or "splash" (TPU), "cudnn" (NVIDIA GPU),
             "xla" (anywhere, with memory for the scores of all pairs of tokens).
         remat: what the backward pass recomputes: "none", "block" or "dots"; see `MMDiT`.
+        cache: where a run keeps its compiled programs: a folder, local or gs://; "auto", which is
+            `programs` in the work directory, or where JAX_COMPILATION_CACHE_DIR says; "off".
     """
 
     dtype: str = "bfloat16"
     attention: str = "auto"
     remat: str = "block"
+    cache: str = "auto"
 
 
 class Pipeline(NamedTuple):

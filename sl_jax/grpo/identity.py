@@ -10,8 +10,16 @@ _FREE = frozenset(
     {
         *("workdir", "epochs", "checkpoint", "evaluation", "mesh", "learner.micro_batch"),
         *("distributed", "log"),
-        *("compute.attention", "compute.remat", "judge.concurrency", "judge.max_wait"),
-        *("judge.model", "judge.key_env", "judge.tries", "judge.patience", "judge.hedge_after"),
+        *("compute.attention", "compute.remat", "compute.cache"),
+        *(
+            "judge.concurrency",
+            "judge.max_wait",
+            "judge.model",
+            "judge.key_env",
+            "judge.tries",
+            "judge.patience",
+            "judge.hedge_after",
+        ),
         *("judge.cool_down", "judge.max_requests", "judge.max_tokens", "judge.cache"),
         *("judge.cache_path", "judge.preflight", "judge.recorded_pictures"),
         "judge.request.timeout",
@@ -20,7 +28,14 @@ _FREE = frozenset(
 # What each process of a run may have of its own.
 _OWN = frozenset(
     {
-        *("distributed", "judge.cache", "judge.cache_path", "judge.concurrency", "judge.cool_down"),
+        *(
+            "compute.cache",
+            "distributed",
+            "judge.cache",
+            "judge.cache_path",
+            "judge.concurrency",
+            "judge.cool_down",
+        ),
         *("judge.hedge_after", "judge.key_env", "judge.model", "judge.patience"),
         *("judge.preflight", "judge.request.timeout", "judge.tries"),
     }

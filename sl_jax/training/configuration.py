@@ -68,6 +68,7 @@ PARTS = {
     "compute.dtype": one_of(("bfloat16", "float32")),
     "compute.attention": one_of(("auto", *typing.get_args(Implementation))),
     "compute.remat": one_of(("none", "block", "dots")),
+    "compute.cache": given("auto, off, or a folder for compiled programs"),
 }
 LOG = {
     "log.wandb": Rule(

@@ -43,6 +43,7 @@ from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, make_mesh
 from sl_jax.parallel.processes import ALONE, Processes, batch_rows, from_local, to_everywhere
 from sl_jax.training import workdir
 from sl_jax.training.adapter import first_adapter
+from sl_jax.training.compilation import compilation_cache
 from sl_jax.training.configuration import (
     AT_LEAST_ONE,
     DECAY,
@@ -76,7 +77,8 @@ _log = logging.getLogger(__name__)
 # A run may be watched differently and moved to other machines without becoming another.
 _IDENTITY = workdir.Identity(
     frozenset({*("workdir", "export", "mesh", "distributed", "log", *WATCHED)})
-    | {"compute.attention", "compute.remat"}
+    | {"compute.attention", "compute.remat", "compute.cache"},
+    own=frozenset({"compute.cache", "distributed"}),
 )
 
 _HELD_TEXTS = 64  # Captions in memory; without captions there is only the prompt.
@@ -252,6 +254,7 @@ def fine_tune(
     first = _first(config, model, layout)
     training, held_out = _data(config.data, processes)
     with ExitStack() as stack:
+        stack.enter_context(compilation_cache(config.compute.cache, folder))
         streams = [
             stack.enter_context(closing(_stream(config, data, rows)))
             for data in (training, held_out)

@@ -18,11 +18,12 @@ def main(arguments: dict) -> None:
     # Simulated devices share the cores: programs that wait for each other may starve otherwise.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     from sl_jax import train
+    from sl_jax.grpo import run
     from sl_jax.grpo.config import from_mapping
     from sl_jax.parallel.joining import DistributedConfig, joined
     from sl_jax.training.console import ending_in_a_line, set_up_logging
 
-    gather = train.to_everywhere
+    gather = run.to_everywhere
 
     def noted(tree, mesh):
         whole = gather(tree, mesh)
@@ -31,7 +32,7 @@ def main(arguments: dict) -> None:
         np.savez(Path(arguments["folder"]) / f"adapter_{processes.index}.npz", **found)
         return whole
 
-    train.to_everywhere = noted
+    run.to_everywhere = noted
     set_up_logging()
     with (
         ending_in_a_line(train._EXPECTED, "epoch"),

@@ -92,7 +92,7 @@ def runner(random_checkpoint, judge_token, tmp_path_factory):
     }
     before = {name: jax.config.values[name] for name in settings}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "make_mesh", lambda config: make_mesh(config, one))
+        patch.setattr("sl_jax.grpo.run.make_mesh", lambda config: make_mesh(config, one))
         patch.setenv("TEST_JUDGE_TOKEN", judge_token)
         for name, value in settings.items():
             jax.config.update(name, value)

@@ -1,0 +1,156 @@
+"""Does the production run fit, and how fast could it be, from one card to 256 chips?
+
+    python tests/benchmarks/plan_table.py --output tests/benchmarks/results/plan_table.json
+
+Plans `configs/grpo.py` for every row of `ROWS` with `python -m sl_jax.plan --json`, in a process of
+its own, and prints one JSON line per row, with what planning took. Rows that the output has already
+are not planned again. `--table` prints the table of the README from it.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+_ROOT = Path(__file__).parents[2]
+_GIB = 2**30
+_H100 = {"hbm": 80e9, "flops": 989e12, "bandwidth": 3352e9}  # NVIDIA's data sheet, SXM, bfloat16
+_RESERVED = 2e9  # of a card's memory: CUDA, its libraries, and what allocation leaves unused
+
+
+class Row(NamedTuple):
+    """A plan to make.
+
+    Attributes:
+        name: of the row.
+        topology: as `sl_jax.plan` takes it.
+        settings: fields of the configuration that differ from the defaults.
+        kind: "slice"; "weak" for rows whose work grows with the chips; "card" for one whose
+            programs are compiled for a TPU chip, and whose memory and rates are a GPU's.
+    """
+
+    name: str
+    topology: str
+    settings: dict[str, int | str]
+    kind: str = "slice"
+
+
+def _weak(topology: str, chips: int) -> Row:
+    """As many groups per chip as the production run has on four."""
+    settings: dict[str, int | str] = {
+        "mesh.data": chips // 4,
+        "mesh.fsdp": 4,
+        "rollout.groups": 8 * chips,
+        "rollout.batch_groups": 2 * chips,
+        "learner.micro_batch": 2 * chips,
+        "evaluation.batch": 2 * chips,
+        "evaluation.pictures": 16 * chips,
+    }
+    return Row(f"{topology}, weak", topology, settings, "weak")
+
+
+ROWS = (
+    Row("v5e:2x2", "v5e:2x2", {}),
+    Row("v5e:2x4", "v5e:2x4", {}),
+    Row("v5e:4x4", "v5e:4x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
+    Row("v6e:2x2", "v6e:2x2", {}),
+    Row("v6e:2x4", "v6e:2x4", {}),
+    Row("v5p:2x2x1", "v5p:2x2x1", {}),
+    Row("v5p:2x2x4", "v5p:2x2x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
+    _weak("v5p:2x2x1", 4),
+    _weak("v5p:2x2x4", 16),
+    _weak("v5p:4x8x8", 256),
+    Row("H100", "v5p:1x1x1", {"rollout.batch_groups": 2, "learner.micro_batch": 1}, "card"),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--only", action="append", help="name of a row; may be repeated")
+    parser.add_argument("--table", action="store_true")
+    arguments = parser.parse_args()
+    results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
+    if arguments.table:
+        print(table(results))
+        return
+    for row in ROWS:
+        if row.name in results or (arguments.only and row.name not in arguments.only):
+            continue
+        results[row.name] = planned(row)
+        print(json.dumps({"row": row.name, **results[row.name]}), flush=True)
+        arguments.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def planned(row: Row) -> dict[str, Any]:
+    """The plan of a row, and the seconds and bytes that making it took."""
+    command = [
+        *("-m", "sl_jax.plan", "--config=configs/grpo.py", f"--topology={row.topology}", "--json"),
+        *(f"--config.{name}={value}" for name, value in row.settings.items()),
+    ]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    began, load = time.monotonic(), os.getloadavg()[0]
+    done = subprocess.run([sys.executable, *command], cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+    seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    if done.returncode not in (0, 1) or not done.stdout:
+        sys.exit(f"{row.name} could not be planned; see above.")
+    return {
+        "kind": row.kind,
+        "command": " ".join(["python", *command]),
+        "plan": json.loads(done.stdout),
+        "planning": {
+            "seconds": seconds,
+            "cpu_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+            "peak_bytes_of_any_row": after.ru_maxrss * 1024,
+            "load": load,
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown: one line per row."""
+    head = "| slice | mesh | groups per epoch | fits | GiB per chip, of | roofline epoch | 600 updates |"
+    rule = "| --- | --- | --- | --- | --- | --- | --- |"
+    return "\n".join([head, rule, *(_line(name, entry) for name, entry in results.items())])
+
+
+def _line(name: str, entry: dict[str, Any]) -> str:
+    plan, card = entry["plan"], entry["kind"] == "card"
+    chip = plan["chip"] | _H100 if card else plan["chip"]
+    needed = plan["needed"] + (_RESERVED if card else 0)
+    forecast = card_forecast(plan) if card else plan["forecast"]
+    mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
+    cells = (
+        "H100, estimate" if card else plan["topology"],
+        mesh or "one",
+        plan["workload"]["groups"],
+        "yes" if needed <= chip["hbm"] else "**no**",
+        f"{needed / _GIB:.1f} of {chip['hbm'] / _GIB:.1f}",
+        f"{forecast['epoch_seconds']:.0f} s",
+        f"{forecast['hours']:.0f} h",
+    )
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def card_forecast(plan: dict[str, Any]) -> dict[str, float]:
+    """The forecast with a GPU's rates in place of the chip's."""
+    seconds = {
+        phase["name"]: phase["calls"]
+        * max(phase["flops"] / _H100["flops"], phase["hbm_bytes"] / _H100["bandwidth"])
+        for phase in plan["phases"]
+    }
+    work, epoch = plan["workload"], sum(seconds.values())
+    evaluation = seconds["rollout"] * work["evaluations"] / work["rollouts"]
+    return {"epoch_seconds": epoch, "hours": work["epochs"] * (epoch + evaluation) / 3600}
+
+
+if __name__ == "__main__":
+    main()
