@@ -22,8 +22,12 @@ from sl_jax.scoring.types import PreflightError
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.flags import parse_config_flags
+from sl_jax.training.profiling import span
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
+_PROFILE = flags.DEFINE_string(
+    "profile", "", "START:STEPS: a trace of so many epochs from START, counted from 0."
+)
 _EXPECTED = (
     *(ConfigError, CheckpointError, FolderError, ProcessError, JudgeUnavailableError, BudgetError),
     *(KeyMissingError, PreflightError, CacheError, CaptionError),
@@ -40,7 +44,7 @@ def main(argv: list[str]) -> None:
         ending_in_a_line(_EXPECTED, "epoch", config["workdir"]),
         joined(distributed_part(config)) as processes,
     ):
-        run(from_mapping(config, jax.device_count()), processes)
+        run(from_mapping(config, jax.device_count()), processes, span(_PROFILE.value))
 
 
 if __name__ == "__main__":

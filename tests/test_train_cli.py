@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from sl_jax.data import write_designs
 from sl_jax.scoring import CRITERIA
-from sl_jax.training.metrics import read_metrics
+from sl_jax.training.metrics import CLOCKED, read_metrics
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
@@ -97,7 +97,7 @@ def trainer(random_checkpoint, tmp_path_factory):
 def finished(trainer, tmp_path_factory):
     """The work directory of a run that nobody disturbed, and what it printed."""
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    code, printed = trainer(workdir)
+    code, printed = trainer(workdir, "--profile=1:1")
     assert code == 0, printed
     return workdir, printed
 
@@ -105,7 +105,8 @@ def finished(trainer, tmp_path_factory):
 def _records(workdir):
     """The records without what the clock decides."""
     return [
-        {k: v for k, v in record.items() if "seconds" not in k} for record in read_metrics(workdir)
+        {k: v for k, v in record.items() if not k.startswith(CLOCKED)}
+        for record in read_metrics(workdir)
     ]
 
 
@@ -153,8 +154,9 @@ def test_a_run_leaves_all_that_it_promises(finished):
     assert "Adapter (PEFT folder)" in printed and "report.html" in printed
     assert {path.name for path in workdir.iterdir()} == {
         *("adapter", "checkpoints", "config.json", "metrics.jsonl", "prompts"),
-        *("report.html", "tensorboard", "judge"),
+        *("report.html", "tensorboard", "judge", "profile"),
     }
+    assert len(list((workdir / "profile").rglob("*.xplane.pb"))) == 1
     assert (workdir / "checkpoints" / str(EPOCHS)).is_dir()
     assert list((workdir / "tensorboard").iterdir())
     assert "<svg" in (workdir / "report.html").read_text()
@@ -172,8 +174,14 @@ def test_a_run_leaves_all_that_it_promises(finished):
         assert record["learner/gradient_norm/all"] > 0
         assert record["learner/mismatch_log_ratio/all"] < 1e-3
         assert record["judge/valid_share"] == 1
+    phases = ("rollout", "decoding", "encoding", "judging", "learning", "recording")
     for record in list(read_metrics(workdir))[1:]:
-        assert {f"seconds/{phase}" for phase in ("rollout", "judging", "learning")} <= record.keys()
+        assert {f"{what}/{name}" for what in ("seconds", "share") for name in phases} <= {*record}
+        assert sum(v for k, v in record.items() if k.startswith("share/")) == pytest.approx(1)
+        assert {f"device/tflops/{name}" for name in ("rollout", "learning", "all")} <= {*record}
+        assert record["device/tflops/learning"] > record["device/tflops/all"] > 0
+    # Of the checkpoint after an epoch the next one tells.
+    assert "seconds/checkpointing" in list(read_metrics(workdir))[-1]
 
 
 @pytest.mark.slow

@@ -177,6 +177,23 @@ def window_starts(window_range: tuple[int, int], window_size: int) -> range:
     return range(first, stop - window_size + 1)
 
 
+def evaluations(
+    steps: int, window_start: float, window_size: int, ode_method: OdeMethod
+) -> tuple[float, float]:
+    """How often a rollout asks for a velocity: before its window, and from it on.
+
+    Args:
+        steps: of the σ grid.
+        window_start: may be an average over several.
+        window_size: stochastic steps, which take one velocity each, like the last step to σ = 0.
+        ode_method: of the others.
+    """
+    after = steps - window_start
+    if ode_method == "euler":
+        return window_start, after
+    return 2 * window_start, 2 * after - window_size - 1
+
+
 def validate_window(
     dynamics: Dynamics,
     sigmas: Sequence[float] | Float[np.ndarray, "steps+1"],

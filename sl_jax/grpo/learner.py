@@ -30,6 +30,7 @@ from sl_jax.grpo.objective import (
 )
 from sl_jax.grpo.rollout import Candidates
 from sl_jax.inference.sampling import Condition, modulation_rows, velocity_function
+from sl_jax.models.flops import velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
@@ -261,6 +262,25 @@ class Learner:
             updates=changed.updates,
             skipped=changed.skipped,
         ), UpdateReport(reports, norms, norm)
+
+    def flops(self, batches: Sequence[Scored], old: Adapter | None = None) -> float:
+        """Operations of the transformer that an update on these asks for, all devices together.
+
+        A velocity and the gradient of its inputs, which takes as many: the weights of the base have
+        none. Velocities of the old adapter and of the reference come to them; what is computed
+        twice to save memory does not.
+        """
+        if not any(np.any(batch.weight) for batch in batches):
+            return 0.0
+        passes = 2 + (old is not None) + bool(self._objective.kl_weight)
+        config = self._pipeline.model.config
+        return sum(
+            passes
+            * self._rollout.window_size
+            * len(batch.advantage)
+            * velocity_flops(config, batch.grid, batch.candidates.condition.text.shape[1])
+            for batch in batches
+        )
 
     def velocity(
         self, adapter: Adapter, step: Step, table: ModulationTable, grid: LatentGrid

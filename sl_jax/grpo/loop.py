@@ -6,7 +6,6 @@ whose candidates are on its devices; scores are told to all, so that all compute
 
 import dataclasses
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import NamedTuple
@@ -33,15 +32,18 @@ from sl_jax.grpo.metrics import (
     warn_of_mismatch,
     warn_of_spoiled,
 )
+from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Candidates, Rollout
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.parallel.mesh import Layout
+from sl_jax.parallel.peaks import memory_use, peak_flops
 from sl_jax.parallel.processes import ProcessError, Processes, to_local
 from sl_jax.scoring import Group, GroupScores, summarize
 from sl_jax.training.interruption import uninterrupted
 from sl_jax.training.metrics import MetricsWriter, read_metrics
+from sl_jax.training.profiling import Profiler
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +61,7 @@ class Parts(NamedTuple):
         folder: the work directory, which all processes share.
         layout: how batches are split over devices.
         processes: of the run.
+        profiler: traces the epochs that it was told of.
     """
 
     config: GrpoConfig
@@ -72,6 +75,7 @@ class Parts(NamedTuple):
     checkpoints: RunCheckpoints
     layout: Layout
     processes: Processes
+    profiler: Profiler
 
 
 class Rolled(NamedTuple):
@@ -122,35 +126,6 @@ class Outcome(NamedTuple):
     after: list[Evaluated]
 
 
-class Phases:
-    """Shows in the progress bar, and sums up, what the epoch spends its time on."""
-
-    def __init__(self, progress: tqdm):
-        self._progress = progress
-        self._seconds: dict[str, float] = {}
-        self._current: tuple[str, float] | None = None
-
-    def begin(self, name: str) -> None:
-        """Ends the current phase and begins another."""
-        now = time.monotonic()
-        if self._current:
-            before, since = self._current
-            self._seconds[before] = self._seconds.get(before, 0.0) + now - since
-        self._current = (name, now)
-        self.say(name)
-
-    def say(self, text: str) -> None:
-        """Shows a text beside the epoch."""
-        self._progress.set_description(f"epoch {self._progress.n + 1} · {text}")
-
-    def finish(self) -> dict[str, float]:
-        """Seconds per phase since the last call."""
-        self.begin("done")
-        self._current = None
-        seconds, self._seconds = self._seconds, {}
-        return {f"seconds/{name}": value for name, value in seconds.items()}
-
-
 def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
     """Trains to the end of the run, from its beginning or from its newest checkpoint.
 
@@ -167,7 +142,8 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         progress = stack.enter_context(
             tqdm(total=config.epochs, initial=epoch, unit="epoch", disable=not processes.is_main)
         )
-        phases = Phases(progress)
+        stack.callback(parts.profiler.close)
+        phases = Phases(progress, peak_flops(jax.devices()))
         phases.begin("evaluating")
         before = after = None
         if epoch == 0:
@@ -178,6 +154,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         position = parts.stream.state()
         try:
             while epoch < config.epochs:
+                parts.profiler.at(epoch)
                 changed, metrics = run_epoch(parts, state, epoch, phases)
                 done = epoch + 1
                 scheduled = done % config.evaluation.every == 0 or done == config.epochs
@@ -185,11 +162,13 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     phases.begin("evaluating")
                     after = evaluator(changed.ema)
                     metrics |= evaluation_metrics(after)
+                metrics |= _memory()
                 with uninterrupted():
                     writer.scalars(done, metrics | phases.finish())
                     # From here on the epoch counts as done; cut short before, it is repeated.
                     state, epoch, position = changed, done, parts.stream.state()
                     if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                        phases.begin("checkpointing")  # in the next epoch's sums
                         _save(parts, state, epoch, position)
                 if scheduled:
                     writer.look_for_divergence()
@@ -276,8 +255,7 @@ def run_epoch(
     start = window_start(config, epoch)
     rolled = []
     for _ in range(config.rollout.groups // config.rollout.batch_groups):
-        phases.begin("rollout")
-        rolled.append(_roll_out(parts, begun, start))
+        rolled.append(_roll_out(parts, begun, start, phases))
     share = len(rolled) // config.learner.updates
     done: list[_Learned] = []
     for number in range(config.learner.updates):
@@ -290,6 +268,8 @@ def run_epoch(
         state, report = parts.learner.update(state, scored, old)
         done.append(_Learned(part, judged, finite, worth, report))
         jax.block_until_ready(state.updates)
+        phases.computed(parts.learner.flops(scored, old))
+    phases.begin("recording")
     judged = [scores for entry in done for scores in entry.judged]
     finite = np.concatenate([entry.finite for entry in done])
     _record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
@@ -318,17 +298,25 @@ def window_start(config: GrpoConfig, epoch: int) -> int:
     return int(np.random.default_rng((config.seed, epoch)).choice(choices))
 
 
-def _roll_out(parts: Parts, adapter: Adapter, start: int) -> Rolled:
+def _memory() -> dict[str, float]:
+    """Of this process's devices."""
+    used = memory_use(jax.local_devices())
+    return {f"device/{name}": value for name, value in used.items()}
+
+
+def _roll_out(parts: Parts, adapter: Adapter, start: int, phases: Phases) -> Rolled:
     """Samples the next pictures of the stream and sends them to the judge."""
+    phases.begin("rollout")
     with parts.processes.together("reading pictures"):
         step = next(parts.stream)
-    candidates, grid, finite, layers = _sampled(parts, adapter, start, step)
+    candidates, grid, finite, layers = _sampled(parts, adapter, start, step, phases)
+    phases.begin("encoding")
     submitted = _submitted(parts, step, layers)
     return Rolled(step, _told(parts, step.examples), candidates, grid, finite, submitted)
 
 
 def _sampled(
-    parts: Parts, adapter: Adapter, start: int, step: StepPictures
+    parts: Parts, adapter: Adapter, start: int, step: StepPictures, phases: Phases
 ) -> tuple[Candidates, LatentGrid, np.ndarray, np.ndarray]:
     """Candidates of a step's pictures, which are finite, and the layers that this process holds.
 
@@ -344,6 +332,9 @@ def _sampled(
         parts.config.rollout.batch_groups,
     )
     candidates = parts.rollout(adapter, pictures, start, grid)
+    jax.block_until_ready(candidates.latents)
+    phases.computed(parts.rollout.flops(candidates, start, grid))
+    phases.begin("decoding")
     decoded = parts.rollout.decode(candidates.latents, grid)
     finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
     layers = to_local(decoded.layers)
@@ -409,8 +400,7 @@ def _judged(
             break
         parts.stream.quarantine(refused)
         if left:
-            phases.begin("rollout")
-            rolled = [_replaced(parts, batch, refused, adapter, start) for batch in rolled]
+            rolled = [_replaced(parts, batch, refused, adapter, start, phases) for batch in rolled]
             phases.begin("judging")
             judged = _judged_again(parts, rolled, judged, phases)
     finite = np.concatenate([batch.finite for batch in rolled])
@@ -428,7 +418,12 @@ def _in_order(scores: Mapping[int, GroupScores]) -> list[GroupScores]:
 
 
 def _replaced(
-    parts: Parts, batch: Rolled, refused: Mapping[str, str], adapter: Adapter, start: int
+    parts: Parts,
+    batch: Rolled,
+    refused: Mapping[str, str],
+    adapter: Adapter,
+    start: int,
+    phases: Phases,
 ) -> Rolled:
     """The batch with other pictures for the refused ones, at the judge.
 
@@ -444,7 +439,9 @@ def _replaced(
             for e in batch.pictures.examples
         )
     step = dataclasses.replace(batch.pictures, examples=examples)
-    candidates, grid, finite, layers = _sampled(parts, adapter, start, step)
+    phases.begin("rollout")
+    candidates, grid, finite, layers = _sampled(parts, adapter, start, step, phases)
+    phases.begin("encoding")
     submitted = batch.submitted | _submitted(parts, step, layers, rows)
     return Rolled(step, _told(parts, examples), candidates, grid, finite, submitted)
 

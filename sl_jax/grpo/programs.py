@@ -9,7 +9,7 @@ from etils import epath
 
 from sl_jax.checkpoints.pipeline import Pipeline, abstract_pipeline, adapter_shardings
 from sl_jax.data.buckets import make_buckets
-from sl_jax.flow.sampler import WindowSteps, window_starts
+from sl_jax.flow.sampler import WindowSteps, evaluations, window_starts
 from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.learner import Learner, LearnerState, Step
 from sl_jax.grpo.rollout import Candidates, Pictures, Rollout
@@ -178,10 +178,9 @@ class Programs:
         """
         rollout = self._config.rollout
         starts = window_starts(rollout.window_range, rollout.window_size)
-        before = sum(starts) / len(starts)
-        after = rollout.steps - before
-        if rollout.ode_method == "heun":
-            before, after = 2 * before, 2 * after - rollout.window_size - 1
+        before, after = evaluations(
+            rollout.steps, sum(starts) / len(starts), rollout.window_size, rollout.ode_method
+        )
         return (before, after) if rollout.group_noise == "shared" else (before + after,)
 
     def _array(self, shape: tuple[int, ...], dtype: Any, leading: int = 0) -> Any:

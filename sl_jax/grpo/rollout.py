@@ -19,6 +19,7 @@ from sl_jax.inference.sampling import (
     velocity_function,
 )
 from sl_jax.models.codec import to_uint8
+from sl_jax.models.flops import velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
@@ -120,6 +121,20 @@ class Rollout:
     def decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> Decoded:
         """Layers of every sample."""
         return self._decode(self._pipeline.vae_params, latents, grid=grid)
+
+    def flops(self, candidates: Candidates, window_start: int, grid: LatentGrid) -> float:
+        """Operations of the transformer that sampling the candidates takes, all devices together.
+
+        Those of the autoencoder are left out.
+        """
+        config = self._config
+        rows, text_tokens = candidates.condition.text.shape[:2]
+        before, after = sampler.evaluations(
+            config.steps, window_start, config.window_size, config.ode_method
+        )
+        sampled = rows // config.group_size if config.group_noise == "shared" else rows
+        once = velocity_flops(self._pipeline.model.config, grid, text_tokens)
+        return once * (before * sampled + after * rows)
 
     def trace(
         self, adapter: Adapter, pictures: Pictures, table: ModulationTable, grid: LatentGrid

@@ -32,16 +32,18 @@ from sl_jax.parallel.processes import ALONE, Processes, to_everywhere
 from sl_jax.training import workdir as work
 from sl_jax.training.adapter import first_adapter
 from sl_jax.training.compilation import compilation_cache
+from sl_jax.training.profiling import Profiler, Span
 
 _log = logging.getLogger(__name__)
 
 _SETTINGS = ["*/*.json"]  # of a checkpoint
 
 
-def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
-    """One run, from wherever its work directory stands."""
+def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None = None) -> None:
+    """One run, from wherever its work directory stands; of some epochs a trace may be made."""
     folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
+    profiler = Profiler(profiled, folder)
     with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
         done = checkpoints.latest or 0
         if processes.from_main("looking for a report", done >= config.epochs and report.exists()):
@@ -50,7 +52,7 @@ def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
             return
         with (
             compilation_cache(config.compute.cache, folder),
-            _parts(config, folder, checkpoints, processes) as (parts, first),
+            _parts(config, folder, checkpoints, processes, profiler) as (parts, first),
         ):
             with processes.together("recording the configuration"):
                 if processes.is_main:
@@ -67,7 +69,11 @@ def run(config: GrpoConfig, processes: Processes = ALONE) -> None:
 
 @contextmanager
 def _parts(
-    config: GrpoConfig, folder: epath.Path, checkpoints: RunCheckpoints, processes: Processes
+    config: GrpoConfig,
+    folder: epath.Path,
+    checkpoints: RunCheckpoints,
+    processes: Processes,
+    profiler: Profiler,
 ) -> Iterator[tuple[Parts, Callable[[], Adapter]]]:
     """Everything that training needs, with the maker of the adapter to start from.
 
@@ -105,4 +111,7 @@ def _parts(
             pipeline, rollout, config.objective, config.optimizer, config.learner, layout
         )
         parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
-        yield Parts(*parts, checkpoints, layout, processes), partial(first.on, pipeline.params)
+        yield (
+            Parts(*parts, checkpoints, layout, processes, profiler),
+            partial(first.on, pipeline.params),
+        )

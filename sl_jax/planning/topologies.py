@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import topologies
 
+from sl_jax.parallel.peaks import PEAK_FLOPS
+
 
 class PlanError(ValueError):
     """What was asked for cannot be planned; the message says what to do."""
@@ -38,15 +40,15 @@ class Chip(NamedTuple):
 
 _GIB = 2**30
 
-# Peak rates and HBM bandwidth: Google's system architecture pages of each generation
+# HBM bandwidth: Google's system architecture pages of each generation
 # (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). Links: the same pages give the sum over a chip's
 # links and both directions; per link and direction as in "How to scale your model", table of TPU
 # specs (jax-ml.github.io/scaling-book). `hbm` is what libtpu's compiler says is available.
 CHIPS = {
-    "v4": Chip("v4", 30.75 * _GIB, 275e12, 1228e9, 45e9, 3, 2, "v4"),
-    "v5e": Chip("v5e", 15.75 * _GIB, 197e12, 819e9, 45e9, 2, 1, "v5litepod"),
-    "v5p": Chip("v5p", 95.73 * _GIB, 459e12, 2765e9, 90e9, 3, 2, "v5p"),
-    "v6e": Chip("v6e", 31.24 * _GIB, 918e12, 1640e9, 90e9, 2, 1, "v6e"),
+    "v4": Chip("v4", 30.75 * _GIB, PEAK_FLOPS["TPU v4"], 1228e9, 45e9, 3, 2, "v4"),
+    "v5e": Chip("v5e", 15.75 * _GIB, PEAK_FLOPS["TPU v5 lite"], 819e9, 45e9, 2, 1, "v5litepod"),
+    "v5p": Chip("v5p", 95.73 * _GIB, PEAK_FLOPS["TPU v5"], 2765e9, 90e9, 3, 2, "v5p"),
+    "v6e": Chip("v6e", 31.24 * _GIB, PEAK_FLOPS["TPU v6 lite"], 1640e9, 90e9, 2, 1, "v6e"),
 }
 _MOST_CHIPS = 256
 

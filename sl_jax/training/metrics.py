@@ -16,6 +16,9 @@ from tensorboardX import SummaryWriter
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.parallel.processes import ALONE, Processes
 
+# How the names begin of what the clock and the hardware decide; all else a repeated run repeats.
+CLOCKED = ("seconds/", "share/", "device/")
+
 
 @dataclass(frozen=True)
 class LogConfig:

@@ -117,7 +117,8 @@ def planned(row: Row) -> dict[str, Any]:
 
 def table(results: dict[str, Any]) -> str:
     """Markdown: one line per row."""
-    head = "| slice | mesh | groups per epoch | fits | GiB per chip, of | roofline epoch | 600 updates |"
+    names = ("slice", "mesh", "groups per epoch", "fits", "GiB per chip, of", "roofline epoch")
+    head = f"| {' | '.join(names)} | 600 updates |"
     rule = "| --- | --- | --- | --- | --- | --- | --- |"
     return "\n".join([head, rule, *(_line(name, entry) for name, entry in results.items())])
 

@@ -18,7 +18,8 @@ from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, R
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import Parts, train, window_start
 from sl_jax.parallel.processes import Processes
-from sl_jax.training.metrics import read_metrics
+from sl_jax.training.metrics import CLOCKED, read_metrics
+from sl_jax.training.profiling import Profiler
 
 
 @struct.dataclass
@@ -102,6 +103,7 @@ class Run:
             checkpoints=checkpoints,
             layout=None,
             processes=Processes(),
+            profiler=Profiler(None, self.folder),
         )
         try:
             return train(self.parts, lambda: 1.0)
@@ -110,7 +112,7 @@ class Run:
 
     def records(self):
         return [
-            {name: value for name, value in record.items() if not name.startswith("seconds/")}
+            {name: value for name, value in record.items() if not name.startswith(CLOCKED)}
             for record in read_metrics(self.folder)
         ]
 

@@ -72,6 +72,9 @@ class WatchedLearner:
         self.updates += 1
         return state, UpdateReport([], [], None)
 
+    def flops(self, scored, old):
+        return 1.0
+
 
 @pytest.fixture
 def run(tmp_path):

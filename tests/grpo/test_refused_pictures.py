@@ -72,6 +72,9 @@ class Rollout:
         finite = np.repeat(self.finite, CANDIDATES)
         return SimpleNamespace(latents=pictures.pixels, finite=finite)
 
+    def flops(self, candidates, start, grid):
+        return 1.0
+
     def decode(self, latents, grid):
         latents = np.asarray(latents)
         alpha = np.full((*latents.shape[:3], 1), 255, np.uint8)
@@ -85,6 +88,9 @@ class Phases:
         pass
 
     def say(self, text):
+        pass
+
+    def computed(self, flops):
         pass
 
 
@@ -115,7 +121,7 @@ def run(tmp_path):
 
 
 def _epoch(run):
-    batch = loop._roll_out(run, None, 0)
+    batch = loop._roll_out(run, None, 0, Phases())
     rolled, judged, _ = loop._judged(run, [batch], None, 0, Phases())
     loop._record(run, 1, rolled, judged)
     return batch, rolled[0], judged
