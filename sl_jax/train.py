@@ -3,15 +3,19 @@
 Stopped and started again with the same configuration, a run goes on where it was.
 """
 
+import sys
+
 import jax
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.data import FolderError
-from sl_jax.grpo.config import from_mapping
+from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.run import run
+from sl_jax.grpo.selftest import selftest
 from sl_jax.parallel.joining import joined
 from sl_jax.parallel.processes import ProcessError
 from sl_jax.scoring import BudgetError
@@ -21,13 +25,17 @@ from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
-from sl_jax.training.flags import parse_config_flags
+from sl_jax.training.flags import packaged, parse_config_flags
 from sl_jax.training.profiling import span
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _PROFILE = flags.DEFINE_string(
     "profile", "", "START:STEPS: a trace of so many epochs from START, counted from 0."
 )
+_SELFTEST = flags.DEFINE_boolean(
+    "selftest", False, "Check this host's hardware, in ten minutes at most; needs no --config."
+)
+_FOUND = "selftest.json"  # in the current folder
 _EXPECTED = (
     *(ConfigError, CheckpointError, FolderError, ProcessError, JudgeUnavailableError, BudgetError),
     *(KeyMissingError, PreflightError, CacheError, CaptionError),
@@ -39,6 +47,13 @@ def main(argv: list[str]) -> None:
     set_up_logging()
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
+    if _SELFTEST.value:
+        with ending_in_a_line(_EXPECTED, "check"):
+            passed = selftest(_short, _FOUND)
+            print(f"{'All is well' if passed else 'Something is wrong'}: {_FOUND}")
+        sys.exit(0 if passed else 1)
+    if _CONFIG.value is None:
+        raise app.UsageError("there is nothing to train; please use --config=FILE")
     config = _CONFIG.value.to_dict()
     with (
         ending_in_a_line(_EXPECTED, "epoch", config["workdir"]),
@@ -47,6 +62,18 @@ def main(argv: list[str]) -> None:
         run(from_mapping(config, jax.device_count()), processes, span(_PROFILE.value))
 
 
+def _short(folder: epath.Path) -> GrpoConfig:
+    """One epoch of the tiny configuration, with batches that all devices have a part of."""
+    config, count = packaged("grpo", "tiny"), jax.device_count()
+    groups, evaluated = count * -(-4 // count), count * -(-8 // count)
+    config.update(model="tiny", workdir=str(folder / "run"), epochs=1)
+    config.data.path = str(folder / "pictures")
+    config.rollout.update(groups=2 * groups, batch_groups=groups)
+    config.learner.micro_batch = groups * config.rollout.group_size
+    config.evaluation.update(pictures=4, batch=evaluated, steps=4)
+    config.compute.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return from_mapping(config.to_dict(), count)
+
+
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
     app.run(main, flags_parser=parse_config_flags)

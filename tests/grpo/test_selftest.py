@@ -1,0 +1,168 @@
+"""The hardware self-test: it passes here, and what is broken does not."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sl_jax.grpo import selftest
+from sl_jax.grpo.selftest import SelfTestError
+from sl_jax.models.attention import Attention
+from sl_jax.training.metrics import MetricsWriter
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_attention_of_this_platform():
+    numbers = selftest.check_attention("xla")
+    assert set(numbers) == {"result", "gradient_query", "gradient_key", "gradient_value"}
+    assert all(0 < value < 2e-2 for value in numbers.values())
+
+
+def _unscaled(query, key, value, lengths):
+    return Attention()(1.1 * query, key, value, lengths)
+
+
+def _unmasked(query, key, value, lengths):
+    return Attention()(query, key, value, None)
+
+
+@jax.custom_vjp
+def _wrong_backward(query, key, value, lengths):
+    return Attention()(query, key, value, lengths)
+
+
+_wrong_backward.defvjp(
+    lambda q, k, v, n: (_wrong_backward(q, k, v, n), (q, k, v)),
+    lambda kept, g: (*kept, None),
+)
+
+
+@pytest.mark.parametrize("broken", [_unscaled, _unmasked, _wrong_backward])
+def test_broken_attention_is_found(broken):
+    with pytest.raises(SelfTestError, match=r"is above 0\.02"):
+        selftest.check_attention("xla", broken)
+
+
+def _report(ratio=0.0, log_ratio=0.0, loss=1.0, norm=1.0):
+    objective = SimpleNamespace(ratio_excess=np.full(4, ratio), policy_loss=np.full(4, loss))
+    mismatch = SimpleNamespace(log_ratio=np.full(4, log_ratio))
+    steps = [SimpleNamespace(objective=objective, mismatch=mismatch)]
+    return SimpleNamespace(steps=steps, gradient_norms=[(0, norm)])
+
+
+def _updates(monkeypatch, *updates):
+    """Rollouts and updates that end so, one after the other."""
+    left = iter(updates)
+    monkeypatch.setattr(selftest, "_updated", lambda *args, **kwargs: next(left))
+
+
+@pytest.mark.parametrize("wrong", [{"ratio": 1e-7}, {"log_ratio": 0.1}, {"log_ratio": np.nan}])
+def test_two_policies_where_there_is_one_are_found(monkeypatch, wrong):
+    for change, fails in (({}, False), (wrong, True)):
+        _updates(monkeypatch, selftest._Update(np.ones(3), _report(**change)))
+        assert selftest.checked(lambda: selftest.check_on_policy("float32")).ok != fails
+
+
+@pytest.mark.parametrize("wrong", [{"loss": 1.001}, {"norm": 1.001}])
+def test_devices_that_do_not_add_up_are_found(monkeypatch, wrong):
+    one = selftest._Update(np.ones(3), _report())
+    for change, fails in (({}, False), (wrong, True)):
+        _updates(monkeypatch, selftest._Update(np.ones(3), _report(**change)), one)
+        assert selftest.checked(selftest.check_sharded).ok != fails
+    _updates(monkeypatch, selftest._Update(np.full(3, 1.001), _report()), one)
+    assert "samples" in selftest.checked(selftest.check_sharded).error
+
+
+@pytest.mark.parametrize("reward", [0.5, np.nan])
+def test_a_reward_that_is_no_number_is_found(monkeypatch, reward):
+    def run(config):
+        folder = Path(config.workdir)
+        writer = MetricsWriter(folder)
+        writer.scalars(
+            1, {"judge/reward_mean": reward, "learner/gradient_norm/all": 1.0, "seconds/all": 1.0}
+        )
+        writer.close()
+        (folder / "report.html").touch()
+        (folder / "adapter").mkdir()
+
+    monkeypatch.setattr(selftest, "run", run)
+    monkeypatch.setattr(selftest, "write_designs", lambda *args: None)
+    found = selftest.checked(
+        lambda: selftest.check_epoch(lambda folder: SimpleNamespace(workdir=folder / "run"))
+    )
+    assert found.ok == (reward == 0.5)
+    assert found.ok or "reward" in found.error
+
+
+def test_a_check_that_fails_stops_no_other(monkeypatch, tmp_path):
+    def compiler(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the compiler\ngave up")
+
+    for name in ("check_attention", "check_on_policy", "check_epoch"):
+        monkeypatch.setattr(selftest, name, lambda *_: {"number": 1.5})
+    monkeypatch.setattr(selftest, "check_sharded", compiler)
+    monkeypatch.setattr(selftest, "check_speed", lambda: {"product": 2.0})
+    said = []
+    assert not selftest.selftest(None, tmp_path / "found.json", said.append)
+    (failed,) = [line for line in said if "FAILED" in line]
+    assert failed.startswith("sharded") and "the compiler gave up" in failed
+    assert said[-1].startswith("speed") and "ok" in said[-1]
+    told = json.loads((tmp_path / "found.json").read_text())["checks"]
+    assert [name for name, found in told.items() if not found["ok"]] == ["sharded"]
+
+
+def test_rates_of_the_same_function_are_near(monkeypatch):
+    waits = iter([0.0, 0.3, 0.1, 0.2, 0.1, 0.1])
+    clock = SimpleNamespace(now=0.0)
+
+    def function():
+        clock.now += next(waits)
+        return jnp.ones(())
+
+    monkeypatch.setattr(selftest, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    assert selftest._median_seconds(function) == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_the_command_on_two_devices(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "sl_jax.train", "--selftest"],
+        cwd=tmp_path,
+        env=os.environ
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(ROOT),
+        },
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "All is well: selftest.json" in done.stdout
+    checks = json.loads((tmp_path / "selftest.json").read_text())["checks"]
+    wanted = {"attention xla", "on policy, float32", "on policy, bfloat16", "sharded", "epoch"}
+    assert set(checks) == wanted | {"speed"}
+    assert all(found["ok"] for found in checks.values())
+    assert checks["sharded"]["numbers"]["devices"] == 2
+    assert checks["on policy, bfloat16"]["numbers"]["mismatch_per_clip"] > 0
+    assert checks["speed"]["numbers"]["forward"] > 0
+
+
+def test_without_a_configuration_there_is_nothing_to_train():
+    done = subprocess.run(
+        [sys.executable, "-m", "sl_jax.train"],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and "--config=FILE" in done.stdout + done.stderr
