@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -55,7 +56,12 @@ def main() -> None:
         batch = _seconds_per_batch(rows[0])
         for factor in arguments.factor or (1.0, 2.0):
             rows.append(measured(Path(folder), factor, factor * batch, arguments.epochs))
-    result = {"command": " ".join(["python", *sys.argv]), "cores": os.cpu_count(), "runs": rows}
+    result = {
+        "settings": {"epochs": arguments.epochs, "factors": arguments.factor},
+        "device": f"CPU, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in ("jax", "numpy")},
+        "runs": rows,
+    }
     if arguments.output:
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
