@@ -48,9 +48,12 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     if _SELFTEST.value:
-        with ending_in_a_line(_EXPECTED, "check"):
+        try:
             passed = selftest(_short, _FOUND)
-            print(f"{'All is well' if passed else 'Something is wrong'}: {_FOUND}")
+        except KeyboardInterrupt:
+            print("\nStopped.", flush=True)
+            sys.exit(130)
+        print(f"{'All is well' if passed else 'Something is wrong'}: {_FOUND}")
         sys.exit(0 if passed else 1)
     if _CONFIG.value is None:
         raise app.UsageError("there is nothing to train; please use --config=FILE")

@@ -1,5 +1,6 @@
 """The hardware self-test: it passes here, and what is broken does not."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from sl_jax.grpo import selftest
+from sl_jax.grpo.learner import Learner
 from sl_jax.grpo.selftest import SelfTestError
 from sl_jax.models.attention import Attention
 from sl_jax.training.metrics import MetricsWriter
@@ -51,11 +53,12 @@ def test_broken_attention_is_found(broken):
         selftest.check_attention("xla", broken)
 
 
-def _report(ratio=0.0, log_ratio=0.0, loss=1.0, norm=1.0):
+def _update(ratio=0.0, log_ratio=0.0, loss=1.0):
     objective = SimpleNamespace(ratio_excess=np.full(4, ratio), policy_loss=np.full(4, loss))
     mismatch = SimpleNamespace(log_ratio=np.full(4, log_ratio))
     steps = [SimpleNamespace(objective=objective, mismatch=mismatch)]
-    return SimpleNamespace(steps=steps, gradient_norms=[(0, norm)])
+    ramp = np.arange(1.0, 4.0)
+    return selftest._Update(ramp, ramp, SimpleNamespace(steps=steps))
 
 
 def _updates(monkeypatch, *updates):
@@ -67,18 +70,24 @@ def _updates(monkeypatch, *updates):
 @pytest.mark.parametrize("wrong", [{"ratio": 1e-7}, {"log_ratio": 0.1}, {"log_ratio": np.nan}])
 def test_two_policies_where_there_is_one_are_found(monkeypatch, wrong):
     for change, fails in (({}, False), (wrong, True)):
-        _updates(monkeypatch, selftest._Update(np.ones(3), _report(**change)))
+        _updates(monkeypatch, _update(**change))
         assert selftest.checked(lambda: selftest.check_on_policy("float32")).ok != fails
 
 
-@pytest.mark.parametrize("wrong", [{"loss": 1.001}, {"norm": 1.001}])
-def test_devices_that_do_not_add_up_are_found(monkeypatch, wrong):
-    one = selftest._Update(np.ones(3), _report())
-    for change, fails in (({}, False), (wrong, True)):
-        _updates(monkeypatch, selftest._Update(np.ones(3), _report(**change)), one)
+def test_devices_that_do_not_add_up_are_found(monkeypatch):
+    one = _update()
+    for change, fails in (({}, False), ({"loss": 1.001}, True)):
+        _updates(monkeypatch, _update(**change), one)
         assert selftest.checked(selftest.check_sharded).ok != fails
-    _updates(monkeypatch, selftest._Update(np.full(3, 1.001), _report()), one)
-    assert "samples" in selftest.checked(selftest.check_sharded).error
+
+
+@pytest.mark.parametrize(("place", "name"), [(0, "samples"), (1, "gradient")])
+def test_samples_and_gradients_of_the_same_size_that_differ_are_found(monkeypatch, place, name):
+    one = _update()
+    other = list(one)
+    other[place] = other[place][::-1]
+    _updates(monkeypatch, selftest._Update(*other), one)
+    assert selftest.checked(selftest.check_sharded).error.startswith(name)
 
 
 @pytest.mark.parametrize("reward", [0.5, np.nan])
@@ -129,6 +138,33 @@ def test_rates_of_the_same_function_are_near(monkeypatch):
 
     monkeypatch.setattr(selftest, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     assert selftest._median_seconds(function) == pytest.approx(0.1)
+
+
+@pytest.mark.slow
+def test_a_learner_that_computes_one_velocity_in_two_ways_is_found(monkeypatch):
+    """The check as it is, on a learner whose velocities drift from call to call."""
+    velocity, calls = Learner.velocity, itertools.count(1)
+
+    def drifting(self, *args):
+        found, pull = velocity(self, *args)
+        return found * (1 + 1e-4 * next(calls)), pull
+
+    monkeypatch.setattr(Learner, "velocity", drifting)
+    found = selftest.checked(lambda: selftest.check_on_policy("float32"))
+    assert not found.ok and "ratio" in found.error
+
+
+def test_a_result_that_is_no_number_is_no_rate():
+    with pytest.raises(SelfTestError, match="not finite"):
+        selftest._median_seconds(lambda: jnp.full(3, jnp.nan))
+
+
+def test_faster_than_the_peak_is_found(monkeypatch):
+    monkeypatch.setattr(selftest, "peak_flops", lambda devices: 1e6)
+    monkeypatch.setattr(selftest, "_product_rate", lambda *args: 1.0)
+    monkeypatch.setattr(selftest, "_block_rates", lambda *args: {"forward": 1e-9})
+    found = selftest.checked(selftest.check_speed)
+    assert not found.ok and "product_share is above" in found.error
 
 
 @pytest.mark.slow
