@@ -252,7 +252,8 @@ def _updated(
 ) -> _Update:
     """A rollout of random pictures by the tiny base, and an update with made-up advantages.
 
-    With `moved`, of another adapter than the one that rolled out: then ratios are not 1.
+    With `moved`, of another adapter than the one that rolled out: then ratios are not 1. Samples
+    are then in one micro-batch, as devices give shares of theirs to each, in another order.
     """
     layout, groups = Layout(mesh), _multiple(4)
     rollout = RolloutConfig(groups, groups, _GROUP, steps=4, window_range=(0, 3))
@@ -263,7 +264,7 @@ def _updated(
     samples = groups * _GROUP
     learner = Learner(
         *(pipeline, rollout, objective, OptimizerConfig(1e-3)),
-        *(LearnerConfig(micro_batch=samples // 2), layout),
+        *(LearnerConfig(micro_batch=samples if moved else samples // 2), layout),
     )
     advantage = np.random.default_rng(1).normal(size=samples)
     weight = np.full(samples, 1 / samples)

@@ -154,7 +154,8 @@ def test_served_judges_train_the_adapter_that_the_one_in_process_does(
     names = {f"127.0.0.1:{served.port}" for served in servers}
     assert {name for record in records for name in record.scores.endpoints} == names
     metrics = list(read_metrics(workdir))[-1]
-    assert metrics["pool/up"] == 1 and metrics["judge/valid_share"] == 1
+    assert metrics["judge/valid_share"] == 1
+    assert "cools down" in caplog.text  # and is tried again: it may count as up at the end
     assert metrics[f"pool/127.0.0.1_{servers[1].port}/errors"] > 0
     assert metrics["pool/requests"] >= _asked(servers).total()
     # What comes before weights, and what it says.
