@@ -187,6 +187,7 @@ def _production() -> ConfigDict:
     distributed.coordinator = ""  # or HOST:PORT of process 0, the same in all
     distributed.processes = placeholder(int)
     distributed.process = placeholder(int)  # this one, from 0
+    distributed.cpu_devices = 1  # of a process without accelerators
 
     log = config.log = ConfigDict()
     log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
@@ -220,4 +221,9 @@ def _tiny() -> ConfigDict:
     config.evaluation.batch = 16
     config.compute.dtype = "float32"
     config.compute.remat = "none"
+    # Two cores are busier with a device each; what a device computes alone needs no gathering: an
+    # epoch takes 3.0 s, not 3.9 (ours).
+    config.distributed.cpu_devices = 2
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
     return config

@@ -81,6 +81,7 @@ def _production() -> ConfigDict:
     distributed.coordinator = ""  # or HOST:PORT of process 0, the same in all
     distributed.processes = placeholder(int)
     distributed.process = placeholder(int)  # this one, from 0
+    distributed.cpu_devices = 1  # of a process without accelerators
     return config
 
 

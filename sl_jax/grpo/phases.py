@@ -31,7 +31,8 @@ class Phases:
 
     def say(self, text: str) -> None:
         """Shows a text beside the epoch."""
-        self._progress.set_description(f"epoch {self._progress.n + 1} · {text}")
+        epoch = min(self._progress.n + 1, self._progress.total)  # what follows belongs to the last
+        self._progress.set_description(f"epoch {epoch} · {text}")
 
     def computed(self, flops: float) -> None:
         """Counts operations of all devices to the current phase."""

@@ -16,6 +16,9 @@ from sl_jax.models.packing import pack, unpack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 
+_LARGE_FRAME = 1600  # tokens, of 640 × 640 pixels
+_MOST_FRAMES = 16  # more are no faster, on CPUs
+
 
 class Condition(NamedTuple):
     """What the model is told about B samples.
@@ -59,12 +62,14 @@ def each_layer(
     """What `decode` makes of the layers, [b, l, …]; frame 0, the whole picture again, is dropped.
 
     Few frames are decoded at a time, so that memory grows neither with the number of layers nor
-    with the batch: so many samples as devices that split the batch may be, and one layer.
+    with the batch: of one layer so many samples as devices that split the batch may be, and of
+    small frames as many more as have the tokens of a large one.
     Programs for other devices than this process has are told their number.
     """
     frames = unpack(latents, grid.height, grid.width)[:, 1:]
     batch, layers, *shape = frames.shape
-    together = math.gcd(batch, devices or jax.device_count())
+    on_each = max(1, min(_LARGE_FRAME // grid.frame_tokens, _MOST_FRAMES))
+    together = math.gcd(batch, (devices or jax.device_count()) * on_each)
     # Samples of one step are far from each other, and so on different devices.
     steps = jnp.moveaxis(frames.reshape(together, -1, *shape), 1, 0)
     return jax.tree.map(

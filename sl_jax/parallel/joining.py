@@ -18,6 +18,8 @@ _log = logging.getLogger(__name__)
 
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
+_CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+
 
 @dataclass(frozen=True)
 class DistributedConfig:
@@ -30,6 +32,9 @@ class DistributedConfig:
         coordinator: HOST:PORT of process 0, the same in all; empty to take it from the environment.
         processes: their number; None to take it from the environment.
         process: this process, from 0; None to take it from the environment.
+        cpu_devices: as how many devices the CPU of a process without accelerators counts. Not all
+            that XLA computes there is spread over cores; several devices share them better. Where
+            XLA_FLAGS names a number, that one holds.
 
     Raises:
         ValueError: the values do not fit each other.
@@ -39,6 +44,7 @@ class DistributedConfig:
     coordinator: str = ""
     processes: int | None = None
     process: int | None = None
+    cpu_devices: int = 1
 
     def __post_init__(self) -> None:
         if (self.processes is None) != (self.process is None):
@@ -56,6 +62,8 @@ class DistributedConfig:
             )
         if self.coordinator and not self.coordinator.rpartition(":")[2].isdecimal():
             raise ValueError(f"coordinator is {self.coordinator!r}; please give it as HOST:PORT")
+        if self.cpu_devices < 1:
+            raise ValueError(f"cpu_devices is {self.cpu_devices}; please give 1 or more")
 
 
 @contextmanager
@@ -67,6 +75,8 @@ def joined(config: DistributedConfig) -> Iterator[Processes]:
     Raises:
         ProcessError: the coordinator cannot be reached, or is not known.
     """
+    if _CPU_DEVICES_FLAG not in os.environ.get("XLA_FLAGS", ""):
+        jax.config.update("jax_num_cpu_devices", config.cpu_devices)
     if _several(config, os.environ):
         _initialize(config)
     elif config.join == "auto" and _on_cloud_tpu(os.environ):

@@ -302,7 +302,7 @@ def test_processes_are_configured_apart_from_the_rest():
     mapping = _mapping(distributed__coordinator="host:1", distributed__processes=2)
     mapping["distributed"]["process"] = 1
     mapping["data"]["path"] = ""  # nothing else is looked at
-    assert distributed_part(mapping) == DistributedConfig("auto", "host:1", 2, 1)
+    assert distributed_part(mapping) == DistributedConfig("auto", "host:1", 2, 1, cpu_devices=2)
     assert distributed_part({}) == DistributedConfig()
     mapping["data"]["path"] = "pictures"
     assert from_mapping(mapping, 1).distributed.process == 1
@@ -310,6 +310,8 @@ def test_processes_are_configured_apart_from_the_rest():
     for build in (distributed_part, lambda wrong: from_mapping(wrong, 1)):
         with pytest.raises(ConfigError, match=r"config\.distributed\.process is 2 of 2"):
             build(mapping)
+    with pytest.raises(ConfigError, match="cpu_devices is 0"):
+        distributed_part({"distributed": {"cpu_devices": 0}})
 
 
 @pytest.mark.parametrize("variant", ["production", "tiny"])

@@ -17,7 +17,7 @@ def clock(monkeypatch):
 
 
 def _bar():
-    return SimpleNamespace(n=0, set_description=lambda text: None)
+    return SimpleNamespace(n=0, total=9, set_description=lambda text: None)
 
 
 def test_phases_that_are_met_again_add_up(clock):

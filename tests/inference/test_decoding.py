@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sl_jax.inference.sampling import decode_layers
+from sl_jax.inference import sampling
+from sl_jax.inference.sampling import decode_layers, each_layer
 from sl_jax.models.codec import decode_frames
-from sl_jax.models.packing import pack
+from sl_jax.models.packing import pack, unpack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae, VaeConfig
 from sl_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
@@ -41,7 +42,8 @@ def test_frames_are_what_a_whole_batch_gives(autoencoder):
 
 
 @pytest.mark.parametrize("devices", [1, 8])
-def test_memory_grows_neither_with_layers_nor_with_the_batch(autoencoder, devices):
+def test_memory_grows_neither_with_layers_nor_with_the_batch(autoencoder, devices, monkeypatch):
+    monkeypatch.setattr(sampling, "_LARGE_FRAME", 64)  # so that frames of 64 tokens are alone
     vae, params = autoencoder
     sharding = batch_sharding(make_mesh(MeshConfig(), jax.devices()[:devices]))
     decode = jax.jit(
@@ -49,11 +51,27 @@ def test_memory_grows_neither_with_layers_nor_with_the_batch(autoencoder, device
     )
 
     def program(batch, layers):
-        shape = batch, (layers + 1) * 64, 64
+        grid = LatentGrid(layers, 8, 8)
+        shape = batch, grid.generated_tokens, 64
         latents = jax.ShapeDtypeStruct(shape, np.float32, sharding=sharding)
-        return decode.lower(params, latents, grid=LatentGrid(layers, 8, 8)).compile()
+        return decode.lower(params, latents, grid=grid).compile()
 
     one, many = program(8, 1), program(32, 3)
     used = [compiled.memory_analysis().temp_size_in_bytes for compiled in (one, many)]
     assert used[1] < 2 * used[0]
     assert not re.search("all-gather|all-to-all|collective-permute", many.as_text())
+
+
+@pytest.mark.parametrize(("side", "together"), [(40, 1), (28, 2), (4, 16)])
+def test_small_frames_are_decoded_together(side, together):
+    seen = []
+
+    def decode(frames):
+        seen.append(len(frames))
+        return frames
+
+    latents = np.random.default_rng(0).normal(size=(64, 2 * side * side, 64)).astype(np.float32)
+    grid = LatentGrid(1, side, side)
+    found = jax.jit(lambda x: each_layer(decode, x, grid, devices=2))(latents)
+    assert seen == [2 * together]  # so many on each of the two devices
+    np.testing.assert_array_equal(found[:, 0], unpack(latents, side, side)[:, 1])

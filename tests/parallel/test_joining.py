@@ -1,6 +1,9 @@
 """Whether processes join, from flags and environment."""
 
 import logging
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -93,3 +96,17 @@ def test_processes_that_do_not_find_each_other_say_what_to_give(monkeypatch):
         joined(DistributedConfig("on", "host:1", 2, 0)),
     ):
         pass
+
+
+@pytest.mark.parametrize(("flags", "count"), [("", 3), (f"{joining._CPU_DEVICES_FLAG}=2", 2)])
+def test_a_cpu_counts_as_so_many_devices(flags, count):
+    """In a process of its own: devices are counted once."""
+    program = (
+        "import jax; from sl_jax.parallel.joining import DistributedConfig, joined\n"
+        "with joined(DistributedConfig('off', cpu_devices=3)): print(jax.device_count())"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == count
