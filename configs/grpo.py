@@ -53,6 +53,8 @@ def _production() -> ConfigDict:
     rollout.noise_level = 1.2  # peer: verl-omni's Qwen-Image recipes; flow_grpo's default is 0.7
     rollout.window_size = 2  # peer: Flow-GRPO-Fast
     rollout.window_range = (0, 5)  # peer: Flow-GRPO-Fast
+    rollout.window_order = "drawn"  # peer: Flow-GRPO-Fast; "sliding": MixGRPO, arXiv 2507.21802
+    rollout.window_epochs = 25  # at each place of a sliding window; paper: MixGRPO
     rollout.group_noise = "shared"  # unmeasured
     rollout.ode_method = "euler"  # paper
     rollout.train_frames = "all"  # unmeasured; "layers" leaves frame 0 out of the likelihood

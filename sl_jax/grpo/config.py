@@ -81,7 +81,11 @@ class RolloutConfig:
         shift: μ of the σ grid; None takes the checkpoint's own rule.
         dynamics, noise_level: of the stochastic steps, see `flow.dynamics`.
         window_size, window_range: how many steps are stochastic and trained, and the half-open
-            range they lie in; the start is drawn per epoch.
+            range they lie in.
+        window_order: "drawn": the start is drawn per epoch from the seed (Flow-GRPO-Fast);
+            "sliding": from the range's first step on it moves by one every `window_epochs`, and
+            stays at the last (MixGRPO, arXiv 2507.21802, with its stride of 1).
+        window_epochs: epochs at each place of a sliding window.
         group_noise: whether the candidates of a group share the initial noise, and with it the
             prefix before the window.
         ode_method: of the other steps.
@@ -98,6 +102,8 @@ class RolloutConfig:
     noise_level: float = 1.2
     window_size: int = 2
     window_range: tuple[int, int] = (0, 5)
+    window_order: Literal["drawn", "sliding"] = "drawn"
+    window_epochs: int = 25
     group_noise: Literal["shared", "independent"] = "shared"
     ode_method: OdeMethod = "euler"
     train_frames: Literal["all", "layers"] = "all"
@@ -310,6 +316,7 @@ _AT_LEAST_ONE = (
     "rollout.groups",
     "rollout.batch_groups",
     "rollout.steps",
+    "rollout.window_epochs",
     "learner.updates",
     "learner.micro_batch",
     "judge.grids",

@@ -293,8 +293,11 @@ def run_epoch(
 
 
 def window_start(config: GrpoConfig, epoch: int) -> int:
-    """Where the stochastic window of an epoch starts, drawn from the seed."""
-    choices = window_starts(config.rollout.window_range, config.rollout.window_size)
+    """Where the stochastic window of an epoch, counted from 0, starts."""
+    rollout = config.rollout
+    choices = window_starts(rollout.window_range, rollout.window_size)
+    if rollout.window_order == "sliding":
+        return choices[min(epoch // rollout.window_epochs, len(choices) - 1)]
     return int(np.random.default_rng((config.seed, epoch)).choice(choices))
 
 

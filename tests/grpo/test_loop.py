@@ -302,6 +302,15 @@ def test_windows_are_drawn_per_epoch_from_the_seed():
     assert starts != [window_start(other, epoch) for epoch in range(60)]
 
 
+def test_a_sliding_window_moves_by_one_and_stays_at_the_end():
+    rollout = RolloutConfig(
+        window_range=(1, 5), window_size=2, window_order="sliding", window_epochs=3
+    )
+    config = GrpoConfig("", "", 1, rollout=rollout)
+    starts = [window_start(config, epoch) for epoch in range(12)]
+    assert starts == [1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3, 3]
+
+
 def test_keys_depend_on_step_and_slot_alone():
     examples = [SimpleNamespace(slot=slot) for slot in range(4)]
     keys = loop._keys(1, 5, examples)
