@@ -70,6 +70,7 @@ def _production() -> ConfigDict:
     objective.advantage_limit = 5.0  # peer: flow_grpo
     objective.log_ratio_limit = 20.0  # beyond it exp leaves float32; clipping comes long before
     objective.kl_weight = 0.0  # unmeasured; public β do not carry over
+    objective.kl_half_life = placeholder(float)  # epochs; the weight stays as it is
     objective.inverse_dt_weight = False
 
     lora = config.lora = ConfigDict()

@@ -228,7 +228,11 @@ class Learner:
         return state
 
     def update(
-        self, state: LearnerState, batches: Sequence[Scored], old: Adapter | None = None
+        self,
+        state: LearnerState,
+        batches: Sequence[Scored],
+        old: Adapter | None = None,
+        kl_left: float = 1.0,
     ) -> tuple[LearnerState, UpdateReport]:
         """One optimizer step over all samples and window steps of `batches`.
 
@@ -238,6 +242,7 @@ class Learner:
             state: donated where `old` is given.
             batches: rollout batches of one epoch, whose weights sum to 1 together.
             old: the adapter that rolled them out; None for the state's own.
+            kl_left: the share of the KL term's weight that holds now.
         """
         if not any(np.any(batch.weight) for batch in batches):
             return state, UpdateReport([], [], None)
@@ -248,7 +253,7 @@ class Learner:
             for batch in batches:
                 for step in self._steps(batch, number):
                     part, report = self._accumulate(
-                        state.adapter, batch, step, (old, reference), part
+                        state.adapter, batch, step, (old, reference), part, kl_left
                     )
                     reports.append(report)
             total, norm = self._add(total, part)
@@ -311,7 +316,7 @@ class Learner:
         velocity, residuals = forward
         vjp = residuals.with_inputs((adapter.lora, adapter.lora_scale, self._pipeline.params))
         reference = velocity if self._objective.kl_weight else None
-        known = (velocity, velocity, reference, step, sigmas, self._trained(grid))
+        known = (velocity, velocity, reference, step, sigmas, np.float32(1), self._trained(grid))
         return self._backward.trace(adapter.lora, vjp, *known)
 
     def trace_apply(self, state: LearnerState) -> jax.stages.Traced:
@@ -341,6 +346,7 @@ class Learner:
         step: Step,
         others: tuple[Adapter | None, Adapter | None],
         gradient: Any,
+        kl_left: float,
     ) -> tuple[Any, StepReport]:
         """Adds the gradient of one micro-batch; `others` are the old and the reference adapter."""
         # Of the others' vjps nothing is kept: their residuals are as large as the trained one's.
@@ -357,6 +363,7 @@ class Learner:
             reference,
             step,
             batch.table.sigmas,
+            np.float32(kl_left),
             self._trained(batch.grid),
         )
 
@@ -437,6 +444,7 @@ class Learner:
         velocity_reference: Array | None,
         step: Step,
         sigmas: Array,
+        kl_left: Array,
         trained: Array | None,
     ) -> tuple[Any, StepReport]:
         coefficients = self._coefficients(sigmas, step.index)
@@ -452,6 +460,7 @@ class Learner:
                 weight=step.weight,
                 config=self._objective,
                 velocity_reference=velocity_reference,
+                kl_left=kl_left,
                 token_mask=trained,
             )
 

@@ -265,7 +265,8 @@ def run_epoch(
         phases.begin("learning")  # while the groups of later updates are judged
         scored, worth = _scored(parts, part, judged)
         old = None if state.adapter is begun else begun
-        state, report = parts.learner.update(state, scored, old)
+        kl_left = config.objective.kl_left(epoch)
+        state, report = parts.learner.update(state, scored, old, kl_left)
         done.append(_Learned(part, judged, finite, worth, report))
         jax.block_until_ready(state.updates)
         phases.computed(parts.learner.flops(scored, old))

@@ -43,7 +43,8 @@ class ObjectiveConfig:
 
     Clipping applies to r: it leaves the range 1 − clip_low … 1 + clip_high without gradient if the
     advantage would push it further. Advantages are cut to ± advantage_limit, log ratios to
-    ± log_ratio_limit (beyond which exp leaves float32, and the gradient is 0). `kl_weight` is β.
+    ± log_ratio_limit (beyond which exp leaves float32, and the gradient is 0). `kl_weight` is β in
+    the first epoch; it halves every `kl_half_life` epochs, or stays where that is None.
     `inverse_dt_weight` weighs each step's clipped objective, not its KL, by 1/(−dt).
     """
 
@@ -53,6 +54,7 @@ class ObjectiveConfig:
     advantage_limit: float = 5.0
     log_ratio_limit: float = 20.0
     kl_weight: float = 0.0
+    kl_half_life: float | None = None
     inverse_dt_weight: bool = False
 
     def __post_init__(self) -> None:
@@ -65,6 +67,15 @@ class ObjectiveConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; please give a positive value")
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight is {self.kl_weight}; please give 0 or a positive value")
+        if self.kl_half_life is not None and not self.kl_half_life > 0:
+            raise ValueError(
+                f"kl_half_life is {self.kl_half_life}; please give None or a positive number of "
+                "epochs"
+            )
+
+    def kl_left(self, epoch: int) -> float:
+        """The share of `kl_weight` that an epoch, counted from 0, still has."""
+        return 1.0 if self.kl_half_life is None else 0.5 ** (epoch / self.kl_half_life)
 
 
 class ObjectiveMetrics(NamedTuple):
@@ -111,6 +122,7 @@ def policy_objective(
     weight: Float[Array, " batch"],
     config: ObjectiveConfig,
     velocity_reference: Latents | None = None,
+    kl_left: Float32[Array, ""] | float = 1.0,
     token_mask: TokenMask | None = None,
 ) -> tuple[Float32[Array, ""], ObjectiveMetrics]:
     """The loss of B (sample, step) pairs, to be minimised over `velocity`, and its metrics.
@@ -125,6 +137,7 @@ def policy_objective(
       weight: [B], normalised by the caller over all pairs of the update, in all micro-batches and
         on all devices: the losses of the parts then sum to the loss of the whole.
       velocity_reference: the reference policy's velocity; needed if `kl_weight` is not 0.
+      kl_left: the share of `kl_weight` that holds now, see `ObjectiveConfig.kl_left`.
       token_mask: 1 at trained tokens, [N] or [B, N].
 
     Returns Σ weight·(w·max(−A·r, −A·clip(r)) + β·KL) with w = 1 or 1/(−dt), and KL =
@@ -151,7 +164,8 @@ def policy_objective(
         reference_kl = step_kl(reference_delta, coefficients, token_mask)
     step_weight = 1.0 / -coefficients.dt if config.inverse_dt_weight else 1.0
     policy_loss = step_weight * (gain - advantage)
-    loss = jnp.sum(weight * (policy_loss + config.kl_weight * reference_kl))
+    kl_weight = config.kl_weight * kl_left
+    loss = jnp.sum(weight * (policy_loss + kl_weight * reference_kl))
 
     metrics = ObjectiveMetrics(
         log_ratio=limited,

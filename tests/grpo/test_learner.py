@@ -184,6 +184,18 @@ def test_the_kl_from_the_base_is_zero_where_b_is_zero(bench, scored):
     assert all(np.all(step.objective.kl_reference > 0) for step in report.steps)
 
 
+def test_what_is_left_of_the_kl_weight_holds(bench, scored):
+    def gradient(kl_left, **objective):
+        learner = _learner(bench, **objective)
+        state, _ = learner.update(learner.start(bench.adapter), [scored], kl_left=kl_left)
+        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(_gradient(state))])
+
+    left, given = gradient(0.25, kl_weight=800.0), gradient(1.0, kl_weight=200.0)
+    np.testing.assert_allclose(left, given, rtol=1e-5, atol=1e-9)
+    assert np.abs(left - gradient(1.0, kl_weight=800.0)).max() > 1e-2 * np.abs(given).max()
+    np.testing.assert_allclose(gradient(0.0, kl_weight=800.0), gradient(1.0), rtol=1e-5, atol=1e-9)
+
+
 @pytest.fixture(scope="module")
 def rolled(bench, wide_bench):
     """Each setting with what it rolled out itself."""

@@ -235,6 +235,24 @@ def test_loss_is_the_weighted_sum_of_its_parts(inverse_dt):
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
 
 
+def test_the_kl_weight_halves_every_so_many_epochs():
+    constant, halving = (objective.ObjectiveConfig(kl_half_life=x) for x in (None, 10.0))
+    assert [constant.kl_left(epoch) for epoch in (0, 50)] == [1.0, 1.0]
+    assert [halving.kl_left(epoch) for epoch in (0, 10, 20)] == [1.0, 0.5, 0.25]
+    case, velocity = _case(7, 0.01)
+    losses = [
+        _objective(
+            velocity,
+            case,
+            objective.ObjectiveConfig(kl_weight=weight),
+            velocity_reference=velocity + 0.03,
+            kl_left=left,
+        )[0]
+        for weight, left in ((0.8, 0.25), (0.2, 1.0), (0.8, 1.0))
+    ]
+    assert losses[0] == pytest.approx(float(losses[1])) and losses[0] < losses[2]
+
+
 def test_kl_gradient_pulls_towards_the_reference():
     case, velocity = _case(8, 0.01)
     config = objective.ObjectiveConfig(kl_weight=1.0)
@@ -316,7 +334,13 @@ def test_rollout_mismatch_is_on_the_scale_of_the_ratio():
 
 @pytest.mark.parametrize(
     "change",
-    [{"ratio": "sequence"}, {"clip_low": 0.0}, {"clip_high": -1.0}, {"kl_weight": -0.1}],
+    [
+        {"ratio": "sequence"},
+        {"clip_low": 0.0},
+        {"clip_high": -1.0},
+        {"kl_weight": -0.1},
+        {"kl_half_life": 0.0},
+    ],
 )
 def test_unusable_configs_are_named(change):
     with pytest.raises(ValueError, match="please"):

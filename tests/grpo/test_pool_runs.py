@@ -157,7 +157,9 @@ def test_served_judges_train_the_adapter_that_the_one_in_process_does(
     assert metrics["judge/valid_share"] == 1
     assert "cools down" in caplog.text  # and is tried again: it may count as up at the end
     assert metrics[f"pool/127.0.0.1_{servers[1].port}/errors"] > 0
-    assert metrics["pool/requests"] >= _asked(servers).total()
+    # The last metrics are older than the last evaluation, whose pictures are asked about after.
+    after = SETTINGS["evaluation.pictures"] * 3
+    assert metrics["pool/requests"] >= _asked(servers).total() - after
     # What comes before weights, and what it says.
     said = [record.getMessage() for record in caplog.records]
     assert sum("ready (JSON by schema)" in text for text in said) == 2
