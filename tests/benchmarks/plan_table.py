@@ -57,6 +57,7 @@ def _weak(topology: str, chips: int) -> Row:
 
 ROWS = (
     Row("v5e:2x2", "v5e:2x2", {}),
+    Row("v5e:2x2, small batches", "v5e:2x2", {"rollout.batch_groups": 4, "learner.micro_batch": 4}),
     Row("v5e:2x4", "v5e:2x4", {}),
     Row("v5e:4x4", "v5e:4x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
     Row("v6e:2x2", "v6e:2x2", {}),
