@@ -1,0 +1,108 @@
+"""The arms of the miniature reproduction: what each is trained with, and why it is there."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Literal, NamedTuple
+
+Settings = Mapping[str, str]
+
+
+class Arm(NamedTuple):
+    """One line of the reproduction's tables.
+
+    Attributes:
+        name: as files and tables call it.
+        what: one line for people.
+        kind: "rl" trains by reward, "pairs" on true layers, "best_of" chooses among samples of the
+            base, "base" is the base.
+        part: the table that it stands in, which decides what is measured: "headline" and "controls"
+            on the held-out sets; "ablations", which defaults may follow, on the development set
+            alone; "ratios" nothing but the training's own log.
+        settings: fields of the configuration, beyond those of its kind.
+        seeds: of the training.
+    """
+
+    name: str
+    what: str
+    kind: Literal["rl", "pairs", "best_of", "base"]
+    part: Literal["headline", "controls", "ablations", "ratios"]
+    settings: Settings = MappingProxyType({})
+    seeds: tuple[int, ...] = (0,)
+
+
+# What training by reward takes beyond configs/grpo.py:tiny, and supervised training beyond
+# configs/sft.py:tiny.
+RECIPE: Settings = {
+    "epochs": "240",
+    "checkpoint.every": "40",
+    "checkpoint.keep": "10",
+    "evaluation.every": "120",
+}
+PAIRS: Settings = {"steps": "3000", "eval_every": "500", "checkpoint_every": "500"}
+# Ablations train for a part of the headline's epochs, beside the recipe at that length.
+_SHORT: Settings = {"epochs": "60", "evaluation.every": "60", "checkpoint.every": "20"}
+_VLM = {**_SHORT, "judge.endpoint": "embedded-vlm"}
+# One clip range per ratio, chosen at 64 px; four tokens a frame at 32 px, 64 at 128 px.
+_CANDIDATES = 64  # per epoch
+_EVERY_STEP: Settings = {"rollout.window_size": "5", "rollout.window_range": "(0, 5)"}
+_CLIPS = {"plain": 1e-3, "guard": 3e-4, "velocity": 3e-2}
+_SIDES = (32, 64, 128)
+
+
+def _groups(size: int) -> Settings:
+    """Groups of another size, and as many of them as make the recipe's number of candidates."""
+    count = str(_CANDIDATES // size)
+    return {
+        "rollout.group_size": str(size),
+        "rollout.groups": count,
+        "rollout.batch_groups": count,
+    }
+
+
+def _ablation(name: str, what: str, settings: Settings) -> Arm:
+    return Arm(name, what, "rl", "ablations", {**_SHORT, **settings})
+
+
+def _ratio(ratio: str, side: int) -> Arm:
+    clip = str(_CLIPS[ratio])
+    settings = {
+        "epochs": "10",
+        "evaluation.every": "10",
+        "learner.updates": "2",
+        "objective.ratio": ratio,
+        "objective.clip_low": clip,
+        "objective.clip_high": clip,
+        "data.buckets": f"(({side}, {side}),)",
+    }
+    return Arm(f"{ratio}_{side}", f"ratio {ratio} at {side} px", "rl", "ratios", settings)
+
+
+ARMS = (
+    Arm("base", "the base at its own best settings", "base", "headline"),
+    Arm("tuned", "Flow-GRPO by the judge's scores", "rl", "headline", seeds=(0, 1, 2)),
+    Arm(
+        "shuffled",
+        "the same, rewards shuffled within groups",
+        "rl",
+        "controls",
+        {**_SHORT, "rewards": '(("controls.shuffled", 1.0),)'},
+    ),
+    Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
+    Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),
+    _ablation("recipe", "the headline's settings", {}),
+    _ablation(
+        "vlm_one_stage", "VLM-like judge, stage 1 alone", {**_VLM, "judge.two_stage": "False"}
+    ),
+    _ablation("vlm_two_stages", "VLM-like judge, both stages", {**_VLM, "judge.two_stage": "True"}),
+    _ablation("group_4", "G = 4, as many candidates", _groups(4)),
+    _ablation("group_16", "G = 16, as many candidates", _groups(16)),
+    _ablation(
+        "independent",
+        "each candidate its own initial noise",
+        {"rollout.group_noise": "independent"},
+    ),
+    _ablation("all_steps", "every step but the last stochastic and trained", _EVERY_STEP),
+    _ablation("rank_4", "LoRA rank 4", {"lora.rank": "4", "lora.alpha": "8"}),
+    _ablation("rank_64", "LoRA rank 64", {"lora.rank": "64", "lora.alpha": "128"}),
+    *(_ratio(ratio, side) for ratio in _CLIPS for side in _SIDES),
+)

