@@ -20,7 +20,8 @@ from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.identity import IDENTITY
 from sl_jax.grpo.judges import judgings, open_judges
 from sl_jax.grpo.learner import Learner
-from sl_jax.grpo.loop import Parts, train
+from sl_jax.grpo.loop import train
+from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.report import run_report
 from sl_jax.grpo.rollout import Rollout
