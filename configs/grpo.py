@@ -191,6 +191,7 @@ def _production() -> ConfigDict:
     distributed.processes = placeholder(int)
     distributed.process = placeholder(int)  # this one, from 0
     distributed.cpu_devices = 1  # of a process without accelerators
+    distributed.grace = 25.0  # seconds from SIGTERM to the end; Kubernetes, spot and SLURM give 30
 
     log = config.log = ConfigDict()
     log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
