@@ -58,6 +58,8 @@ def _production() -> ConfigDict:
     rollout.group_noise = "shared"  # unmeasured
     rollout.ode_method = "euler"  # paper
     rollout.train_frames = "all"  # unmeasured; "layers" leaves frame 0 out of the likelihood
+    rollout.guidance = 1.0  # the Stable-Layers release; the base's README samples with 4
+    rollout.negative_prompt = " "  # the base's README
 
     advantage = config.advantage = ConfigDict()
     advantage.scale = "group"  # paper; "criterion" is GDPO's, arXiv 2601.05242

@@ -1,5 +1,6 @@
 """The typed configuration of a run; everything wrong with one is said before anything loads."""
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -91,6 +92,10 @@ class RolloutConfig:
         ode_method: of the other steps.
         train_frames: which frames a sample's likelihood is of; "layers" leaves out frame 0, the
             whole picture again, which is dropped from the result. Noise is drawn in all.
+        guidance: scale of classifier-free guidance, from 1, which is none; candidates are then
+            sampled by guided velocities, which the learner differentiates and the evaluation
+            follows as well. It doubles what the transformer computes.
+        negative_prompt: that guidance leads away from.
     """
 
     groups: int = 32
@@ -107,6 +112,8 @@ class RolloutConfig:
     group_noise: Literal["shared", "independent"] = "shared"
     ode_method: OdeMethod = "euler"
     train_frames: Literal["all", "layers"] = "all"
+    guidance: float = 1.0
+    negative_prompt: str = " "
 
 
 @dataclass(frozen=True)
@@ -349,6 +356,7 @@ _RULES = {
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,
+    "rollout.guidance": Rule(lambda scale: 1 <= scale < math.inf, "a number from 1, which is none"),
     "judge.min_valid": SHARE,
 }
 

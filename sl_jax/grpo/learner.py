@@ -29,7 +29,7 @@ from sl_jax.grpo.objective import (
     rollout_mismatch,
 )
 from sl_jax.grpo.rollout import Candidates
-from sl_jax.inference.sampling import Condition, modulation_rows, velocity_function
+from sl_jax.inference.sampling import Condition, Guidance, modulation_rows, velocity_function
 from sl_jax.models.flops import velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
@@ -181,8 +181,10 @@ class Learner:
         optimizer: OptimizerConfig,
         config: LearnerConfig,
         layout: Layout,
+        guidance: Guidance | None = None,
     ):
         self._pipeline = pipeline
+        self._guidance = guidance
         self._rollout = rollout
         self._objective = objective
         self._config = config
@@ -278,6 +280,7 @@ class Learner:
         if not any(np.any(batch.weight) for batch in batches):
             return 0.0
         passes = 2 + (old is not None) + bool(self._objective.kl_weight)
+        passes *= 1 if self._guidance is None else 2
         config = self._pipeline.model.config
         return sum(
             passes
@@ -292,9 +295,8 @@ class Learner:
     ) -> tuple[Float[Array, "m n c"], Any]:
         """Velocity of one micro-batch, and its vjp with respect to the adapter's weights."""
         weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
-        velocity, residuals = self._forward(
-            *weights, step.x, step.index, step.condition, table, grid=grid
-        )
+        sample = (step.x, step.index, step.condition)
+        velocity, residuals = self._forward(*weights, *sample, table, self._guidance, grid=grid)
         return velocity, residuals.with_inputs(weights)
 
     def trace_forward(
@@ -302,7 +304,8 @@ class Learner:
     ) -> jax.stages.Traced:
         """The program of `velocity`; for this and the next two, arguments may be shapes."""
         weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
-        return self._forward.trace(*weights, step.x, step.index, step.condition, table, grid=grid)
+        sample = (step.x, step.index, step.condition)
+        return self._forward.trace(*weights, *sample, table, self._guidance, grid=grid)
 
     def trace_backward(
         self,
@@ -421,6 +424,7 @@ class Learner:
         index: Array,
         condition: Condition,
         table: ModulationTable,
+        guidance: Guidance | None,
         *,
         grid: LatentGrid,
     ) -> tuple[Array, Residuals]:
@@ -429,8 +433,8 @@ class Learner:
         def forward(trained: Any) -> Array:
             variables = Adapter(trained, lora_scale).variables()
             rows = modulation_rows(model, params, variables, table.only(index))
-            velocity = velocity_function(model, params, variables, condition, rows, grid)
-            return velocity(x, jnp.int32(0))
+            told = (condition, rows, grid, guidance)
+            return velocity_function(model, params, variables, *told)(x, jnp.int32(0))
 
         velocity, vjp = jax.vjp(forward, lora)
         return velocity, Residuals.of(vjp, (lora, lora_scale, params))
