@@ -108,6 +108,10 @@ def _production() -> ConfigDict:
     learner.micro_batch = 8
     learner.ema = 0.9  # peer: flow_grpo
     learner.reference = "base"
+    stop = learner.stop = ConfigDict()  # the epoch's remaining updates; unmeasured
+    stop.kl = placeholder(float)  # no bound
+    stop.clip_fraction = placeholder(float)
+    stop.log_ratio = placeholder(float)
 
     judge = config.judge = ConfigDict()
     judge.endpoint = "embedded"  # in process, where there are no endpoints

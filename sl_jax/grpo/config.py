@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sl_jax.checkpoints.pipeline import ComputeConfig
@@ -132,6 +132,25 @@ class AdvantageConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """Bounds on how far the policy may be from the one that rolled out; None sets none.
+
+    Means over the samples and steps of an update, before it is applied. One that is beyond a bound
+    is not applied, and the rest of the epoch's updates are left out. Before the first update both
+    policies are one.
+
+    Attributes:
+        kl: of the KL per latent scalar, exact for a Gaussian step.
+        clip_fraction: of the share whose ratio has left the clip range.
+        log_ratio: of the size of the log ratio.
+    """
+
+    kl: float | None = None
+    clip_fraction: float | None = None
+    log_ratio: float | None = None
+
+
+@dataclass(frozen=True)
 class LearnerConfig:
     """How the adapter is updated.
 
@@ -140,12 +159,14 @@ class LearnerConfig:
         micro_batch: samples per forward and backward pass, over all devices.
         ema: decay per update of the average that is exported and evaluated.
         reference: of the KL term: the base without adapter, or the adapter at the start.
+        stop: when an epoch's remaining updates are left out.
     """
 
     updates: int = 2
     micro_batch: int = 8
     ema: float = 0.9
     reference: Literal["base", "init"] = "base"
+    stop: StopConfig = field(default_factory=StopConfig)
 
 
 @dataclass(frozen=True)
@@ -356,6 +377,7 @@ _RULES = {
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,
+    **{f"learner.stop.{bound.name}": POSITIVE_OR_NONE for bound in fields(StopConfig)},
     "rollout.guidance": Rule(lambda scale: 1 <= scale < math.inf, "a number from 1, which is none"),
     "judge.min_valid": SHARE,
 }

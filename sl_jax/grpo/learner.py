@@ -7,7 +7,7 @@ equal, so are the velocities, to the last bit, in any dtype and on any mesh.
 Gradients, moments and averages are laid out over devices like the adapter's weights, and stay so.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -92,12 +92,14 @@ class UpdateReport(NamedTuple):
     Attributes:
         steps: of every micro-batch of every window step.
         gradient_norms: position in the σ grid, and norm of the gradient, of each window step.
-        gradient_norm: of the whole gradient, before it is clipped; None without one.
+        gradient_norm: of the whole gradient, before it is clipped; None where none was applied.
+        stopped: whether the policy was so far away that nothing was applied.
     """
 
     steps: list[StepReport]
     gradient_norms: list[tuple[Array, Array]]
     gradient_norm: Array | None
+    stopped: bool = False
 
 
 class _Changing(NamedTuple):
@@ -235,16 +237,22 @@ class Learner:
         batches: Sequence[Scored],
         old: Adapter | None = None,
         kl_left: float = 1.0,
+        *,
+        donate: bool = False,
+        too_far: Callable[[Sequence[StepReport]], bool] | None = None,
     ) -> tuple[LearnerState, UpdateReport]:
         """One optimizer step over all samples and window steps of `batches`.
 
         Where no sample has a weight there is nothing to learn, and nothing changes.
 
         Args:
-            state: donated where `old` is given.
+            state: to go on from.
             batches: rollout batches of one epoch, whose weights sum to 1 together.
             old: the adapter that rolled them out; None for the state's own.
             kl_left: the share of the KL term's weight that holds now.
+            donate: whether nobody needs `state` after an update that is applied.
+            too_far: told of all steps before the gradient is applied, says whether it is not to
+                be; the same in all processes.
         """
         if not any(np.any(batch.weight) for batch in batches):
             return state, UpdateReport([], [], None)
@@ -260,7 +268,9 @@ class Learner:
                     reports.append(report)
             total, norm = self._add(total, part)
             norms.append((reports[-1].index, norm))
-        apply = self._apply if old is None else self._apply_donating
+        if too_far is not None and too_far(reports):
+            return state, UpdateReport(reports, norms, None, stopped=True)
+        apply = self._apply_donating if donate else self._apply
         changed, norm = apply(_changing(state), total)
         return state.replace(
             adapter=state.adapter.replace(lora=changed.lora),

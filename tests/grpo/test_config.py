@@ -114,6 +114,8 @@ def test_rewards_may_have_options():
         ("learner.micro_batch", 24, "a divisor of batch_groups × group_size = 32"),
         ("learner.updates", 0, "at least 1"),
         ("learner.ema", 1.0, "not with, 1"),
+        ("learner.stop.kl", 0.0, "None or a positive number"),
+        ("learner.stop.clip_fraction", -0.1, "None or a positive number"),
         ("learner.reference", "start", "one of 'base', 'init'"),
         ("lora.rank", 0, "at least 1"),
         ("lora.targets", (), "one or more modules"),
