@@ -77,6 +77,8 @@ def _production() -> ConfigDict:
     rollout.group_noise = "shared"  # unmeasured
     rollout.ode_method = "euler"  # paper: Flow-GRPO
     rollout.train_frames = "all"  # unmeasured
+    rollout.guidance = 1.0  # release: Stable-Layers; the base's README samples with 4
+    rollout.negative_prompt = " "  # release: the base's README
 
     advantage = config.advantage = ConfigDict()
     advantage.scale = "group"  # paper: Flow-GRPO; "criterion" is GDPO's, arXiv 2601.05242
@@ -127,6 +129,12 @@ def _production() -> ConfigDict:
     learner.micro_batch = 8  # ours: fits eight v5e chips by plan
     learner.ema = 0.9  # peer: flow_grpo
     learner.reference = "base"  # peer: flow_grpo
+
+    # unmeasured: no bounds
+    stop = learner.stop = ConfigDict()
+    stop.kl = placeholder(float)
+    stop.clip_fraction = placeholder(float)
+    stop.log_ratio = placeholder(float)
 
     judge = config.judge = ConfigDict()
     # yours: without servers, judged in process. With flags, one each:

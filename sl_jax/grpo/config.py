@@ -1,7 +1,8 @@
 """The typed configuration of a run; everything wrong with one is said before anything loads."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sl_jax.checkpoints.pipeline import ComputeConfig
@@ -91,6 +92,10 @@ class RolloutConfig:
         ode_method: "euler" or "heun", of the other steps.
         train_frames: which frames a sample's likelihood is of; "layers" leaves out frame 0, the
             whole picture again, which is dropped from the result. Noise is drawn in all.
+        guidance: scale of classifier-free guidance, from 1, which is none; candidates are then
+            sampled by guided velocities, which the learner differentiates and the evaluation
+            follows as well. It doubles what the transformer computes.
+        negative_prompt: that guidance leads away from.
     """
 
     groups: int = 32
@@ -107,6 +112,8 @@ class RolloutConfig:
     group_noise: Literal["shared", "independent"] = "shared"
     ode_method: OdeMethod = "euler"
     train_frames: Literal["all", "layers"] = "all"
+    guidance: float = 1.0
+    negative_prompt: str = " "
 
 
 @dataclass(frozen=True)
@@ -125,6 +132,25 @@ class AdvantageConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """Bounds on how far the policy may be from the one that rolled out; None sets none.
+
+    Means over the samples and steps of an update, before it is applied. One that is beyond a bound
+    is not applied, and the rest of the epoch's updates are left out. Before the first update both
+    policies are one.
+
+    Attributes:
+        kl: of the KL per latent scalar, exact for a Gaussian step.
+        clip_fraction: of the share whose ratio has left the clip range.
+        log_ratio: of the size of the log ratio.
+    """
+
+    kl: float | None = None
+    clip_fraction: float | None = None
+    log_ratio: float | None = None
+
+
+@dataclass(frozen=True)
 class LearnerConfig:
     """How the adapter is updated.
 
@@ -133,12 +159,14 @@ class LearnerConfig:
         micro_batch: samples per forward and backward pass, over all devices.
         ema: decay per update of the average that is exported and evaluated.
         reference: of the KL term: "base", without adapter, or "init", the adapter at the start.
+        stop: when an epoch's remaining updates are left out.
     """
 
     updates: int = 2
     micro_batch: int = 8
     ema: float = 0.9
     reference: Literal["base", "init"] = "base"
+    stop: StopConfig = field(default_factory=StopConfig)
 
 
 @dataclass(frozen=True)
@@ -374,6 +402,8 @@ _RULES = {
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,
+    **{f"learner.stop.{bound.name}": POSITIVE_OR_NONE for bound in fields(StopConfig)},
+    "rollout.guidance": Rule(lambda scale: 1 <= scale < math.inf, "a number from 1, which is none"),
     "judge.min_valid": SHARE,
 }
 
