@@ -1,6 +1,6 @@
 """One epoch: roll out, decode, judge, turn scores into advantages, update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -10,10 +10,10 @@ from jaxtyping import Bool
 
 from sl_jax.flow.sampler import window_starts
 from sl_jax.grpo.advantages import Advantages
-from sl_jax.grpo.config import GrpoConfig
+from sl_jax.grpo.config import GrpoConfig, StopConfig
 from sl_jax.grpo.judging import judged_advantages
-from sl_jax.grpo.learner import LearnerState, Scored, UpdateReport
-from sl_jax.grpo.metrics import learner_metrics, warn_of_mismatch, warn_of_spoiled
+from sl_jax.grpo.learner import LearnerState, Scored, StepReport, UpdateReport
+from sl_jax.grpo.metrics import beyond, learner_metrics, warn_of_mismatch, warn_of_spoiled
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.rolling import Rolled, await_scores, record, roll_out
@@ -29,13 +29,14 @@ class _Learned(NamedTuple):
     Attributes:
         judged: scores of every group, in the order of `rolled`'s rows.
         finite: [groups, G], see `Rolled`.
+        report: None where the epoch's updates had been stopped.
     """
 
     rolled: list[Rolled]
     judged: list[GroupScores]
     finite: Bool[np.ndarray, "groups candidates"]
     advantages: Advantages
-    report: UpdateReport
+    report: UpdateReport | None
 
 
 def run_epoch(
@@ -47,29 +48,58 @@ def run_epoch(
     rolled = []
     for _ in range(config.rollout.groups // config.rollout.batch_groups):
         rolled.append(roll_out(parts, begun, start, phases))
+    state, done = _learn(parts, state, rolled, epoch, phases)
+    phases.begin("recording")
+    judged = [scores for entry in done for scores in entry.judged]
+    record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
+    metrics = _metrics(parts, state, done)
+    return state, metrics | {"rollout/window_start": start, "rollout/staleness": 0}
+
+
+def _learn(
+    parts: Parts, state: LearnerState, rolled: Sequence[Rolled], epoch: int, phases: Phases
+) -> tuple[LearnerState, list[_Learned]]:
+    """The updates of an epoch: each waits for its share of the groups to be judged."""
+    config, begun = parts.config, state.adapter
+    start, kl_left = window_start(config, epoch), config.objective.kl_left(epoch)
     share = len(rolled) // config.learner.updates
-    done: list[_Learned] = []
+    stopped, done = False, []
     for number in range(config.learner.updates):
         phases.begin("judging")
-        part = rolled[number * share : (number + 1) * share]
+        part = list(rolled[number * share : (number + 1) * share])
         part, judged, finite = await_scores(parts, part, begun, start, phases)
         phases.begin("learning")  # while the groups of later updates are judged
         scored, worth = _scored(parts, part, judged)
-        old = None if state.adapter is begun else begun
-        kl_left = config.objective.kl_left(epoch)
-        state, report = parts.learner.update(state, scored, old, kl_left)
+        report = None
+        if not stopped:
+            old = None if state.adapter is begun else begun
+            how = {"donate": old is not None, "too_far": _too_far(parts)}
+            state, report = parts.learner.update(state, scored, old, kl_left, **how)
+            stopped = report.stopped
+            jax.block_until_ready(state.updates)
+            phases.computed(parts.learner.flops(scored, old))
         done.append(_Learned(part, judged, finite, worth, report))
-        jax.block_until_ready(state.updates)
-        phases.computed(parts.learner.flops(scored, old))
-    phases.begin("recording")
+    return state, done
+
+
+def _too_far(parts: Parts) -> Callable[[Sequence[StepReport]], bool] | None:
+    """Whether an update goes beyond the configured bounds; None where there are none."""
+    bounds = parts.config.learner.stop
+    if bounds == StopConfig():
+        return None
+    return lambda reports: parts.processes.from_main("bounds of an update", beyond(bounds, reports))
+
+
+def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dict[str, float]:
+    """Of an epoch's groups and updates, with warnings of what is wrong with them."""
     judged = [scores for entry in done for scores in entry.judged]
     finite = np.concatenate([entry.finite for entry in done])
-    record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
-    learned = learner_metrics([entry.report for entry in done])
+    reports = [entry.report for entry in done if entry.report is not None]
+    learned = learner_metrics(reports)
     if parts.processes.is_main:
-        warn_of_mismatch(learned, config.objective)
+        warn_of_mismatch(learned, parts.config.objective)
         warn_of_spoiled(finite)
-    return state, {
+    return {
         **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
         **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
         "judge/quarantined": len(parts.stream.quarantined),
@@ -78,9 +108,8 @@ def run_epoch(
         "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
+        "learner/stopped_updates": len(done) - sum(not report.stopped for report in reports),
         "rollout/not_finite": int((~finite).sum()),
-        "rollout/window_start": start,
-        "rollout/staleness": 0,
     }
 
 

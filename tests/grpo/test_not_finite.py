@@ -80,7 +80,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
     finite[SPOILED, left:] = False
     updates = []
 
-    def update(state, scored, old, kl_left):
+    def update(state, scored, old, kl_left, **how):
         updates.append(np.concatenate([batch.weight for batch in scored]).reshape(-1, 4))
         return state, UpdateReport([], [], None)
 

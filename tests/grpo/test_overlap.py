@@ -63,7 +63,7 @@ class WatchedLearner:
     def __init__(self, judge):
         self._judge, self.updates = judge, 0
 
-    def update(self, state, scored, old, kl_left):
+    def update(self, state, scored, old, kl_left, **how):
         assert len(scored) == BATCHES // 2
         if self.updates == 0:
             for batch in range(BATCHES // 2, BATCHES):
