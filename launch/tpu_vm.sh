@@ -25,7 +25,7 @@ Usage: bash launch/tpu_vm.sh COMMAND NAME [option ...] [-- argument of sl_jax.tr
   --env=NAME      hands over a variable, such as JUDGE_TOKEN or HF_TOKEN; may be repeated
   --extras=NAMES  of setup.py, tpu,gcs
   --restarts=N    how often it may start again, 100
-  --grace=S       seconds that stop leaves for a checkpoint, 600
+  --grace=S       seconds after which stop kills, 60
   --dry-run       prints every command, and runs none
 
 Only this command starts again after a preemption, so let it run where it can last (tmux). The
@@ -34,7 +34,7 @@ END_OF_USAGE
 }
 
 command="" name="" type="" version="" zone="" project=""
-spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=600
+spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=60
 variables=() training=()
 started="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
 pause="${TPU_PAUSE:-30}"
@@ -345,7 +345,8 @@ training_state() {
   printf 'ended %s\n' "$(sed -n 's/^ended //p' <<<"$lines" | sort -n | tail -n 1)"
 }
 
-# goes_on STATUS: whether a training that ended so goes on when it is started again.
+# goes_on STATUS: whether a training that ended so goes on by itself when it is started again:
+# terminated (143), or killed otherwise; not after an error that says what to do (1).
 goes_on() {
   [ "$1" -gt 128 ] && [ "$1" -ne 130 ]
 }

@@ -10,6 +10,8 @@ import pytest
 import yaml
 from documents import ROOT, Manifest, blocks, configured, deployment, instructions, manifests, run
 
+from sl_jax.parallel.interrupts import TERMINATED
+
 PLACE = ROOT / "launch" / "gke"
 JUDGES = ROOT / "launch" / "judge_pool"
 CHIPS_OF_A_HOST = 4  # of v5e slices of more than one host
@@ -107,7 +109,7 @@ def rule_of(status: int | None) -> int | None:
     ("status", "followed_by"),
     [
         (None, "RestartJobSetAndIgnoreMaxRestarts"),
-        (143, "RestartJobSetAndIgnoreMaxRestarts"),
+        (TERMINATED, "RestartJobSetAndIgnoreMaxRestarts"),
         (1, "FailJobSet"),
         (137, "RestartJobSet"),
         (134, "RestartJobSet"),
@@ -129,6 +131,7 @@ def test_the_slice_and_its_hosts():
     assert exclusive == "cloud.google.com/gke-nodepool"
     run = configured(container()["args"], chips)
     assert run.mesh.fsdp * run.mesh.tensor == chips
+    assert run.distributed.grace < pod()["terminationGracePeriodSeconds"]
 
 
 def test_the_learner_asks_the_judge_of_its_namespace():
@@ -330,7 +333,7 @@ def test_xpk_understands_the_command_of_the_readme(tmp_path):
     selector = theirs["template"]["spec"]["nodeSelector"]
     assert selector.items() <= ours["template"]["spec"]["nodeSelector"].items()
     (rule,) = theirs["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["operator"] == "NotIn" and 143 in rule["onExitCodes"]["values"]
-    assert 1 not in rule["onExitCodes"]["values"]
+    assert rule["onExitCodes"]["operator"] == "NotIn"
+    assert {1, TERMINATED} & set(rule["onExitCodes"]["values"]) == {TERMINATED}
     bad = run(deployment(program), *words, "--unknown=1", *dry, HOME=str(tmp_path))
     assert bad.returncode != 0

@@ -19,13 +19,13 @@ class Node(Repository):
 
     def __init__(self, place: Path):
         super().__init__(place)
+        (self.root / "jax.py").write_text('def devices(kind): return open("seen").readlines()\n')
         self.cards(1)
 
     def cards(self, count: int, seen: int | None = None, driver: str = "550.54.15") -> None:
         listed = "\n".join([CARD.format(driver=driver)] * count)
         self.nvidia_smi(f"cat <<'END'\n{listed}\nEND")
-        seen = count if seen is None else seen
-        (self.root / "jax.py").write_text(f"def devices(platform):\n    return [0] * {seen}\n")
+        (self.root / "seen").write_text("a card\n" * (count if seen is None else seen))
 
     def nvidia_smi(self, script: str) -> None:
         program = self.python.with_name("nvidia-smi")

@@ -293,7 +293,6 @@ def test_a_killed_task_requeues_the_job_which_gives_the_adapter_of_one_process(s
     # Adam makes steps of full size, here 1e-3, out of the few gradients that are hardly more than
     # zero, whose sign is that of their rounding.
     trained = np.concatenate([array.ravel() for array in theirs.values()])
-    print("DIST", distance.max(), np.mean(distance > 1e-5), np.linalg.norm(distance) / np.linalg.norm(trained))
     assert np.mean(distance > 1e-5) < 0.01
     assert np.linalg.norm(distance) < 1e-2 * np.linalg.norm(trained)
 
