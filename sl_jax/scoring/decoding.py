@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sl_jax.imaging.decoding import DECODER_ERRORS, check_scans
 from sl_jax.scoring.request import UnreadableRequestError, request_of
 from sl_jax.scoring.types import JudgeRequest
 
@@ -104,12 +105,13 @@ def _item(item: object) -> str | bytes:
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODER_ERRORS as error:
         raise BadRequestError("a picture is neither PNG nor JPEG") from error
 
 
 def _pixels(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     try:
+        check_scans(picture)
         return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODER_ERRORS as error:
         raise BadRequestError("a picture is damaged") from error
