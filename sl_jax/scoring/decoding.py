@@ -31,12 +31,16 @@ class Limits:
       pictures: pictures in a request.
       pixels: pixels of all its pictures together.
       waiting: requests that may wait for a free thread before clients are told to come back.
+      held: bytes of the bodies of all requests that wait or are judged.
+      seconds: for a request to arrive.
     """
 
     body: int = 32 * 2**20
     pictures: int = 64
-    pixels: int = 64 * 2**20
+    pixels: int = 32 * 2**20
     waiting: int = 64
+    held: int = 256 * 2**20
+    seconds: float = 60.0
 
 
 def request_from(body: object, limits: Limits) -> JudgeRequest:
@@ -112,6 +116,7 @@ def _open(data: bytes) -> Image.Image:
 def _pixels(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     try:
         check_scans(picture)
-        return np.asarray(picture.convert("RGB"))
+        picture.load()
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except DECODER_ERRORS as error:
         raise BadRequestError("a picture is damaged") from error
