@@ -41,11 +41,16 @@ PerSample = Float32[Array, " batch"]
 class ObjectiveConfig:
     """How samples become a loss. All fields are static.
 
-    Clipping applies to r: it leaves the range 1 − clip_low … 1 + clip_high without gradient if the
-    advantage would push it further. Advantages are cut to ± advantage_limit, log ratios to
-    ± log_ratio_limit (beyond which exp leaves float32, and the gradient is 0). `kl_weight` is β in
-    the first epoch; it halves every `kl_half_life` epochs, or stays where that is None.
-    `inverse_dt_weight` weighs each step's clipped objective, not its KL, by 1/(−dt).
+    Attributes:
+        ratio: what compares new and old policy: "plain" (Flow-GRPO), "guard" (GRPO-Guard), or
+            "velocity", whose clip range means the same at every step, size and number of layers.
+        clip_low, clip_high: the ratio leaves the range 1 − clip_low … 1 + clip_high without
+            gradient if the advantage would push it further.
+        advantage_limit: advantages are cut to ± this.
+        log_ratio_limit: log ratios are cut to ± this; beyond it the gradient is 0.
+        kl_weight: β of the KL term in the first epoch; 0 leaves it out.
+        kl_half_life: epochs in which `kl_weight` halves; None keeps it.
+        inverse_dt_weight: whether each step's clipped objective, not its KL, is weighed by 1/(−dt).
     """
 
     ratio: Ratio = "velocity"

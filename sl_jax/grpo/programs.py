@@ -14,7 +14,7 @@ from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.learner import Learner, LearnerState, Step
 from sl_jax.grpo.rollout import Candidates, Pictures, Rollout
 from sl_jax.inference.modulation import abstract_table
-from sl_jax.inference.sampling import Condition
+from sl_jax.inference.sampling import GUIDANCE_SCOPE, Condition, Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable, time_modules
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
@@ -48,15 +48,10 @@ class Programs:
             adapter_shardings(shapes, self.pipeline.params),
         )
         self.grid = largest_grid(config)
-        self._rollout = Rollout(self.pipeline, config.rollout, layout)
-        self._learner = Learner(
-            self.pipeline,
-            config.rollout,
-            config.objective,
-            config.optimizer,
-            config.learner,
-            layout,
-        )
+        placed = (layout, self._guidance())
+        self._rollout = Rollout(self.pipeline, config.rollout, *placed)
+        learning = (config.objective, config.optimizer, config.learner)
+        self._learner = Learner(self.pipeline, config.rollout, *learning, *placed)
         self.state: LearnerState = self._learner.abstract(self.adapter)
 
     def resident(self) -> dict[str, Any]:
@@ -81,7 +76,7 @@ class Programs:
             self._rollout.trace(self.adapter, self._pictures(), self._table(), self.grid),
             len(batches),
             trips,
-            (*zip(_LOOPS[-len(trips) :], trips, strict=True), self._blocks),
+            (*zip(_LOOPS[-len(trips) :], trips, strict=True), *self._loops),
             (self._learning, batches[1:]),
             self._weights(sum(trips)),
         )
@@ -139,7 +134,7 @@ class Programs:
         velocities = self._velocities_per_step()
         rest = (step.x_next, step.mean, step.advantage, step.weight)
         held = (vae, epoch, learning, gradients, rest)
-        blocks, once = (self._blocks,), self._weights(1)
+        blocks, once = self._loops, self._weights(1)
         compiled = yield Phase(
             "learner forward", traced, steps * velocities, (), blocks, held, once
         )
@@ -156,14 +151,30 @@ class Programs:
         yield Phase("learner backward", traced, steps, (), blocks, held, 2 * once)
 
     @property
-    def _blocks(self) -> tuple[str, float]:
-        """The loop over the transformer's blocks, forward and backward."""
-        return r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers
+    def _loops(self) -> tuple[tuple[str, float], ...]:
+        """Over the transformer's blocks, forward and backward, and over prompts with guidance."""
+        blocks = (r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers)
+        prompts = (rf"{GUIDANCE_SCOPE}\)*/while/body", self._prompts)
+        return blocks, prompts
 
-    def _weights(self, passes: float) -> float:
-        """Bytes that so many passes through the transformer read on every chip."""
+    @property
+    def _prompts(self) -> int:
+        """Passes through the transformer for one velocity."""
+        return 1 if self._config.rollout.guidance == 1 else 2
+
+    def _guidance(self) -> Guidance | None:
+        """By a negative prompt as long as the longest prompts."""
+        if self._prompts == 1:
+            return None
+        channels = self.pipeline.model.config.joint_attention_dim
+        shape = (1, self._config.data.max_text_tokens, channels)
+        text = self._whole(shape, jnp.dtype(self._config.compute.dtype))
+        return Guidance(self._whole((), np.float32), text, None)
+
+    def _weights(self, velocities: float) -> float:
+        """Bytes that so many velocities of the transformer read on every chip."""
         whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pipeline.params))
-        return passes * whole / self._layout.mesh.shape["tensor"]
+        return velocities * self._prompts * whole / self._layout.mesh.shape["tensor"]
 
     def _velocities_per_step(self) -> float:
         """Forward passes per micro-batch: the old adapter's after the first update, a reference."""

@@ -13,6 +13,7 @@ from sl_jax.grpo.config import RolloutConfig
 from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.sampling import (
     Condition,
+    Guidance,
     each_layer,
     modulation_rows,
     picture_latents,
@@ -78,8 +79,15 @@ class Rollout:
     Sampled noise depends on each group's key and the candidate's number alone.
     """
 
-    def __init__(self, pipeline: Pipeline, config: RolloutConfig, layout: Layout):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: RolloutConfig,
+        layout: Layout,
+        guidance: Guidance | None = None,
+    ):
         self._pipeline = pipeline
+        self._guidance = guidance
         self._tables = ModulationTables(pipeline)
         self._config = config
         self._layout = layout
@@ -115,6 +123,7 @@ class Rollout:
             pictures,
             self.table(grid),
             jnp.int32(window_start),
+            self._guidance,
             grid=grid,
         )
 
@@ -134,6 +143,7 @@ class Rollout:
         )
         sampled = rows // config.group_size if config.group_noise == "shared" else rows
         once = velocity_flops(self._pipeline.model.config, grid, text_tokens)
+        once *= 1 if self._guidance is None else 2
         return once * (before * sampled + after * rows)
 
     def trace(
@@ -143,7 +153,8 @@ class Rollout:
         whole = replicated(self._layout.mesh)
         window_start = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
         weights = (self._pipeline.params, self._pipeline.vae_params, adapter)
-        return self._sample.trace(*weights, pictures, table, window_start, grid=grid)
+        rest = (table, window_start, self._guidance)
+        return self._sample.trace(*weights, pictures, *rest, grid=grid)
 
     def trace_decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> jax.stages.Traced:
         """The program that decodes."""
@@ -157,6 +168,7 @@ class Rollout:
         pictures: Pictures,
         table: ModulationTable,
         window_start: Int[Array, ""],
+        guidance: Guidance | None,
         *,
         grid: LatentGrid,
     ) -> Candidates:
@@ -170,7 +182,8 @@ class Rollout:
         )
         samples = groups.repeat(config.group_size)
         keys = jax.vmap(lambda key: _candidate_keys(key, config.group_size))(pictures.keys).ravel()
-        velocity = partial(velocity_function, model, params, variables, rows=rows, grid=grid)
+        told = {"rows": rows, "grid": grid, "guidance": guidance}
+        velocity = partial(velocity_function, model, params, variables, **told)
         shared = config.group_noise == "shared"
         x = self._spread(
             sampler.initial_noise(

@@ -13,10 +13,12 @@ import pytest
 from flax import struct
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
-from sl_jax.grpo import loop
+from sl_jax.grpo import loop, rolling
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
+from sl_jax.grpo.epoch import window_start
 from sl_jax.grpo.judging import JudgeUnavailableError
-from sl_jax.grpo.loop import Parts, train, window_start
+from sl_jax.grpo.loop import train
+from sl_jax.grpo.parts import Parts
 from sl_jax.parallel.processes import Processes
 from sl_jax.training.metrics import CLOCKED, read_metrics
 from sl_jax.training.profiling import Profiler
@@ -106,7 +108,8 @@ class Run:
             profiler=Profiler(None, self.folder),
         )
         try:
-            return train(self.parts, lambda: 1.0)
+            with self.parts.processes.open():
+                return train(self.parts, lambda: 1.0)
         finally:
             checkpoints.close()
 
@@ -313,10 +316,10 @@ def test_a_sliding_window_moves_by_one_and_stays_at_the_end():
 
 def test_keys_depend_on_step_and_slot_alone():
     examples = [SimpleNamespace(slot=slot) for slot in range(4)]
-    keys = loop._keys(1, 5, examples)
+    keys = rolling._keys(1, 5, examples)
     assert len(np.unique(keys, axis=0)) == 4
-    assert np.array_equal(loop._keys(1, 5, examples[2:]), keys[2:])
-    assert not np.array_equal(loop._keys(1, 6, examples), keys)
+    assert np.array_equal(rolling._keys(1, 5, examples[2:]), keys[2:])
+    assert not np.array_equal(rolling._keys(1, 6, examples), keys)
 
 
 def test_records_are_json_lines(whole, tmp_path, monkeypatch):

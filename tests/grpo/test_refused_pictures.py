@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sl_jax.data import FolderError, TrainStream, make_buckets, scan_folder, write_designs
-from sl_jax.grpo import loop
+from sl_jax.grpo import rolling
 from sl_jax.grpo.config import GrpoConfig, JudgeSettings, RolloutConfig
 from sl_jax.grpo.judging import Judging
 from sl_jax.grpo.rollout import Decoded
@@ -121,9 +121,9 @@ def run(tmp_path):
 
 
 def _epoch(run):
-    batch = loop._roll_out(run, None, 0, Phases())
-    rolled, judged, _ = loop._judged(run, [batch], None, 0, Phases())
-    loop._record(run, 1, rolled, judged)
+    batch = rolling.roll_out(run, None, 0, Phases())
+    rolled, judged, _ = rolling.await_scores(run, [batch], None, 0, Phases())
+    rolling.record(run, 1, rolled, judged)
     return batch, rolled[0], judged
 
 
@@ -173,7 +173,7 @@ def test_a_replacement_may_be_refused_too_but_not_for_ever(run):
     run.stream.restore(run.stream.state() | {"step": 0})
     run.judge.refused = {drawn[0], *(set(every) - set(drawn))}
     _, after, judged = _epoch(run)
-    assert run.rollout.calls == 1 + loop._REPLACEMENTS
+    assert run.rollout.calls == 1 + rolling._REPLACEMENTS
     # Then the group is left out of the epoch, and not waited for.
     assert [scores.valid.all() for scores in judged] == [False, True, True, True]
     assert judged[0].refusal == "I cannot help"

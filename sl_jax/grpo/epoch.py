@@ -1,0 +1,149 @@
+"""One epoch: roll out, decode, judge, turn scores into advantages, update."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Bool
+
+from sl_jax.flow.sampler import window_starts
+from sl_jax.grpo.advantages import Advantages
+from sl_jax.grpo.config import GrpoConfig, StopConfig
+from sl_jax.grpo.judging import judged_advantages
+from sl_jax.grpo.learner import LearnerState, Scored, StepReport, UpdateReport
+from sl_jax.grpo.metrics import beyond, learner_metrics, warn_of_mismatch, warn_of_spoiled
+from sl_jax.grpo.parts import Parts
+from sl_jax.grpo.phases import Phases
+from sl_jax.grpo.rolling import Rolled, await_scores, record, roll_out
+from sl_jax.scoring import GroupScores, summarize
+
+# One program: tensor by tensor, processes may meet at different ones and wait for ever.
+_norm = jax.jit(optax.tree.norm)
+
+
+class _Learned(NamedTuple):
+    """What one update learned from.
+
+    Attributes:
+        judged: scores of every group, in the order of `rolled`'s rows.
+        finite: [groups, G], see `Rolled`.
+        report: None where the epoch's updates had been stopped.
+    """
+
+    rolled: list[Rolled]
+    judged: list[GroupScores]
+    finite: Bool[np.ndarray, "groups candidates"]
+    advantages: Advantages
+    report: UpdateReport | None
+
+
+def run_epoch(
+    parts: Parts, state: LearnerState, epoch: int, phases: Phases
+) -> tuple[LearnerState, dict[str, float]]:
+    """One epoch: the state after its updates, and its metrics. The given state stays valid."""
+    config, begun = parts.config, state.adapter
+    start = window_start(config, epoch)
+    rolled = []
+    for _ in range(config.rollout.groups // config.rollout.batch_groups):
+        rolled.append(roll_out(parts, begun, start, phases))
+    state, done = _learn(parts, state, rolled, epoch, phases)
+    phases.begin("recording")
+    judged = [scores for entry in done for scores in entry.judged]
+    record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
+    metrics = _metrics(parts, state, done)
+    return state, metrics | {"rollout/window_start": start, "rollout/staleness": 0}
+
+
+def _learn(
+    parts: Parts, state: LearnerState, rolled: Sequence[Rolled], epoch: int, phases: Phases
+) -> tuple[LearnerState, list[_Learned]]:
+    """The updates of an epoch: each waits for its share of the groups to be judged."""
+    config, begun = parts.config, state.adapter
+    start, kl_left = window_start(config, epoch), config.objective.kl_left(epoch)
+    share = len(rolled) // config.learner.updates
+    stopped, done = False, []
+    for number in range(config.learner.updates):
+        phases.begin("judging")
+        part = list(rolled[number * share : (number + 1) * share])
+        part, judged, finite = await_scores(parts, part, begun, start, phases)
+        phases.begin("learning")  # while the groups of later updates are judged
+        scored, worth = _scored(parts, part, judged)
+        report = None
+        if not stopped:
+            old = None if state.adapter is begun else begun
+            how = {"donate": old is not None, "too_far": _too_far(parts)}
+            state, report = parts.learner.update(state, scored, old, kl_left, **how)
+            stopped = report.stopped
+            jax.block_until_ready(state.updates)
+            phases.computed(parts.learner.flops(scored, old))
+        done.append(_Learned(part, judged, finite, worth, report))
+    return state, done
+
+
+def _too_far(parts: Parts) -> Callable[[Sequence[StepReport]], bool] | None:
+    """Whether an update goes beyond the configured bounds; None where there are none."""
+    bounds = parts.config.learner.stop
+    if bounds == StopConfig():
+        return None
+    return lambda reports: parts.processes.from_main("bounds of an update", beyond(bounds, reports))
+
+
+def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dict[str, float]:
+    """Of an epoch's groups and updates, with warnings of what is wrong with them."""
+    judged = [scores for entry in done for scores in entry.judged]
+    finite = np.concatenate([entry.finite for entry in done])
+    reports = [entry.report for entry in done if entry.report is not None]
+    learned = learner_metrics(reports)
+    if parts.processes.is_main:
+        warn_of_mismatch(learned, parts.config.objective)
+        warn_of_spoiled(finite)
+    return {
+        **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
+        **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
+        "judge/quarantined": len(parts.stream.quarantined),
+        **learned,
+        **_advantage_metrics([entry.advantages for entry in done]),
+        "learner/adapter_norm": float(_norm(state.adapter.lora)),
+        "learner/updates": int(state.updates),
+        "learner/skipped_updates": int(state.skipped),
+        "learner/stopped_updates": len(done) - sum(not report.stopped for report in reports),
+        "rollout/not_finite": int((~finite).sum()),
+    }
+
+
+def window_start(config: GrpoConfig, epoch: int) -> int:
+    """Where the stochastic window of an epoch, counted from 0, starts."""
+    rollout = config.rollout
+    choices = window_starts(rollout.window_range, rollout.window_size)
+    if rollout.window_order == "sliding":
+        return choices[min(epoch // rollout.window_epochs, len(choices) - 1)]
+    return int(np.random.default_rng((config.seed, epoch)).choice(choices))
+
+
+def _scored(
+    parts: Parts, rolled: Sequence[Rolled], scores: Sequence[GroupScores]
+) -> tuple[list[Scored], Advantages]:
+    """The rollout batches of one update with advantages; weights sum to 1 over all of them."""
+    worth = judged_advantages(scores, parts.config.advantage, parts.config.judge)
+    size = parts.config.rollout.batch_groups
+    return [
+        Scored(
+            batch.candidates,
+            parts.rollout.table(batch.grid),
+            worth.advantage[number * size : (number + 1) * size].ravel(),
+            worth.weight[number * size : (number + 1) * size].ravel(),
+            batch.grid,
+        )
+        for number, batch in enumerate(rolled)
+    ], worth
+
+
+def _advantage_metrics(advantages: Sequence[Advantages]) -> dict[str, float]:
+    return {
+        "advantage/effective_groups": sum(a.effective_groups for a in advantages),
+        "advantage/tied_groups": sum(a.tied_groups for a in advantages),
+        "advantage/invalid_groups": sum(a.invalid_groups for a in advantages),
+        "advantage/group_spread": float(np.mean([a.spread.mean() for a in advantages])),
+    }
