@@ -228,6 +228,7 @@ def _production() -> ConfigDict:
     distributed.processes = placeholder(int)
     distributed.process = placeholder(int)
     distributed.cpu_devices = 1
+    distributed.grace = 25.0  # yours: Kubernetes, spot machines and SLURM give 30 s by default
 
     log = config.log = ConfigDict()
     log.wandb = ""  # yours: off

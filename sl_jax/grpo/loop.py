@@ -21,7 +21,6 @@ from sl_jax.grpo.phases import Phases
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
 from sl_jax.parallel.processes import ProcessError
-from sl_jax.training.interruption import uninterrupted
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 
 _log = logging.getLogger(__name__)
@@ -45,7 +44,8 @@ class Outcome(NamedTuple):
 def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
     """Trains to the end of the run, from its beginning or from its newest checkpoint.
 
-    Interrupted (Ctrl-C), it checkpoints the last complete epoch before the interruption goes on.
+    Interrupted (Ctrl-C, SIGTERM), it checkpoints the last complete epoch before the interruption
+    goes on.
 
     Args:
         parts: of the run.
@@ -80,7 +80,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     after = evaluator(changed.ema)
                     metrics |= evaluation_metrics(after)
                 metrics |= _memory()
-                with uninterrupted():
+                with processes.uninterrupted():
                     writer.scalars(done, metrics | phases.finish())
                     # From here on the epoch counts as done; cut short before, it is repeated.
                     state, epoch, position = changed, done, epochs.position()
@@ -92,7 +92,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
         except BaseException as error:
-            with uninterrupted():
+            with processes.uninterrupted():
                 if processes.leave(error, epoch):
                     if epoch > (parts.checkpoints.latest or 0):
                         _save(parts, state, epoch, position)

@@ -110,7 +110,8 @@ class Run:
             profiler=Profiler(None, self.folder),
         )
         try:
-            return train(self.parts, lambda: 1.0)
+            with self.parts.processes.open():
+                return train(self.parts, lambda: 1.0)
         finally:
             checkpoints.close()
 

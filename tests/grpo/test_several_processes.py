@@ -274,7 +274,7 @@ def test_an_interrupt_of_one_stops_all_with_the_last_complete_epoch(runner, tmp_
 
     said, adapters = runner(tmp_path, ((), ()), VARIANTS, code=130, meanwhile=interrupt)
     assert adapters == [] and not (workdir / "report.html").exists()
-    assert "Process 1 was interrupted: all stop at their next exchange" in said[1]
+    assert "Process 1 got SIGINT: all stop at their next exchange" in said[1]
     assert all("goes on after the last complete epoch" in text for text in said)
     assert _latest(workdir) == 1
     said, (first, second) = runner(tmp_path, ((), ()), VARIANTS)
