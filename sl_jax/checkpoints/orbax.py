@@ -30,6 +30,7 @@ from sl_jax.parallel.processes import ALONE, Processes
 _log = logging.getLogger(__name__)
 _TREE = "tree"
 _RECORD = "record/metadata"  # where Orbax keeps the JSON object
+_UNFINISHED = ".orbax-checkpoint-tmp"
 _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
 
@@ -66,10 +67,11 @@ class RunCheckpoints:
         self._processes = processes
         self._rewards: dict[int, float] = {}
         _require_text(self.directory)
+        with processes.together("clearing up"):
+            if processes.is_main:
+                _clear_up(self.directory)
         options = ocp.CheckpointManagerOptions(
-            create=True,
-            cleanup_tmp_directories=True,  # of a save that was killed
-            preservation_policy=_LastAndBest(keep, self._best_of),
+            create=True, preservation_policy=_LastAndBest(keep, self._best_of)
         )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
         for step in self._manager.all_steps():
@@ -231,6 +233,13 @@ class _LastAndBest(preservation_policy.PreservationPolicy):
         steps = [checkpoint.step for checkpoint in checkpoints]
         kept = {*steps[-self._keep :], self._best_of(steps)}
         return [step in kept for step in steps]
+
+
+def _clear_up(folder: epath.Path) -> None:
+    """Removes what a save that was killed left half written, which would stay for ever."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _UNFINISHED in path.name:
+            path.rmtree()
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
