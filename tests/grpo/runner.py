@@ -13,7 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy as safetensors
 
-from sl_jax.checkpoints.orbax import find_step
+from sl_jax.checkpoints.orbax import find_step, read_entry
 from sl_jax.data import write_designs
 from sl_jax.scoring.records import CLOCKED_FIELDS
 from sl_jax.training.metrics import read_metrics, repeatable
@@ -197,7 +197,8 @@ def left_by(workdir):
     """
     workdir = Path(workdir)
     step = find_step(workdir)
-    tree = ocp.PyTreeCheckpointer().restore((step / "tree").absolute())
+    names = ocp.PyTreeCheckpointHandler().metadata((step / "tree").absolute()).tree
+    tree = {name: read_entry(step, [name]) for name in names}
     found = {
         f"checkpoint {step.name} {jax.tree_util.keystr(path)}": np.asarray(leaf).tobytes()
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
