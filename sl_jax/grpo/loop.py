@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sl_jax.grpo.epoch import run_epoch, window_start
+from sl_jax.grpo.epoch import Epochs, window_start
 from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics, strip
 from sl_jax.grpo.learner import LearnerState
 from sl_jax.grpo.metrics import warn_of_divergence
@@ -21,7 +21,6 @@ from sl_jax.grpo.phases import Phases
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
 from sl_jax.parallel.processes import ProcessError
-from sl_jax.training.interruption import uninterrupted
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 
 _log = logging.getLogger(__name__)
@@ -45,14 +44,16 @@ class Outcome(NamedTuple):
 def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
     """Trains to the end of the run, from its beginning or from its newest checkpoint.
 
-    Interrupted (Ctrl-C), it checkpoints the last complete epoch before the interruption goes on.
+    Interrupted (Ctrl-C, SIGTERM), it checkpoints the last complete epoch before the interruption
+    goes on.
 
     Args:
         parts: of the run.
         adapter: makes the adapter to start from; called once, and nobody else holds the result.
     """
     config, evaluator, processes = parts.config, parts.evaluator, parts.processes
-    state, epoch = _begin(parts, adapter)
+    epochs = Epochs(parts)
+    state, epoch = _begin(parts, adapter, epochs)
     with ExitStack() as stack:
         writer = stack.enter_context(closing(_Books(parts, epoch)))
         progress = stack.enter_context(
@@ -67,11 +68,11 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
             writer.scalars(0, evaluation_metrics(before) | _sampler_gap(parts, state, before))
             writer.pictures(0, before)
         phases.finish()
-        position = parts.stream.state()
+        position = epochs.position()
         try:
             while epoch < config.epochs:
                 parts.profiler.at(epoch)
-                changed, metrics = run_epoch(parts, state, epoch, phases)
+                changed, metrics = epochs.run(state, epoch, phases)
                 done = epoch + 1
                 scheduled = done % config.evaluation.every == 0 or done == config.epochs
                 if scheduled:
@@ -79,10 +80,10 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     after = evaluator(changed.ema)
                     metrics |= evaluation_metrics(after)
                 metrics |= _memory()
-                with uninterrupted():
+                with processes.uninterrupted():
                     writer.scalars(done, metrics | phases.finish())
                     # From here on the epoch counts as done; cut short before, it is repeated.
-                    state, epoch, position = changed, done, parts.stream.state()
+                    state, epoch, position = changed, done, epochs.position()
                     if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
                         phases.begin("checkpointing")  # in the next epoch's sums
                         _save(parts, state, epoch, position)
@@ -91,7 +92,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
         except BaseException as error:
-            with uninterrupted():
+            with processes.uninterrupted():
                 if processes.leave(error, epoch):
                     if epoch > (parts.checkpoints.latest or 0):
                         _save(parts, state, epoch, position)
@@ -145,20 +146,22 @@ class _Books:
             self._writer.close()
 
 
-def _begin(parts: Parts, adapter: Callable[[], Adapter]) -> tuple[LearnerState, int]:
-    """The state to go on from, and how many epochs it has behind it; the stream is put there."""
+def _begin(
+    parts: Parts, adapter: Callable[[], Adapter], epochs: Epochs
+) -> tuple[LearnerState, int]:
+    """The state to go on from, and how many epochs it has behind it; `epochs` are put there."""
     state = parts.learner.start(adapter())
     latest = parts.checkpoints.latest
-    epochs = parts.processes.all_gather("finding checkpoints", latest)
-    if set(epochs) != {latest}:
+    found = parts.processes.all_gather("finding checkpoints", latest)
+    if set(found) != {latest}:
         raise ProcessError(
-            f"processes see different newest checkpoints ({epochs}) in {parts.folder}; please let "
+            f"processes see different newest checkpoints ({found}) in {parts.folder}; please let "
             "the shared drive settle, and start again"
         )
     if latest is None:
         return state, 0
     epoch, state, record = parts.checkpoints.restore(state)
-    parts.stream.restore(record["stream"])
+    epochs.restore(record)
     _log.info("Going on after epoch %d.", epoch)
     return state, epoch
 
@@ -196,4 +199,4 @@ def _mean_reward(results: Sequence[Evaluated]) -> float:
 
 
 def _save(parts: Parts, state: LearnerState, epoch: int, position: dict) -> None:
-    parts.checkpoints.save(epoch, state, {"epoch": epoch, "stream": position})
+    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position)

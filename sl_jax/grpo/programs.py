@@ -14,7 +14,7 @@ from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.learner import Learner, LearnerState, Step
 from sl_jax.grpo.rollout import Candidates, Rollout
 from sl_jax.inference.modulation import abstract_table
-from sl_jax.inference.sampling import Condition
+from sl_jax.inference.sampling import GUIDANCE_SCOPE, Condition, Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable, time_modules
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
@@ -49,27 +49,24 @@ class Programs:
             adapter_shardings(shapes, self.pipeline.params),
         )
         self.grid = largest_grid(config)
-        self._rollout = Rollout(self.pipeline, config.rollout, layout)
-        self._learner = Learner(
-            self.pipeline,
-            config.rollout,
-            config.objective,
-            config.optimizer,
-            config.learner,
-            layout,
-        )
+        placed = (layout, self._guidance())
+        self._rollout = Rollout(self.pipeline, config.rollout, *placed)
+        learning = (config.objective, config.optimizer, config.learner)
+        self._learner = Learner(self.pipeline, config.rollout, *learning, *placed)
         self.state: LearnerState = self._learner.abstract(self.adapter)
 
     def resident(self) -> dict[str, Any]:
         """What is on the devices all the time, by name."""
+        state = self.state
+        sampler = {"sampling adapter": state.sampler.lora} if self._stale else {}
         return {
             "base": self.pipeline.params,
             "autoencoder": self.pipeline.vae_params,
-            "adapter": self.state.adapter,
-            "average": self.state.ema.lora,
-            "initial adapter": self.state.initial.lora,
-            "optimizer": self.state.optimizer,
-        }
+            "adapter": state.adapter,
+            "average": state.ema.lora,
+            "initial adapter": state.initial.lora,
+            "optimizer": state.optimizer,
+        } | sampler
 
     def chains(self) -> tuple[Phases, ...]:
         """The programs of an epoch, in chains that can be compiled side by side."""
@@ -85,14 +82,24 @@ class Programs:
             self._rollout.trace(self.adapter, groups, keys, self._table(), self.grid),
             len(batches),
             trips,
-            (*loops, self._blocks),
-            (self.pipeline.vae_params, self._learning, batches[1:]),
+            (*loops, *self._loops),
+            (self.pipeline.vae_params, self._learning, batches[1:], self._waiting),
             self._weights(passes),
         )
 
     def _small_phases(self) -> Phases:
         state, (batch, *others) = self.state, self._batches
         params, kept = self.pipeline.params, batch._replace(latents=None)
+        yield Phase(
+            "decode",
+            self._rollout.trace_decode(batch.latents, self.grid),
+            len(self._batches),
+            (),
+            (),
+            (params, self.adapter, self._learning, others, kept, self._waiting),
+            0.0,
+            quick=True,
+        )
         height, width = (PACKED_PIXELS * side for side in self.grid[1:])
         pixels = (self._config.rollout.batch_groups, height, width, 3)
         yield Phase(
@@ -101,21 +108,11 @@ class Programs:
             len(self._batches),
             (),
             (),
-            (params, self.adapter, self._learning, others),
+            (params, self.adapter, self._learning, others, self._waiting),
             0.0,
             quick=True,
         )
-        yield Phase(
-            "decode",
-            self._rollout.trace_decode(batch.latents, self.grid),
-            len(self._batches),
-            (),
-            (),
-            (params, self.adapter, self._learning, others, kept),
-            0.0,
-            quick=True,
-        )
-        begun = (self._before, self._batches)
+        begun = (self._before, self._batches, self._waiting)
         rest = (state.initial.lora, state.adapter.lora_scale, begun)
         yield Phase(
             "apply",
@@ -134,6 +131,15 @@ class Programs:
         return [self._candidates()] * (rollout.groups // rollout.batch_groups)
 
     @property
+    def _stale(self) -> bool:
+        return self._config.rollout.max_staleness > 0
+
+    @property
+    def _waiting(self) -> Any:
+        """Of the epoch before or after what waits for the judge, and whose it is."""
+        return (self.state.sampler.lora, self._batches) if self._stale else ()
+
+    @property
     def _learning(self) -> Any:
         """Of the state what sampling does not use."""
         return self.state.ema.lora, self.state.initial.lora, self.state.optimizer
@@ -147,7 +153,8 @@ class Programs:
 
     def _learner_phases(self) -> Phases:
         """What the forward program leaves to the compiler is the backward one's argument."""
-        config, epoch, learning = self._config, (self._before, self._batches), self._learning
+        config, learning = self._config, self._learning
+        epoch = (self._before, self._batches, self._waiting)
         gradients = (self.state.adapter.lora, self.state.adapter.lora)
         samples = config.rollout.groups * config.rollout.group_size
         steps = config.rollout.window_size * samples // config.learner.micro_batch
@@ -156,7 +163,7 @@ class Programs:
         velocities = self._velocities_per_step()
         rest = (step.x_next, step.mean, step.advantage, step.weight)
         held = (vae, epoch, learning, gradients, rest)
-        blocks, once = (self._blocks,), self._weights(1)
+        blocks, once = self._loops, self._weights(1)
         compiled = yield Phase(
             "learner forward", traced, steps * velocities, (), blocks, held, once
         )
@@ -173,19 +180,35 @@ class Programs:
         yield Phase("learner backward", traced, steps, (), blocks, held, 2 * once)
 
     @property
-    def _blocks(self) -> tuple[str, float]:
-        """The loop over the transformer's blocks, forward and backward."""
-        return r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers
+    def _loops(self) -> tuple[tuple[str, float], ...]:
+        """Over the transformer's blocks, forward and backward, and over prompts with guidance."""
+        blocks = (r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers)
+        prompts = (rf"{GUIDANCE_SCOPE}\)*/while/body", self._prompts)
+        return blocks, prompts
 
-    def _weights(self, passes: float) -> float:
-        """Bytes that so many passes through the transformer read on every chip."""
+    @property
+    def _prompts(self) -> int:
+        """Passes through the transformer for one velocity."""
+        return 1 if self._config.rollout.guidance == 1 else 2
+
+    def _guidance(self) -> Guidance | None:
+        """By a negative prompt as long as the longest prompts."""
+        if self._prompts == 1:
+            return None
+        channels = self.pipeline.model.config.joint_attention_dim
+        shape = (1, self._config.data.max_text_tokens, channels)
+        text = self._whole(shape, jnp.dtype(self._config.compute.dtype))
+        return Guidance(self._whole((), np.float32), text, None)
+
+    def _weights(self, velocities: float) -> float:
+        """Bytes that so many velocities of the transformer read on every chip."""
         whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pipeline.params))
-        return passes * whole / self._layout.mesh.shape["tensor"]
+        return velocities * self._prompts * whole / self._layout.mesh.shape["tensor"]
 
     def _velocities_per_step(self) -> float:
-        """Forward passes per micro-batch: the old adapter's after the first update, a reference."""
+        """Forward passes per micro-batch: the sampling adapter's, if it is another; a reference."""
         config = self._config
-        later = (config.learner.updates - 1) / config.learner.updates
+        later = 1 if self._stale else (config.learner.updates - 1) / config.learner.updates
         return 1 + later + (1 if config.objective.kl_weight else 0)
 
     def _sampling(self) -> tuple[tuple[float, ...], tuple[tuple[str, float], ...], float]:

@@ -14,6 +14,7 @@ from sl_jax.grpo.config import RolloutConfig
 from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.sampling import (
     Condition,
+    Guidance,
     each_layer,
     modulation_rows,
     picture_latents,
@@ -84,8 +85,15 @@ class Rollout:
     and the candidate's number alone.
     """
 
-    def __init__(self, pipeline: Pipeline, config: RolloutConfig, layout: Layout):
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: RolloutConfig,
+        layout: Layout,
+        guidance: Guidance | None = None,
+    ):
         self._pipeline = pipeline
+        self._guidance = guidance
         self._tables = ModulationTables(pipeline)
         self._config = config
         self._layout = layout
@@ -127,6 +135,7 @@ class Rollout:
             pictures.keys,
             self.table(grid),
             jnp.int32(window_start),
+            self._guidance,
             grid=grid,
         )
 
@@ -146,6 +155,7 @@ class Rollout:
         )
         sampled = rows // config.group_size if config.group_noise == "shared" else rows
         once = velocity_flops(self._pipeline.model.config, grid, text_tokens)
+        once *= 1 if self._guidance is None else 2
         return once * (before * sampled + after * rows)
 
     def trace_encode(self, pixels: UInt8[Array, "n h w 3"]) -> jax.stages.Traced:
@@ -163,7 +173,7 @@ class Rollout:
         """The program that samples candidates of encoded pictures."""
         whole = replicated(self._layout.mesh)
         window_start = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
-        told = (groups, keys, table, window_start)
+        told = (groups, keys, table, window_start, self._guidance)
         return self._sample.trace(self._pipeline.params, adapter, *told, grid=grid)
 
     def trace_decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> jax.stages.Traced:
@@ -178,12 +188,14 @@ class Rollout:
         keys: PRNGKeyArray,
         table: ModulationTable,
         window_start: Int[Array, ""],
+        guidance: Guidance | None,
         *,
         grid: LatentGrid,
     ) -> Candidates:
         model, variables = self._pipeline.model, adapter.variables()
         rows = modulation_rows(model, params, variables, table)
-        velocity = partial(velocity_function, model, params, variables, rows=rows, grid=grid)
+        told = {"rows": rows, "grid": grid, "guidance": guidance}
+        velocity = partial(velocity_function, model, params, variables, **told)
         sampled = self._one_by_one if self.one_by_one(grid) else self._together
         trajectory = sampled(velocity, groups, keys, table.sigmas, window_start, grid)
         return _without_spoiled(trajectory, groups.repeat(self._config.group_size))

@@ -102,15 +102,17 @@ def _parts(
         captions = [record.caption for part in (index, held_out) for record in part]
         with processes.together("loading the model"):
             model = resolve_model(config.model)
-            prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
+            negative = None if rollout.guidance == 1 else rollout.negative_prompt
+            kept = (folder / "prompts", config.compute.dtype)
+            prompts = PromptTable(model, data, captions, *kept, negative)
             pipeline = load_pipeline(model, config.compute, layout, [first.shapes])
         training, grading = judgings(config, folder, judges, processes)
         sampled = (Decomposer(pipeline), examples, prompts)
-        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
-        rolling = Rollout(pipeline, rollout, layout)
-        learner = Learner(
-            pipeline, rollout, config.objective, config.optimizer, config.learner, layout
-        )
+        placed = (layout, prompts.guidance(rollout.guidance, layout))
+        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, *placed)
+        rolling = Rollout(pipeline, rollout, *placed)
+        learning = (config.objective, config.optimizer, config.learner)
+        learner = Learner(pipeline, rollout, *learning, *placed)
         parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
         yield (
             Parts(*parts, checkpoints, layout, processes, profiler),
