@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.data import FolderError
 from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.run import run
 from sl_jax.grpo.selftest import selftest
@@ -25,6 +26,7 @@ from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
+from sl_jax.training.explain import explained
 from sl_jax.training.flags import packaged, parse_config_flags
 from sl_jax.training.profiling import span
 
@@ -35,10 +37,14 @@ _PROFILE = flags.DEFINE_string(
 _SELFTEST = flags.DEFINE_boolean(
     "selftest", False, "Check this host's hardware, in ten minutes at most; needs no --config."
 )
+_EXPLAIN = flags.DEFINE_boolean(
+    "explain", False, "Print every field of --config: value, meaning, origin; then end."
+)
 _FOUND = "selftest.json"  # in the current folder
 _EXPECTED = (
-    *(ConfigError, CheckpointError, FolderError, ProcessError, JudgeUnavailableError, BudgetError),
-    *(KeyMissingError, PreflightError, CacheError, CaptionError),
+    *(ConfigError, CheckpointError, FolderError, ProcessError, NotFiniteError),
+    *(JudgeUnavailableError, BudgetError, KeyMissingError, PreflightError),
+    *(CacheError, CaptionError),
 )
 
 
@@ -58,6 +64,10 @@ def main(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise app.UsageError("there is nothing to train; please use --config=FILE")
     config = _CONFIG.value.to_dict()
+    if _EXPLAIN.value:
+        flag = flags.FLAGS["config"]
+        print(explained(GrpoConfig, config, flag.override_values, flag.config_filename, "grpo"))
+        return
     with (
         ending_in_a_line(_EXPECTED, "epoch", config["workdir"]),
         joined(distributed_part(config)) as processes,

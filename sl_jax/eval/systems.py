@@ -138,7 +138,7 @@ class ModelConfig:
     Attributes:
       model: a folder in the diffusers layout, a hub id, or "tiny".
       prompt, negative_prompt: for all pictures.
-      guidance, normalize: of classifier-free guidance, see `inference.decomposer.Guidance`.
+      guidance, normalize: of classifier-free guidance, see `inference.sampling.Guidance`.
       dtype: "bfloat16" or "float32".
       seed: of the first picture's noise; the next has seed + 1.
       batch: pictures at a time; rounded up to the number of shards of the batch.

@@ -1,7 +1,8 @@
 """The typed configuration of a run; everything wrong with one is said before anything loads."""
 
+import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from sl_jax.checkpoints.pipeline import ComputeConfig
@@ -46,13 +47,12 @@ class DataConfig:
     """Pictures to train on.
 
     Attributes:
-        path: folder of pictures, local or remote; `crello#SPLIT` or `tfds:NAME#SPLIT`, see
-            `data.sources.scan_pictures`.
+        path: folder of pictures, local or gs://; `crello#SPLIT` or `tfds:NAME#SPLIT`.
         eval_data: the like, of held-out pictures; empty to hold out `eval_fraction` of `path`.
         eval_fraction: share of the pictures held out, by content hash.
         buckets: (height, width) in pixels, multiples of 16; each picture is stretched to the
             nearest by aspect ratio.
-        layers: numbers of layers L that a step may have.
+        layers: numbers of layers L, one of which each step has.
         caption: where captions come from: the "files" beside the pictures, or the "vlm" of the
             judge pool, asked once per picture; "prompt" for none.
         prompt: for pictures without a caption.
@@ -75,22 +75,30 @@ class RolloutConfig:
 
     Attributes:
         groups: pictures per epoch.
-        batch_groups: pictures that are rolled out together.
+        batch_groups: pictures that are rolled out together, over all devices.
         group_size: candidates per picture, at least 2.
         steps: sampling steps.
         shift: μ of the σ grid; None takes the checkpoint's own rule.
-        dynamics, noise_level: of the stochastic steps, see `flow.dynamics`.
-        window_size, window_range: how many steps are stochastic and trained, and the half-open
-            range they lie in.
+        dynamics: of the stochastic steps: "flow_sde", "dance_sde" or "cps".
+        noise_level: of the stochastic steps: a of flow.dynamics; more explores more.
+        window_size: how many steps are stochastic and trained.
+        window_range: half-open range that the window lies in.
         window_order: "drawn": the start is drawn per epoch from the seed (Flow-GRPO-Fast);
             "sliding": from the range's first step on it moves by one every `window_epochs`, and
             stays at the last (MixGRPO, arXiv 2507.21802, with its stride of 1).
         window_epochs: epochs at each place of a sliding window.
-        group_noise: whether the candidates of a group share the initial noise, and with it the
-            prefix before the window.
-        ode_method: of the other steps.
+        group_noise: "shared": the candidates of a group share the initial noise, and with it the
+            prefix before the window; or "independent".
+        ode_method: "euler" or "heun", of the other steps.
         train_frames: which frames a sample's likelihood is of; "layers" leaves out frame 0, the
             whole picture again, which is dropped from the result. Noise is drawn in all.
+        guidance: scale of classifier-free guidance, from 1, which is none; candidates are then
+            sampled by guided velocities, which the learner differentiates and the evaluation
+            follows as well. It doubles what the transformer computes.
+        negative_prompt: that guidance leads away from.
+        max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
+            out before the updates of the epoch before theirs, so that their judge has that long,
+            and what is beyond the clip range in a step is cut, whatever its sign.
     """
 
     groups: int = 32
@@ -107,6 +115,9 @@ class RolloutConfig:
     group_noise: Literal["shared", "independent"] = "shared"
     ode_method: OdeMethod = "euler"
     train_frames: Literal["all", "layers"] = "all"
+    guidance: float = 1.0
+    negative_prompt: str = " "
+    max_staleness: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +136,25 @@ class AdvantageConfig:
 
 
 @dataclass(frozen=True)
+class StopConfig:
+    """Bounds on how far the policy may be from the one that rolled out; None sets none.
+
+    Means over the samples and steps of an update, before it is applied. One that is beyond a bound
+    is not applied, and the rest of the epoch's updates are left out. Before the first update both
+    policies are one.
+
+    Attributes:
+        kl: of the KL per latent scalar, exact for a Gaussian step.
+        clip_fraction: of the share whose ratio has left the clip range.
+        log_ratio: of the size of the log ratio.
+    """
+
+    kl: float | None = None
+    clip_fraction: float | None = None
+    log_ratio: float | None = None
+
+
+@dataclass(frozen=True)
 class LearnerConfig:
     """How the adapter is updated.
 
@@ -132,13 +162,15 @@ class LearnerConfig:
         updates: per epoch; the epoch's pictures are split among them.
         micro_batch: samples per forward and backward pass, over all devices.
         ema: decay per update of the average that is exported and evaluated.
-        reference: of the KL term: the base without adapter, or the adapter at the start.
+        reference: of the KL term: "base", without adapter, or "init", the adapter at the start.
+        stop: when an epoch's remaining updates are left out.
     """
 
     updates: int = 2
     micro_batch: int = 8
     ema: float = 0.9
     reference: Literal["base", "init"] = "base"
+    stop: StopConfig = field(default_factory=StopConfig)
 
 
 @dataclass(frozen=True)
@@ -150,15 +182,24 @@ class JudgeSettings:
             in process; "embedded-vlm" adds the compression and noise of a vision-language model.
         endpoints: servers that judge instead. In a configuration file each is its URL, or a mapping
             of the fields of `EndpointConfig`.
-        model, key_env: of the endpoints that name none themselves.
-        two_stage, stage2_weight, grids, asks: see `scoring.judge.JudgeConfig`.
-        weights: one per criterion.
+        model: name of the judging model, of the endpoints that name none themselves.
+        key_env: environment variable with the key, of the endpoints that name none themselves.
+        two_stage: whether the candidates of a group are compared in a grid after each was scored.
+        stage2_weight: λ in reward = (1 − λ)·stage 1 + λ·stage 2.
+        grids: differently shuffled grids per group, whose scores are averaged.
+        asks: how often a request is sent at most before its candidate, or the grid, has failed.
+        weights: one per criterion, in the order of `scoring.types.CRITERIA`.
         prompts: folder with candidate.md and grid.md; empty for the packaged ones.
         captions: whether the judge is told the pictures' captions.
         render: how pictures are laid out.
         request: how a server is asked.
-        tries, patience, hedge_after, cool_down: of the pool, see `scoring.pool.PoolConfig`.
-        max_requests, max_tokens: what the run may spend on servers, restarts included.
+        tries: how often the pool sends a request at most, to one server after another, before its
+            failure is told.
+        patience: seconds that a request waits while no server is up.
+        hedge_after: seconds after which a second server is asked beside a slow one; None for never.
+        cool_down: how long a server that fails is left alone.
+        max_requests, max_tokens: what the run may spend on servers, restarts included; None for
+            no limit.
         cache: whether servers' answers are kept, so that a resumed run asks nothing twice.
         cache_path: SQLite file of the answers and of what was spent, on a local disk; empty for
             judge.sqlite3 in the work directory.
@@ -208,9 +249,9 @@ class EvaluationConfig:
 
     Attributes:
         every: epochs between evaluations; the first comes before training.
-        pictures: how many; those of the report are among them.
-        shown: pictures in the report.
-        steps, method: sampler.
+        pictures: held-out pictures that are decomposed; those of the report are among them.
+        shown: pictures in the report and in TensorBoard.
+        steps, method: of the sampler, "euler" or "heun".
         batch: pictures sampled together.
         seed: of the initial noise, the same at every evaluation.
         judge: servers that judge held-out pictures; empty for the judge of training.
@@ -228,15 +269,51 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """Epochs between checkpoints, and how many are kept."""
+    """Checkpoints of the whole state.
+
+    Attributes:
+        every: epochs between two; Ctrl-C and the end of the run leave one as well.
+        keep: how many, the newest.
+    """
 
     every: int = 5
     keep: int = 3
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """When a run is not well, and says so or stops.
+
+    Attributes:
+        not_finite: updates in a row that are not finite, after which it stops with a checkpoint.
+        tied_epochs: epochs in a row in which no group's rewards differ, after which it warns.
+        kl: of the KL per latent scalar between the policy that rolled out and that of an epoch's
+            last update, beyond which it warns.
+        clip_fraction: of the share of samples there whose ratio has left the clip range, likewise.
+        kept: groups with numbers that are not finite that are kept as files, in all.
+    """
+
+    not_finite: int = 5
+    tied_epochs: int = 3
+    kl: float = 1e-3
+    clip_fraction: float = 0.5
+    kept: int = 8
+
+
+@dataclass(frozen=True)
 class GrpoConfig:
-    """A whole run. `configs/grpo.py` documents where each default comes from."""
+    """A whole run. `configs/grpo.py` documents where each default comes from.
+
+    Attributes:
+        workdir: folder for all that the run leaves, local or gs://.
+        model: a folder in the diffusers layout, local or gs://; a hub id; or "tiny".
+        epochs: length of the whole run; it may be raised later.
+        seed: of everything that is drawn: pictures, noise, fresh adapter.
+        init_adapter: adapter to start from, with its own rank and targets: a PEFT folder, a
+            diffusers LoRA file, a run or a checkpoint; empty for a fresh one by `lora`.
+        rewards: (name, weight) or (name, weight, options) each: "judge", packaged vetoes, or
+            anything importable; see `scoring.rewards`.
+    """
 
     workdir: str
     model: str
@@ -254,6 +331,7 @@ class GrpoConfig:
     rewards: tuple[Spec, ...] = DEFAULT_REWARDS
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -349,6 +427,10 @@ _RULES = {
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,
+    **dict.fromkeys(("health.not_finite", "health.tied_epochs"), AT_LEAST_ONE),
+    **dict.fromkeys(("health.kl", "health.clip_fraction", "health.kept"), NOT_NEGATIVE),
+    **{f"learner.stop.{bound.name}": POSITIVE_OR_NONE for bound in fields(StopConfig)},
+    "rollout.guidance": Rule(lambda scale: 1 <= scale < math.inf, "a number from 1, which is none"),
     "judge.min_valid": SHARE,
 }
 

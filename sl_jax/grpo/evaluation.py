@@ -24,6 +24,7 @@ from sl_jax.grpo.judging import Judging, Submitted
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Rollout
 from sl_jax.inference.decomposer import Decomposer
+from sl_jax.inference.sampling import Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
 from sl_jax.parallel.mesh import Layout, batch_sharding
@@ -65,6 +66,7 @@ class Evaluator:
         judging: by stage 1 alone, which is a level; stage 2 is relative.
         shift: μ of the σ grid, as in the rollout.
         layout: how batches are split over devices.
+        guidance: as in the rollout.
     """
 
     decomposer: Decomposer
@@ -74,6 +76,7 @@ class Evaluator:
     config: EvaluationConfig
     shift: float | None
     layout: Layout
+    guidance: Guidance | None = None
 
     def __call__(self, adapter: Adapter) -> list[Evaluated]:
         """Every held-out picture that all processes concerned can read, by the evaluation sampler.
@@ -130,6 +133,7 @@ class Evaluator:
             method=self.config.method,
             shift=self.shift,
             adapter=adapter,
+            guidance=self.guidance,
         )
         return to_local(self._split_by_rows(layers))
 

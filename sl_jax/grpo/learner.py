@@ -7,7 +7,7 @@ equal, so are the velocities, to the last bit, in any dtype and on any mesh.
 Gradients, moments and averages are laid out over devices like the adapter's weights, and stay so.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from sl_jax.grpo.objective import (
     rollout_mismatch,
 )
 from sl_jax.grpo.rollout import Candidates
-from sl_jax.inference.sampling import Condition, modulation_rows, velocity_function
+from sl_jax.inference.sampling import Condition, Guidance, modulation_rows, velocity_function
 from sl_jax.models.flops import velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
@@ -92,12 +92,14 @@ class UpdateReport(NamedTuple):
     Attributes:
         steps: of every micro-batch of every window step.
         gradient_norms: position in the σ grid, and norm of the gradient, of each window step.
-        gradient_norm: of the whole gradient, before it is clipped; None without one.
+        gradient_norm: of the whole gradient, before it is clipped; None where none was applied.
+        stopped: whether the policy was so far away that nothing was applied.
     """
 
     steps: list[StepReport]
     gradient_norms: list[tuple[Array, Array]]
     gradient_norm: Array | None
+    stopped: bool = False
 
 
 class _Changing(NamedTuple):
@@ -129,6 +131,17 @@ class LearnerState:
     optimizer: optax.OptState
     updates: Array
     skipped: Array
+
+
+@struct.dataclass
+class StaleState(LearnerState):
+    """That of a run with `max_staleness`.
+
+    Attributes:
+        sampler: the adapter that samples the next epoch's candidates, or has sampled them.
+    """
+
+    sampler: Adapter
 
 
 @struct.dataclass
@@ -181,8 +194,10 @@ class Learner:
         optimizer: OptimizerConfig,
         config: LearnerConfig,
         layout: Layout,
+        guidance: Guidance | None = None,
     ):
         self._pipeline = pipeline
+        self._guidance = guidance
         self._rollout = rollout
         self._objective = objective
         self._config = config
@@ -204,7 +219,7 @@ class Learner:
             transform_non_params=lambda leaf: jax.device_put(leaf, replicated(mesh)),
         )
         counters = (jax.device_put(jnp.int32(0), replicated(mesh)) for _ in range(2))
-        state = LearnerState(copy(adapter), copy(adapter), copy(adapter), optimizer, *counters)
+        state = self._state(*(copy(adapter) for _ in range(3)), optimizer, *counters)
         self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
         return state
 
@@ -223,7 +238,7 @@ class Learner:
             transform_non_params=number,
         )
         counters = (number(jax.ShapeDtypeStruct((), jnp.int32)) for _ in range(2))
-        state = LearnerState(adapter, adapter, adapter, optimizer, *counters)
+        state = self._state(adapter, adapter, adapter, optimizer, *counters)
         self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
         return state
 
@@ -233,16 +248,22 @@ class Learner:
         batches: Sequence[Scored],
         old: Adapter | None = None,
         kl_left: float = 1.0,
+        *,
+        donate: bool = False,
+        too_far: Callable[[Sequence[StepReport]], bool] | None = None,
     ) -> tuple[LearnerState, UpdateReport]:
         """One optimizer step over all samples and window steps of `batches`.
 
         Where no sample has a weight there is nothing to learn, and nothing changes.
 
         Args:
-            state: donated where `old` is given.
+            state: to go on from.
             batches: rollout batches of one epoch, whose weights sum to 1 together.
             old: the adapter that rolled them out; None for the state's own.
             kl_left: the share of the KL term's weight that holds now.
+            donate: whether nobody needs `state` after an update that is applied.
+            too_far: told of all steps before the gradient is applied, says whether it is not to
+                be; the same in all processes.
         """
         if not any(np.any(batch.weight) for batch in batches):
             return state, UpdateReport([], [], None)
@@ -258,7 +279,9 @@ class Learner:
                     reports.append(report)
             total, norm = self._add(total, part)
             norms.append((reports[-1].index, norm))
-        apply = self._apply if old is None else self._apply_donating
+        if too_far is not None and too_far(reports):
+            return state, UpdateReport(reports, norms, None, stopped=True)
+        apply = self._apply_donating if donate else self._apply
         changed, norm = apply(_changing(state), total)
         return state.replace(
             adapter=state.adapter.replace(lora=changed.lora),
@@ -278,6 +301,7 @@ class Learner:
         if not any(np.any(batch.weight) for batch in batches):
             return 0.0
         passes = 2 + (old is not None) + bool(self._objective.kl_weight)
+        passes *= 1 if self._guidance is None else 2
         config = self._pipeline.model.config
         return sum(
             passes
@@ -292,9 +316,8 @@ class Learner:
     ) -> tuple[Float[Array, "m n c"], Any]:
         """Velocity of one micro-batch, and its vjp with respect to the adapter's weights."""
         weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
-        velocity, residuals = self._forward(
-            *weights, step.x, step.index, step.condition, table, grid=grid
-        )
+        sample = (step.x, step.index, step.condition)
+        velocity, residuals = self._forward(*weights, *sample, table, self._guidance, grid=grid)
         return velocity, residuals.with_inputs(weights)
 
     def trace_forward(
@@ -302,7 +325,8 @@ class Learner:
     ) -> jax.stages.Traced:
         """The program of `velocity`; for this and the next two, arguments may be shapes."""
         weights = (adapter.lora, adapter.lora_scale, self._pipeline.params)
-        return self._forward.trace(*weights, step.x, step.index, step.condition, table, grid=grid)
+        sample = (step.x, step.index, step.condition)
+        return self._forward.trace(*weights, *sample, table, self._guidance, grid=grid)
 
     def trace_backward(
         self,
@@ -322,6 +346,12 @@ class Learner:
     def trace_apply(self, state: LearnerState) -> jax.stages.Traced:
         """The program of the optimizer, as it is where nothing may be overwritten."""
         return self._apply.trace(_changing(state), state.adapter.lora)
+
+    def _state(self, adapter: Adapter, *rest: Any) -> LearnerState:
+        """Of a run that begins, whose adapter samples as well."""
+        if self._rollout.max_staleness:
+            return StaleState(adapter, *rest, adapter)
+        return LearnerState(adapter, *rest)
 
     def _lay_out(self, shardings: _Changing) -> None:
         """Makes the programs whose results are laid out like what they replace."""
@@ -421,6 +451,7 @@ class Learner:
         index: Array,
         condition: Condition,
         table: ModulationTable,
+        guidance: Guidance | None,
         *,
         grid: LatentGrid,
     ) -> tuple[Array, Residuals]:
@@ -429,8 +460,8 @@ class Learner:
         def forward(trained: Any) -> Array:
             variables = Adapter(trained, lora_scale).variables()
             rows = modulation_rows(model, params, variables, table.only(index))
-            velocity = velocity_function(model, params, variables, condition, rows, grid)
-            return velocity(x, jnp.int32(0))
+            told = (condition, rows, grid, guidance)
+            return velocity_function(model, params, variables, *told)(x, jnp.int32(0))
 
         velocity, vjp = jax.vjp(forward, lora)
         return velocity, Residuals.of(vjp, (lora, lora_scale, params))
@@ -461,6 +492,7 @@ class Learner:
                 config=self._objective,
                 velocity_reference=velocity_reference,
                 kl_left=kl_left,
+                truncate=self._rollout.max_staleness > 0,
                 token_mask=trained,
             )
 

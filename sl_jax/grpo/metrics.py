@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from sl_jax.eval.divergence import divergence
+from sl_jax.grpo.config import StopConfig
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.objective import ObjectiveConfig, ObjectiveMetrics
 
@@ -30,6 +31,19 @@ def learner_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
     first, last = (jax.device_get(updates[i]) for i in (0, -1))
     return (
         _by_step(last.steps, _objective) | _by_step(first.steps, _mismatch) | _gradient_norms(last)
+    )
+
+
+def beyond(bounds: StopConfig, reports: Sequence[StepReport]) -> bool:
+    """Whether the policy is further from the one that rolled out than a bound allows."""
+    found = _objective(jax.device_get(reports))
+    return any(
+        bound is not None and found[name] > bound
+        for name, bound in (
+            ("kl_old", bounds.kl),
+            ("clip_fraction", bounds.clip_fraction),
+            ("log_ratio_size", bounds.log_ratio),
+        )
     )
 
 
@@ -99,7 +113,11 @@ def _objective(reports: Sequence[StepReport]) -> dict[str, float]:
     )
     means = {name: _mean(reports, [values]) for name, values in samples._asdict().items()}
     variance = _mean(reports, [(samples.ratio_excess - means["ratio_excess"]) ** 2])
-    return means | {"ratio_std": math.sqrt(variance)}
+    return means | {
+        "ratio_std": math.sqrt(variance),
+        "log_ratio_size": _mean(reports, [np.abs(samples.log_ratio)]),
+        "clip_fraction": means["clipped_low"] + means["clipped_high"],
+    }
 
 
 def _gradient_norms(report: UpdateReport) -> dict[str, float]:

@@ -12,9 +12,9 @@ from sl_jax.data.buckets import make_buckets
 from sl_jax.flow.sampler import WindowSteps, evaluations, window_starts
 from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.learner import Learner, LearnerState, Step
-from sl_jax.grpo.rollout import Candidates, Pictures, Rollout
+from sl_jax.grpo.rollout import Candidates, Rollout
 from sl_jax.inference.modulation import abstract_table
-from sl_jax.inference.sampling import Condition
+from sl_jax.inference.sampling import GUIDANCE_SCOPE, Condition, Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable, time_modules
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
@@ -22,7 +22,8 @@ from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 from sl_jax.planning.phases import Phase, Phases, Workload
 from sl_jax.training.adapter import first_adapter
 
-_LOOPS = ("/prefix/while/body", "/window/while/body")  # of `Rollout`
+_LOOPS = ("/prefix/while/body", "/window/while/body")  # of `Rollout` with all candidates together
+_TURNS = "/candidates/while/body"  # with one at a time: the sampler's loop is in that of the turns
 
 
 class Programs:
@@ -48,42 +49,42 @@ class Programs:
             adapter_shardings(shapes, self.pipeline.params),
         )
         self.grid = largest_grid(config)
-        self._rollout = Rollout(self.pipeline, config.rollout, layout)
-        self._learner = Learner(
-            self.pipeline,
-            config.rollout,
-            config.objective,
-            config.optimizer,
-            config.learner,
-            layout,
-        )
+        placed = (layout, self._guidance())
+        self._rollout = Rollout(self.pipeline, config.rollout, *placed)
+        learning = (config.objective, config.optimizer, config.learner)
+        self._learner = Learner(self.pipeline, config.rollout, *learning, *placed)
         self.state: LearnerState = self._learner.abstract(self.adapter)
 
     def resident(self) -> dict[str, Any]:
         """What is on the devices all the time, by name."""
+        state = self.state
+        sampler = {"sampling adapter": state.sampler.lora} if self._stale else {}
         return {
             "base": self.pipeline.params,
             "autoencoder": self.pipeline.vae_params,
-            "adapter": self.state.adapter,
-            "average": self.state.ema.lora,
-            "initial adapter": self.state.initial.lora,
-            "optimizer": self.state.optimizer,
-        }
+            "adapter": state.adapter,
+            "average": state.ema.lora,
+            "initial adapter": state.initial.lora,
+            "optimizer": state.optimizer,
+        } | sampler
 
     def chains(self) -> tuple[Phases, ...]:
         """The programs of an epoch, in chains that can be compiled side by side."""
         return self._learner_phases(), self._rollout_phases(), self._small_phases()
 
     def _rollout_phases(self) -> Phases:
-        batches, trips = self._batches, self._sampler_trips()
+        batches = self._batches
+        trips, loops, passes = self._sampling()
+        rows, key = self._config.rollout.batch_groups, jax.eval_shape(jax.random.key, 0)
+        groups, keys = self._condition(rows), self._array((rows,), key.dtype)
         yield Phase(
             "rollout",
-            self._rollout.trace(self.adapter, self._pictures(), self._table(), self.grid),
+            self._rollout.trace(self.adapter, groups, keys, self._table(), self.grid),
             len(batches),
             trips,
-            (*zip(_LOOPS[-len(trips) :], trips, strict=True), self._blocks),
-            (self._learning, batches[1:]),
-            self._weights(sum(trips)),
+            (*loops, *self._loops),
+            (self.pipeline.vae_params, self._learning, batches[1:], self._waiting),
+            self._weights(passes),
         )
 
     def _small_phases(self) -> Phases:
@@ -95,10 +96,23 @@ class Programs:
             len(self._batches),
             (),
             (),
-            (params, self.adapter, self._learning, others, kept),
+            (params, self.adapter, self._learning, others, kept, self._waiting),
             0.0,
+            quick=True,
         )
-        begun = (self._before, self._batches)
+        height, width = (PACKED_PIXELS * side for side in self.grid[1:])
+        pixels = (self._config.rollout.batch_groups, height, width, 3)
+        yield Phase(
+            "encode",
+            self._rollout.trace_encode(self._array(pixels, jnp.uint8)),
+            len(self._batches),
+            (),
+            (),
+            (params, self.adapter, self._learning, others, self._waiting),
+            0.0,
+            quick=True,
+        )
+        begun = (self._before, self._batches, self._waiting)
         rest = (state.initial.lora, state.adapter.lora_scale, begun)
         yield Phase(
             "apply",
@@ -117,6 +131,15 @@ class Programs:
         return [self._candidates()] * (rollout.groups // rollout.batch_groups)
 
     @property
+    def _stale(self) -> bool:
+        return self._config.rollout.max_staleness > 0
+
+    @property
+    def _waiting(self) -> Any:
+        """Of the epoch before or after what waits for the judge, and whose it is."""
+        return (self.state.sampler.lora, self._batches) if self._stale else ()
+
+    @property
     def _learning(self) -> Any:
         """Of the state what sampling does not use."""
         return self.state.ema.lora, self.state.initial.lora, self.state.optimizer
@@ -130,7 +153,8 @@ class Programs:
 
     def _learner_phases(self) -> Phases:
         """What the forward program leaves to the compiler is the backward one's argument."""
-        config, epoch, learning = self._config, (self._before, self._batches), self._learning
+        config, learning = self._config, self._learning
+        epoch = (self._before, self._batches, self._waiting)
         gradients = (self.state.adapter.lora, self.state.adapter.lora)
         samples = config.rollout.groups * config.rollout.group_size
         steps = config.rollout.window_size * samples // config.learner.micro_batch
@@ -139,7 +163,7 @@ class Programs:
         velocities = self._velocities_per_step()
         rest = (step.x_next, step.mean, step.advantage, step.weight)
         held = (vae, epoch, learning, gradients, rest)
-        blocks, once = (self._blocks,), self._weights(1)
+        blocks, once = self._loops, self._weights(1)
         compiled = yield Phase(
             "learner forward", traced, steps * velocities, (), blocks, held, once
         )
@@ -156,32 +180,55 @@ class Programs:
         yield Phase("learner backward", traced, steps, (), blocks, held, 2 * once)
 
     @property
-    def _blocks(self) -> tuple[str, float]:
-        """The loop over the transformer's blocks, forward and backward."""
-        return r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers
+    def _loops(self) -> tuple[tuple[str, float], ...]:
+        """Over the transformer's blocks, forward and backward, and over prompts with guidance."""
+        blocks = (r"MMDiT\)*/while/body", self.pipeline.model.config.num_layers)
+        prompts = (rf"{GUIDANCE_SCOPE}\)*/while/body", self._prompts)
+        return blocks, prompts
 
-    def _weights(self, passes: float) -> float:
-        """Bytes that so many passes through the transformer read on every chip."""
+    @property
+    def _prompts(self) -> int:
+        """Passes through the transformer for one velocity."""
+        return 1 if self._config.rollout.guidance == 1 else 2
+
+    def _guidance(self) -> Guidance | None:
+        """By a negative prompt as long as the longest prompts."""
+        if self._prompts == 1:
+            return None
+        channels = self.pipeline.model.config.joint_attention_dim
+        shape = (1, self._config.data.max_text_tokens, channels)
+        text = self._whole(shape, jnp.dtype(self._config.compute.dtype))
+        return Guidance(self._whole((), np.float32), text, None)
+
+    def _weights(self, velocities: float) -> float:
+        """Bytes that so many velocities of the transformer read on every chip."""
         whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self.pipeline.params))
-        return passes * whole / self._layout.mesh.shape["tensor"]
+        return velocities * self._prompts * whole / self._layout.mesh.shape["tensor"]
 
     def _velocities_per_step(self) -> float:
-        """Forward passes per micro-batch: the old adapter's after the first update, a reference."""
+        """Forward passes per micro-batch: the sampling adapter's, if it is another; a reference."""
         config = self._config
-        later = (config.learner.updates - 1) / config.learner.updates
+        later = 1 if self._stale else (config.learner.updates - 1) / config.learner.updates
         return 1 + later + (1 if config.objective.kl_weight else 0)
 
-    def _sampler_trips(self) -> tuple[float, ...]:
-        """Evaluations before the window, and from it on, on average over its positions.
+    def _sampling(self) -> tuple[tuple[float, ...], tuple[tuple[str, float], ...], float]:
+        """Trips of the sampler's loops, how often what lies in them runs, passes of the model.
 
-        One number where one loop does both, as candidates have nothing in common.
+        On average over the positions of the window.
         """
         rollout = self._config.rollout
         starts = window_starts(rollout.window_range, rollout.window_size)
         before, after = evaluations(
             rollout.steps, sum(starts) / len(starts), rollout.window_size, rollout.ode_method
         )
-        return (before, after) if rollout.group_noise == "shared" else (before + after,)
+        shared = rollout.group_noise == "shared"
+        if self._rollout.one_by_one(self.grid):
+            turns = rollout.group_size + shared
+            passes = before if shared else before * rollout.group_size
+            passes += after * rollout.group_size
+            return (passes / turns,), ((_TURNS, passes),), passes
+        trips = (before, after) if shared else (before + after,)
+        return trips, tuple(zip(_LOOPS[-len(trips) :], trips, strict=True)), before + after
 
     def _array(self, shape: tuple[int, ...], dtype: Any, leading: int = 0) -> Any:
         sharding = batch_sharding(self._layout.mesh, leading)
@@ -193,17 +240,6 @@ class Programs:
     def _table(self) -> ModulationTable:
         table = abstract_table(self.pipeline.model, self._config.rollout.steps, self._layout)
         return table._replace(rows=None) if time_modules(self.adapter.lora) else table
-
-    def _pictures(self) -> Pictures:
-        groups, data = self._config.rollout.batch_groups, self._config.data
-        height, width = (PACKED_PIXELS * side for side in self.grid[1:])
-        key = jax.eval_shape(jax.random.key, 0)
-        return Pictures(
-            self._array((groups, height, width, 3), jnp.uint8),
-            self._text(groups, data.max_text_tokens),
-            self._array((groups,), jnp.int32),
-            self._array((groups,), key.dtype),
-        )
 
     def _text(self, rows: int, tokens: int) -> Any:
         channels = self.pipeline.model.config.joint_attention_dim

@@ -10,6 +10,9 @@ from jaxtyping import Float, Int32
 from sl_jax.data import Example
 from sl_jax.grpo.config import DataConfig
 from sl_jax.inference.prompts import PromptStore
+from sl_jax.inference.sampling import Guidance
+from sl_jax.parallel.mesh import Layout, replicated
+from sl_jax.parallel.processes import from_everywhere
 
 _HELD = 64  # Prompts that stay in memory: a run without captions reads its only one once.
 
@@ -27,7 +30,9 @@ class PromptTable:
         captions: Iterable[str],
         cache: epath.PathLike,
         dtype: str,
+        negative: str | None = None,
     ):
+        """Encodes what is not in `cache`; `negative` is what guidance leads away from, if any."""
         prompts = [config.prompt, *sorted({*captions} - {"", config.prompt})]
         store = PromptStore(model, cache, max_tokens=config.max_text_tokens, dtype=dtype)
         lengths = store.complete(prompts)
@@ -35,6 +40,9 @@ class PromptTable:
         self._prompt = config.prompt
         self._width = max(lengths.values())  # of all batches, so that one program serves them
         self._padded = min(lengths.values()) < self._width
+        self._negative = negative
+        if negative is not None:
+            store.complete([negative])
 
     def __call__(
         self, examples: Sequence[Example]
@@ -46,3 +54,12 @@ class PromptTable:
             target[: len(row)] = row
         lengths = np.array([len(row) for row in rows], np.int32)
         return hidden, lengths if self._padded else None
+
+    def guidance(self, scale: float, layout: Layout) -> Guidance | None:
+        """Guidance away from the negative prompt, on all devices; None without one."""
+        if self._negative is None:
+            return None
+        hidden, whole = self._read(self._negative), replicated(layout.mesh)
+        return Guidance(
+            from_everywhere(np.float32(scale), whole), from_everywhere(hidden[None], whole), None
+        )

@@ -20,7 +20,8 @@ from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.identity import IDENTITY
 from sl_jax.grpo.judges import judgings, open_judges
 from sl_jax.grpo.learner import Learner
-from sl_jax.grpo.loop import Parts, train
+from sl_jax.grpo.loop import train
+from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.report import run_report
 from sl_jax.grpo.rollout import Rollout
@@ -44,7 +45,8 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
     folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
     profiler = Profiler(profiled, folder)
-    with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
+    keep = config.checkpoint.keep
+    with closing(RunCheckpoints(folder / "checkpoints", keep, processes)) as checkpoints:
         done = checkpoints.latest or 0
         if processes.from_main("looking for a report", done >= config.epochs and report.exists()):
             if processes.is_main:
@@ -65,6 +67,17 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
                 save_peft(adapter, average, config.model)
                 write_html(run_report(config, folder, outcome.before, outcome.after), report)
                 print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
+                _tell_of_the_best(checkpoints)
+
+
+def _tell_of_the_best(checkpoints: RunCheckpoints) -> None:
+    """Says so where another epoch's evaluation was better than the last one's."""
+    best = checkpoints.best
+    if best and best[0] != checkpoints.latest:
+        step = checkpoints.directory / str(best[0])
+        print(
+            f"The best evaluation, {best[1]:.4f}, was that of epoch {best[0]}; it is kept: {step}"
+        )
 
 
 @contextmanager
@@ -101,15 +114,17 @@ def _parts(
         captions = [record.caption for part in (index, held_out) for record in part]
         with processes.together("loading the model"):
             model = resolve_model(config.model)
-            prompts = PromptTable(model, data, captions, folder / "prompts", config.compute.dtype)
+            negative = None if rollout.guidance == 1 else rollout.negative_prompt
+            kept = (folder / "prompts", config.compute.dtype)
+            prompts = PromptTable(model, data, captions, *kept, negative)
             pipeline = load_pipeline(model, config.compute, layout, [first.shapes])
         training, grading = judgings(config, folder, judges, processes)
         sampled = (Decomposer(pipeline), examples, prompts)
-        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, layout)
-        rolling = Rollout(pipeline, rollout, layout)
-        learner = Learner(
-            pipeline, rollout, config.objective, config.optimizer, config.learner, layout
-        )
+        placed = (layout, prompts.guidance(rollout.guidance, layout))
+        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, *placed)
+        rolling = Rollout(pipeline, rollout, *placed)
+        learning = (config.objective, config.optimizer, config.learner)
+        learner = Learner(pipeline, rollout, *learning, *placed)
         parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
         yield (
             Parts(*parts, checkpoints, layout, processes, profiler),

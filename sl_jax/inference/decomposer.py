@@ -7,7 +7,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ from sl_jax.checkpoints.pipeline import (
 )
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data.pictures import area_size, longest_side_size, resize_to, to_rgba
-from sl_jax.flow.sampler import OdeMethod, VelocityFn, initial_noise, sample
+from sl_jax.flow.sampler import OdeMethod, initial_noise, sample
 from sl_jax.imaging import flatten
 from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.prompts import (
@@ -38,6 +38,7 @@ from sl_jax.inference.prompts import (
 )
 from sl_jax.inference.sampling import (
     Condition,
+    Guidance,
     decode_layers,
     modulation_rows,
     velocity_function,
@@ -52,24 +53,6 @@ from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shard
 SizeRule = Literal["longest", "area"]
 
 MAX_SEED = 2**32 - 1
-
-
-class Guidance(NamedTuple):
-    """Classifier-free guidance with a negative prompt ("true CFG" in diffusers' pipelines).
-
-    v = v₋ + scale · (v₊ − v₋), and with `normalize` each token's v is scaled to the norm of its v₊
-    over the 64 packed channels. It doubles the cost of every step.
-
-    Attributes:
-        scale: 1 changes nothing; the base model's README uses 4.
-        text, text_lengths: negative prompts, as in `Condition`.
-        normalize: keep the norm, as the base model's README does.
-    """
-
-    scale: Float[Array, ""] | float
-    text: Float[Array, "b s e"]
-    text_lengths: Int[Array, " b"] | None
-    normalize: Array | bool = True
 
 
 class Decomposer:
@@ -186,39 +169,8 @@ class Decomposer:
         latents = encode_frames(vae, vae_params, frames).astype(jnp.float32)
         condition = Condition(pack(latents[:, None]), text, text_lengths)
         rows = modulation_rows(model, params, variables, table)
-        velocity = partial(velocity_function, model, params, variables, rows=rows, grid=grid)
-        chosen = velocity(condition) if guidance is None else _guided(velocity, condition, guidance)
-        return decode_layers(vae, vae_params, sample(chosen, noise, table.sigmas, method), grid)
-
-
-def _guided(velocity: Any, condition: Condition, guidance: Guidance) -> VelocityFn:
-    """The guided velocity; prompts take turns, so that the program holds the model once."""
-    prompts = _joined(condition, guidance)
-
-    def guided(x: Float[Array, "b n c"], index: Int[Array, ""]) -> Float[Array, "b n c"]:
-        wanted, unwanted = jax.lax.map(
-            lambda prompt: velocity(Condition(condition.picture, *prompt))(x, index), prompts
-        )
-        mixed = unwanted + guidance.scale * (wanted - unwanted)
-        norms = [jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (wanted, mixed)]
-        factor = norms[0] / jnp.maximum(norms[1], jnp.finfo(jnp.float32).tiny)
-        return mixed * jnp.where(guidance.normalize, factor, 1.0)
-
-    return guided
-
-
-def _joined(
-    condition: Condition, guidance: Guidance
-) -> tuple[Float[Array, "2 b s e"], Int[Array, "2 b"]]:
-    """Both prompts padded to one length, with their lengths."""
-    texts = condition.text, guidance.text
-    lengths = [
-        jnp.full(len(text), text.shape[1], jnp.int32) if known is None else known
-        for text, known in zip(texts, (condition.text_lengths, guidance.text_lengths), strict=True)
-    ]
-    longest = max(text.shape[1] for text in texts)
-    padded = [jnp.pad(text, ((0, 0), (0, longest - text.shape[1]), (0, 0))) for text in texts]
-    return jnp.stack(padded), jnp.stack(lengths)
+        velocity = velocity_function(model, params, variables, condition, rows, grid, guidance)
+        return decode_layers(vae, vae_params, sample(velocity, noise, table.sigmas, method), grid)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from sl_jax.imaging.words import counted
+from sl_jax.parallel.interrupts import GRACE
 from sl_jax.parallel.processes import ProcessError, Processes
 
 _log = logging.getLogger(__name__)
@@ -35,6 +36,8 @@ class DistributedConfig:
         cpu_devices: as how many devices the CPU of a process without accelerators counts. Not all
             that XLA computes there is spread over cores; several devices share them better. Where
             XLA_FLAGS names a number, that one holds.
+        grace: seconds from SIGTERM to the end of the program, in which it saves; a little less than
+            the scheduler gives.
 
     Raises:
         ValueError: the values do not fit each other.
@@ -45,6 +48,7 @@ class DistributedConfig:
     processes: int | None = None
     process: int | None = None
     cpu_devices: int = 1
+    grace: float = GRACE
 
     def __post_init__(self) -> None:
         if (self.processes is None) != (self.process is None):
@@ -64,6 +68,8 @@ class DistributedConfig:
             raise ValueError(f"coordinator is {self.coordinator!r}; please give it as HOST:PORT")
         if self.cpu_devices < 1:
             raise ValueError(f"cpu_devices is {self.cpu_devices}; please give 1 or more")
+        if self.grace <= 0:
+            raise ValueError(f"grace is {self.grace}; please give more than 0 seconds")
 
 
 @contextmanager
@@ -87,7 +93,7 @@ def joined(config: DistributedConfig) -> Iterator[Processes]:
         _mark_messages(index)
         devices = counted(jax.device_count(), "device")
         _log.info("%d processes with %s have joined.", count, devices)
-    with Processes(index, count, store).open() as processes:
+    with Processes(index, count, store).open(config.grace) as processes:
         yield processes
 
 
@@ -159,17 +165,28 @@ class _Coordinator:
 
     def put(self, name: str, value: bytes) -> None:
         """As `Store`."""
-        self._client.key_value_set_bytes(name, value, allow_overwrite=True)
+        with _reached():
+            self._client.key_value_set_bytes(name, value, allow_overwrite=True)
 
     def get(self, name: str, seconds: float) -> bytes | None:
         """As `Store`."""
-        try:
-            return self._client.blocking_key_value_get_bytes(name, max(int(1000 * seconds), 1))
-        except JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
-                return None
-            raise ProcessError(f"process 0, which the others meet at, is gone: {error}") from error
+        with _reached():
+            try:
+                return self._client.blocking_key_value_get_bytes(name, max(int(1000 * seconds), 1))
+            except JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" in str(error) or "NOT_FOUND" in str(error):
+                    return None
+                raise
 
     def delete(self, name: str) -> None:
         """As `Store`."""
-        self._client.key_value_delete(name)
+        with _reached():
+            self._client.key_value_delete(name)
+
+
+@contextmanager
+def _reached() -> Iterator[None]:
+    try:
+        yield
+    except JaxRuntimeError as error:
+        raise ProcessError(f"process 0, which the others meet at, is gone: {error}") from error

@@ -7,14 +7,13 @@ said, and a process that stopped is not waited for. One process alone takes the 
 nobody to wait for.
 """
 
-import gc
 import logging
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -22,6 +21,7 @@ import numpy as np
 from flax import serialization
 from jax.sharding import Mesh, NamedSharding
 
+from sl_jax.parallel.interrupts import GRACE, Interrupts, end_now, error_of
 from sl_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
 
 _log = logging.getLogger(__name__)
@@ -31,6 +31,9 @@ _CHUNK = 1 << 20  # bytes per entry of the store
 _LOOK = 5.0  # seconds between looks at whether a process that is waited for has stopped
 _SAID = 30.0  # seconds of waiting after which it is said, then after twice as long, and so on
 _FAREWELL = 60.0  # seconds that a process that stops gives the others to save with it
+_BEAT = 5.0  # seconds between signs of life
+_LOST = 60.0  # seconds without one after which a process counts as killed
+_DONE = -1  # the last one
 
 
 class ProcessError(RuntimeError):
@@ -69,8 +72,7 @@ class Processes:
         self.index, self.count = index, count
         self._store = store
         self._number = 0
-        self._interrupted = False
-        self._collecting = False
+        self._interrupts = Interrupts(count == 1, f"Process {index}")
         self._left = False
 
     @property
@@ -89,9 +91,15 @@ class Processes:
         Raises:
             ProcessError: another process has an error, has stopped, or is elsewhere.
             KeyboardInterrupt: a process was interrupted; raised in all at the same exchange.
+            Terminated: likewise, by SIGTERM.
         """
         reason = None if error is None else _told(error)
-        mine = {"what": what, "value": value, "error": reason, "interrupted": self._interrupted}
+        mine = {
+            "what": what,
+            "value": value,
+            "error": reason,
+            "signal": int(self._interrupts.received),
+        }
         entries = self._exchanged(what, mine)
         for index, entry in enumerate(entries):
             if entry["what"] != what:
@@ -103,8 +111,9 @@ class Processes:
             for index, entry in enumerate(entries):
                 if entry["error"] is not None:
                     raise ProcessError(f"process {index} cannot go on: {entry['error']}")
-            if any(entry["interrupted"] for entry in entries):
-                raise KeyboardInterrupt
+            received = {entry["signal"] for entry in entries} - {0}
+            if received:
+                raise error_of(signal.SIGTERM if signal.SIGTERM in received else signal.SIGINT)
         return [entry["value"] for entry in entries]
 
     def to_main(self, what: str, value: Any) -> list[Any]:
@@ -160,42 +169,71 @@ class Processes:
         return True
 
     @contextmanager
-    def open(self) -> Iterator["Processes"]:
-        """While it lasts, an interrupt (Ctrl-C) of one process comes through in all, at once.
+    def open(self, grace: float = GRACE) -> Iterator["Processes"]:
+        """While it lasts, an interrupt of one process comes through in all, at once.
 
-        It is held back until the next exchange; a second one comes through where it is. If the
-        block ends in an error, the others are told, and do not wait. One process alone is
-        interrupted where it is, but for a garbage collection: Python drops what is raised in its
-        callbacks, and JAX has one. Then it is interrupted at the next exchange.
+        Interrupts are Ctrl-C and SIGTERM. One is held back until the next exchange; a second Ctrl-C
+        comes through where it is. One process alone is interrupted where it is. If the block ends
+        in an error, the others are told, and do not wait.
+
+        A process that was killed tells nobody. The next one in the ring notices that it shows no
+        sign of life any more, and ends all: what they wait for never comes.
+
+        Args:
+            grace: seconds from SIGTERM after which the program ends, whether it has saved or not.
         """
-        listens = threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, self._interrupt) if listens else None
-        gc.callbacks.insert(0, self._collection_begins)
-        gc.callbacks.append(self._collection_ends)
+        with self._interrupts.open(grace):
+            try:
+                with self._watched():
+                    yield self
+            except BaseException as error:
+                if not self._left:
+                    self._tell(error, -1)
+                raise
+
+    def uninterrupted(self) -> AbstractContextManager[None]:
+        """A block that interrupts of this process come through after, not in."""
+        return self._interrupts.held()
+
+    @contextmanager
+    def _watched(self) -> Iterator[None]:
+        """Signs of life, given and watched for in the background while the block lasts."""
+        if self.count == 1:
+            yield
+            return
+        over = threading.Event()
+        self._put(f"alive/{self.index}", 0)
+        threading.Thread(target=self._watch, args=(over,), daemon=True).start()
         try:
-            yield self
-        except BaseException as error:
-            if not self._left:
-                self._tell(error, -1)
-            raise
+            yield
         finally:
-            self._interrupted = False
-            gc.callbacks.remove(self._collection_begins)
-            gc.callbacks.remove(self._collection_ends)
-            if listens:
-                signal.signal(signal.SIGINT, before)
+            over.set()
+        self._put(f"alive/{self.index}", _DONE)
 
-    def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        again, self._interrupted = self._interrupted, True
-        if (again or self.count == 1) and not self._collecting:
-            raise KeyboardInterrupt
-        _log.warning("Process %d was interrupted: all stop at their next exchange.", self.index)
-
-    def _collection_begins(self, phase: str, info: Mapping[str, int]) -> None:
-        self._collecting |= phase == "start"
-
-    def _collection_ends(self, phase: str, info: Mapping[str, int]) -> None:
-        self._collecting &= phase != "stop"
+    def _watch(self, over: threading.Event) -> None:
+        watched, beat = (self.index + 1) % self.count, 0
+        last, since = None, time.monotonic()
+        while not over.wait(_BEAT):
+            beat += 1
+            try:
+                self._put(f"alive/{self.index}", beat)
+                sign, lost = self._get(f"alive/{watched}", 0.0), self._get("lost", 0.0)
+                if sign != last or sign == _DONE:
+                    last, since = sign, time.monotonic()
+                elif time.monotonic() - since > _LOST:
+                    reason = self._farewell(watched, 0.0).get(
+                        "reason", "it was killed, or its host"
+                    )
+                    lost = f"process {watched} is gone ({reason})"
+                    self._put("lost", lost)
+            except ProcessError as error:
+                lost = str(error)
+            if lost and not over.is_set():
+                end_now(
+                    f"ProcessError: {lost}. Process {self.index} ends too; please start all again: "
+                    "they go on from the newest checkpoint.",
+                    1,
+                )
 
     def _exchanged(self, what: str, mine: Any) -> list[Any]:
         """By way of the main process, so that there are as many messages as processes."""

@@ -28,7 +28,7 @@ class RequestConfig:
         "max_completion_tokens".
       seed: of sampling, moved on for every repeat and sample; None sends none.
       picture_format: "png" is exact; "jpeg" is smaller.
-      jpeg_quality: 1…95.
+      jpeg_quality: 1…95, of JPEGs; more is larger and closer.
       detail: how closely a hosted model looks, "low", "high" or "auto"; None leaves it out.
       structured: how JSON is asked for: "schema", by JSON schema; "object", as any JSON; "text",
         by the prompt alone; "auto" finds out once per endpoint.

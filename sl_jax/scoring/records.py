@@ -14,9 +14,13 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from sl_jax.imaging.words import readable_json
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.rubric import Prompts
 from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
+
+# Of a row, what the clock and the judge's servers decide; all else a repeated run repeats.
+CLOCKED_FIELDS = ("endpoints", "asks", "tokens", "seconds", "calls")
 
 _SHOWN = Prompts("$keys", "$keys")  # the pictures alone are wanted
 
@@ -69,7 +73,7 @@ class JudgeRecords:
         names = picture_ids or [group.group_id for group in groups]
         rows = zip(groups, scores, names, strict=True)
         lines = [
-            json.dumps(to_row(epoch, group, found, name), ensure_ascii=False, allow_nan=False)
+            readable_json(to_row(epoch, group, found, name), allow_nan=False)
             for group, found, name in rows
         ]
         path = folder / f"epoch_{epoch:06d}.jsonl"
@@ -95,7 +99,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         raise FileNotFoundError(f"{root} holds no epoch_*.jsonl: please name a folder of records")
     found = []
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), start=1):
+        for number, line in enumerate(file.read_text("utf-8").rstrip("\n").split("\n"), 1):
             try:
                 found.append(_from_row(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:

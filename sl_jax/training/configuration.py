@@ -154,7 +154,7 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
     for name, entry in fields.items():
         if name not in given:
             if entry.default is entry.default_factory is dataclasses.MISSING:
-                problems.append(f"{path}.{name} is missing; please give {_wanted(types_of[name])}")
+                problems.append(f"{path}.{name} is missing; please give {wanted(types_of[name])}")
         elif dataclasses.is_dataclass(types_of[name]):
             values[name] = _build(types_of[name], given[name], f"{path}.{name}", problems)
         elif (item := _item_class(types_of[name])) and isinstance(given[name], list | tuple):
@@ -166,7 +166,7 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
             values[name] = _tuples(given[name])
             if not _fits(values[name], types_of[name]):
                 problems.append(
-                    f"{path}.{name} is {given[name]!r}; please give {_wanted(types_of[name])}"
+                    f"{path}.{name} is {given[name]!r}; please give {wanted(types_of[name])}"
                 )
     if len(problems) > before:
         return None
@@ -190,6 +190,18 @@ def _shown(name: str, value: Any) -> str:
     return "[hidden]" if _SECRET.search(name) else repr(value)
 
 
+def without_secrets(value: Any) -> Any:
+    """A value as it may be shown: what may be a secret, by its name in a mapping, is not in it."""
+    if isinstance(value, Mapping):
+        return {
+            name: "[hidden]"
+            if _SECRET.search(name) and name != "key_env"
+            else without_secrets(part)
+            for name, part in value.items()
+        }
+    return tuple(map(without_secrets, value)) if isinstance(value, list | tuple) else value
+
+
 def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
@@ -201,7 +213,7 @@ def _fits(value: Any, kind: Any) -> bool:
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return value in parts
+        return any(value == part and type(value) is type(part) for part in parts)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)
     if origin is tuple and parts[-1] is not Ellipsis:
@@ -218,15 +230,16 @@ def _fits(value: Any, kind: Any) -> bool:
     return isinstance(value, origin or kind)
 
 
-def _wanted(kind: Any) -> str:
+def wanted(kind: Any) -> str:
+    """What a value of an annotated type is, in words."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
         return "one of " + ", ".join(map(repr, parts))
     if origin in (types.UnionType, typing.Union):
-        return " or ".join(map(_wanted, parts))
+        return " or ".join(map(wanted, parts))
     if origin is tuple and parts[-1] is not Ellipsis:
-        return "(" + ", ".join(map(_wanted, parts)) + ")"
+        return "(" + ", ".join(map(wanted, parts)) + ")"
     if origin in (tuple, collections.abc.Sequence):
-        return f"a tuple whose items are each {_wanted(parts[0])}"
+        return f"a tuple whose items are each {wanted(parts[0])}"
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
     return names.get(kind, "options by name" if origin else "None")

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from sl_jax.imaging.words import printable
+from sl_jax.parallel.interrupts import TERMINATED, Terminated
+
 
 class _AboveBars(logging.Handler):
     """Prints so that progress bars stay whole."""
@@ -26,7 +29,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 class _Format(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record), keep="\n\t")
         return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
 
 
@@ -53,7 +56,8 @@ def ending_in_a_line(
     Args:
         expected: errors that say what to do; exit code 1. Errors of the system, such as a full
             disk, are expected as well, and name a path.
-        unit: what a run that Ctrl-C stopped is whole after: "epoch", "update"; exit code 130.
+        unit: what a run that was stopped is whole after: "epoch", "update"; exit code 130 after
+            Ctrl-C, 143 after SIGTERM.
         folder: what the run writes to: the path of errors that know none.
     """
     try:
@@ -64,6 +68,9 @@ def ending_in_a_line(
         if error.filename is None and error.errno is not None:
             error.filename = folder or None
         sys.exit(f"{type(error).__name__}: {error}")
+    except Terminated:
+        print(f"\nTerminated. The same command goes on after the last complete {unit}.", flush=True)
+        sys.exit(TERMINATED)
     except KeyboardInterrupt:
         print(f"\nStopped. The same command goes on after the last complete {unit}.", flush=True)
         sys.exit(130)

@@ -32,8 +32,24 @@ def parse_config_flags(argv: Sequence[str]) -> list[str]:
 
 def packaged(name: str, variant: str) -> ConfigDict:
     """A packaged configuration, such as ("grpo", "tiny")."""
-    file = _located(f"--config={name}").removeprefix("--config=")
-    return runpy.run_path(file)["get_config"](variant)
+    return read_config(packaged_file(name), variant)
+
+
+def read_config(file: Path | str, variant: str | None = None) -> ConfigDict:
+    """What a configuration file gives, before the command line changes it.
+
+    Raises:
+        ValueError: the file has no such variant.
+    """
+    return runpy.run_path(str(file))["get_config"](*([] if variant is None else [variant]))
+
+
+def packaged_file(name: str) -> Path:
+    """The file of a packaged configuration; where there is none, the bare name."""
+    package = Path(sl_jax.__file__).parent
+    places = (package / "configs", package.parent / "configs")  # installed, or a checkout
+    files = (place / f"{name}.py" for place in places)
+    return next((file for file in files if file.is_file()), Path(name))
 
 
 def config_problems(argv: Sequence[str]) -> Iterator[str]:
@@ -46,7 +62,7 @@ def config_problems(argv: Sequence[str]) -> Iterator[str]:
         yield f"{files[-1][0]}: {file} does not exist; please give a configuration file"
         return
     try:
-        config = runpy.run_path(file)["get_config"](*([] if variant is None else [variant]))
+        config = read_config(file, variant)
     except ValueError as error:
         yield f"{files[-1][0]}: {error}"
         return
@@ -73,8 +89,4 @@ def _located(arg: str) -> str:
     match = _FILE.fullmatch(arg)
     if not match or not match[1].isidentifier():
         return arg
-    package = Path(sl_jax.__file__).parent
-    places = (package / "configs", package.parent / "configs")  # installed, or a checkout
-    files = [place / f"{match[1]}.py" for place in places]
-    found = next((file for file in files if file.is_file()), match[1])
-    return f"--config={found}" + (f":{match[2]}" if match[2] else "")
+    return f"--config={packaged_file(match[1])}" + (f":{match[2]}" if match[2] else "")

@@ -21,6 +21,7 @@ class OptimizerConfig:
             the updates of kernels, scaled to the size of Adam's; other parameters get AdamW.
         weight_decay: decoupled decay per unit of learning rate.
         clip_norm: bound on the global gradient norm.
+        b1, b2: decay of AdamW's moments per update.
         warmup_steps: linear warm-up from zero.
         decay_steps: total steps of a cosine decay to a hundredth of the peak; 0 stays constant.
     """

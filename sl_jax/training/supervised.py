@@ -25,7 +25,6 @@ from sl_jax.models.vae import Vae
 from sl_jax.parallel.mesh import replicated
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import AT_LEAST_ONE, DECAY
-from sl_jax.training.interruption import uninterrupted
 from sl_jax.training.metrics import LogConfig, RunMetrics, open_metrics
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
@@ -217,7 +216,7 @@ class Stage:
         held_out: Sequence[tuple[Any, Any]],
         name: str,
     ) -> StageState:
-        """Trains to the end; interrupted (Ctrl-C), it finishes the update and saves a checkpoint.
+        """Trains to the end; interrupted, it finishes the update and saves a checkpoint.
 
         Args:
             state: from `start`.
@@ -238,7 +237,9 @@ class Stage:
             for step in progress:
                 kind, batch = batches(step)
                 processes.barrier("starting an update")
-                with uninterrupted():  # an update, its records and its checkpoint belong together
+                with (
+                    processes.uninterrupted()
+                ):  # an update, its records and its checkpoint belong together
                     key = jax.random.fold_in(self._key, step)
                     state, metrics = updates[kind](state, batch, key)
                     done = step + 1
@@ -254,7 +255,7 @@ class Stage:
                     if self._due(done, config.checkpoint_every):
                         self._checkpoints.save(done, state, self._record())
         except BaseException as error:
-            with uninterrupted():
+            with processes.uninterrupted():
                 if processes.leave(error, done) and _is_whole(state):
                     if done > (self._checkpoints.latest or 0):
                         self._checkpoints.save(done, state, self._record())
@@ -324,11 +325,12 @@ def open_stage(
         log: where else metrics go.
         kept_as: gives checkpoints another form on disk.
     """
-    with closing(RunCheckpoints(epath.Path(folder) / "checkpoints", keep=2)) as checkpoints:
+    kept = RunCheckpoints(epath.Path(folder) / "checkpoints", 2, processes)
+    with closing(kept) as checkpoints:
         resume = 0 if checkpoints.latest is None else checkpoints.latest + 1
         with open_metrics(folder, resume, log, processes) as writer:
-            kept = kept_as(checkpoints)
-            yield Stage(config, losses, kept, writer, seed, mesh=mesh, processes=processes)
+            chosen = kept_as(checkpoints)
+            yield Stage(config, losses, chosen, writer, seed, mesh=mesh, processes=processes)
 
 
 def _is_whole(state: StageState) -> bool:

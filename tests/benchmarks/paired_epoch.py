@@ -73,7 +73,7 @@ class _Epoch:
         for candidates, advantage in zip(rolled, self.advantages, strict=True):
             scored = Scored(candidates, table, advantage, self._weight, self.grid)
             old = None if state.adapter is begun else begun
-            state, _ = self._learner.update(state, [scored], old)
+            state, _ = self._learner.update(state, [scored], old, donate=old is not None)
         return state, decoded
 
     def flops(self) -> float:

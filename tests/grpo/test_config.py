@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.grpo.config import from_mapping
 from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.training.configuration import ConfigError, distributed_part
+from sl_jax.training.flags import packaged
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 
@@ -33,16 +34,33 @@ def _mapping(variant="tiny", **changes):
     return config
 
 
-@pytest.mark.parametrize("variant", ["production", "tiny"])
-def test_the_packaged_configurations_are_complete(variant):
-    mapping = runpy.run_path(str(_FILE))["get_config"](variant).to_dict()
+@pytest.mark.parametrize(
+    ("variant", "devices"),
+    [("production", 1), ("tiny", 2), ("gpu1", 1), ("v5e8", 8), ("v5p16", 16), ("hosted", 8)],
+)
+def test_the_packaged_configurations_are_complete(variant, devices):
+    mapping = packaged("grpo", variant).to_dict()
     with pytest.raises(ConfigError) as error:
-        from_mapping(mapping, 1)
-    # A folder of pictures is all that they leave to the user.
-    assert len(str(error.value).splitlines()) == 2
-    assert "config.data.path" in str(error.value)
+        from_mapping(mapping, devices)
+    # A folder of pictures, and the hosted model's name, are all that they leave to the user.
+    left = ["config.data.path is ''"]
+    if variant == "hosted":
+        left = ["config.judge.endpoints[0].model of https://api.openai.com/v1 is empty"]
+    problems = str(error.value).splitlines()[1:]
+    assert [left[0] in problem for problem in problems] == [True]
+    mapping["data"]["path"], mapping["judge"]["model"] = "pictures", "judge-7b"
+    config = from_mapping(mapping, devices)
+    assert config.mesh.shape(devices)[1] == (1 if variant in ("tiny", "gpu1") else min(devices, 8))
+    if variant == "hosted":
+        assert [endpoint.model for endpoint in config.judge.endpoints] == ["judge-7b"]
+
+
+@pytest.mark.parametrize(("variant", "devices"), [("gpu1", 2), ("v5e8", 4), ("v5p16", 8)])
+def test_a_variant_for_other_hardware_is_refused(variant, devices):
+    mapping = packaged("grpo", variant).to_dict()
     mapping["data"]["path"] = "pictures"
-    assert isinstance(from_mapping(mapping, 1), GrpoConfig)
+    with pytest.raises(ConfigError, match=f"which does not fit {devices} devices"):
+        from_mapping(mapping, devices)
 
 
 def test_every_field_can_be_set_in_the_packaged_configuration():
@@ -107,12 +125,17 @@ def test_rewards_may_have_options():
         ("data.eval_fraction", 0.0, "config.data.eval_data"),
         ("data.caption", "vlm", "name config.judge.endpoints, or use 'files' or 'prompt'"),
         ("data.caption", True, "one of 'files', 'prompt', 'vlm'"),
+        ("rollout.guidance", 0.5, "a number from 1, which is none"),
+        ("rollout.max_staleness", 2, "one of 0, 1"),
+        ("rollout.max_staleness", True, "one of 0, 1"),
         ("rollout.train_frames", "none", "one of 'all', 'layers'"),
         ("advantage.scale", "judge", "'criterion'"),
         ("data.max_text_tokens", 2000, "from 1 to 1024"),
         ("learner.micro_batch", 24, "a divisor of batch_groups × group_size = 32"),
         ("learner.updates", 0, "at least 1"),
         ("learner.ema", 1.0, "not with, 1"),
+        ("learner.stop.kl", 0.0, "None or a positive number"),
+        ("learner.stop.clip_fraction", -0.1, "None or a positive number"),
         ("learner.reference", "start", "one of 'base', 'init'"),
         ("lora.rank", 0, "at least 1"),
         ("lora.targets", (), "one or more modules"),

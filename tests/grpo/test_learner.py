@@ -140,7 +140,7 @@ def test_the_epochs_state_outlives_its_updates(bench, scored, learner):
     start = learner.start(bench.adapter)
     kept = jax.tree.map(np.array, start)
     state, _ = learner.update(start, [scored])
-    state, _ = learner.update(state, [scored], start.adapter)
+    state, _ = learner.update(state, [scored], start.adapter, donate=True)
     assert _same(start, kept)
     assert int(state.updates) == 2 and int(start.updates) == 0
 
@@ -163,6 +163,23 @@ def test_without_weights_nothing_changes(bench, scored, learner):
     unjudged = scored._replace(weight=np.zeros(SAMPLES))
     state, report = learner.update(start, [unjudged])
     assert state is start and report.steps == [] and report.gradient_norm is None
+
+
+def test_an_update_that_is_too_far_is_not_applied(bench, scored, learner):
+    state, _ = learner.update(learner.start(bench.adapter), [scored])
+    seen = []
+
+    def too_far(reports):
+        seen.append(_log_ratios(reports, steps=2))
+        return len(seen) == 1
+
+    kept = jax.tree.map(np.array, state)
+    stopped, report = learner.update(state, [scored], bench.adapter, donate=True, too_far=too_far)
+    assert stopped is state and _same(stopped, kept)
+    assert report.stopped and report.gradient_norm is None and len(report.steps) == 2
+    changed, report = learner.update(state, [scored], bench.adapter, too_far=too_far)
+    assert not report.stopped and int(changed.updates) == 2
+    assert np.array_equal(*seen) and np.abs(seen[0]).max() > 0
 
 
 def test_a_sample_without_weight_has_no_say(bench, scored, learner):

@@ -13,12 +13,15 @@ import pytest
 from flax import struct
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
-from sl_jax.grpo import loop
+from sl_jax.grpo import loop, rolling
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
+from sl_jax.grpo.epoch import window_start
+from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
-from sl_jax.grpo.loop import Parts, train, window_start
+from sl_jax.grpo.loop import train
+from sl_jax.grpo.parts import Parts
 from sl_jax.parallel.processes import Processes
-from sl_jax.training.metrics import CLOCKED, read_metrics
+from sl_jax.training.metrics import read_metrics, repeatable
 from sl_jax.training.profiling import Profiler
 
 
@@ -33,7 +36,7 @@ class State:
 
 class Stream:
     def __init__(self):
-        self.position = 0
+        self.position, self.quarantined = 0, {}
 
     def state(self):
         return {"step": self.position}
@@ -55,7 +58,9 @@ class Run:
             checkpoint=CheckpointConfig(every, 3),
             evaluation=EvaluationConfig(every=3),
         )
-        monkeypatch.setattr(loop, "run_epoch", self._epoch)
+        monkeypatch.setattr(
+            loop.Epochs, "run", lambda epochs, *args: self._epoch(epochs._parts, *args)
+        )
         monkeypatch.setattr(
             loop, "evaluation_metrics", lambda value: {"evaluation/reward": float(value)}
         )
@@ -106,15 +111,13 @@ class Run:
             profiler=Profiler(None, self.folder),
         )
         try:
-            return train(self.parts, lambda: 1.0)
+            with self.parts.processes.open():
+                return train(self.parts, lambda: 1.0)
         finally:
             checkpoints.close()
 
     def records(self):
-        return [
-            {name: value for name, value in record.items() if not name.startswith(CLOCKED)}
-            for record in read_metrics(self.folder)
-        ]
+        return [repeatable(record) for record in read_metrics(self.folder)]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +191,19 @@ def test_a_judge_that_is_gone_leaves_a_checkpoint(tmp_path, monkeypatch, whole):
     assert run.records() == whole[1]
 
 
+def test_too_many_updates_that_are_not_finite_leave_a_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, every=100)
+
+    def require(epochs):
+        if run.seen == [0, 1, 2, 3]:
+            raise NotFiniteError("5 updates in a row")
+
+    monkeypatch.setattr(loop.Epochs, "require_health", require)
+    with pytest.raises(NotFiniteError):
+        run.start()
+    assert (tmp_path / "checkpoints" / "4").is_dir()  # with the epoch that ended it
+
+
 def test_killed_between_checkpoints(tmp_path, monkeypatch, whole):
     """What was recorded after the checkpoint that a run goes on from is recorded anew."""
     run = Run(tmp_path, monkeypatch)
@@ -236,10 +252,10 @@ def test_an_interrupt_waits_for_what_belongs_together(tmp_path, monkeypatch, who
     run = Run(tmp_path, monkeypatch)
     save = loop._save
 
-    def interrupted(parts, state, epoch, position):
+    def interrupted(parts, state, epoch, position, *reward):
         if epoch == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        save(parts, state, epoch, position)
+        save(parts, state, epoch, position, *reward)
 
     monkeypatch.setattr(loop, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -285,7 +301,7 @@ def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_evaluated", lambda value: None)
     monkeypatch.setattr(loop, "evaluation_metrics", lambda value: {})
     monkeypatch.setattr(loop._Books, "pictures", lambda *args: None)
-    monkeypatch.setattr(loop, "run_epoch", epoch)
+    monkeypatch.setattr(loop.Epochs, "run", lambda epochs, *args: epoch(epochs._parts, *args))
     run.start()
     # When an epoch begins, the one state's three arrays are all there is.
     assert alive == [3] * 6
@@ -313,10 +329,10 @@ def test_a_sliding_window_moves_by_one_and_stays_at_the_end():
 
 def test_keys_depend_on_step_and_slot_alone():
     examples = [SimpleNamespace(slot=slot) for slot in range(4)]
-    keys = loop._keys(1, 5, examples)
+    keys = rolling._keys(1, 5, examples)
     assert len(np.unique(keys, axis=0)) == 4
-    assert np.array_equal(loop._keys(1, 5, examples[2:]), keys[2:])
-    assert not np.array_equal(loop._keys(1, 6, examples), keys)
+    assert np.array_equal(rolling._keys(1, 5, examples[2:]), keys[2:])
+    assert not np.array_equal(rolling._keys(1, 6, examples), keys)
 
 
 def test_records_are_json_lines(whole, tmp_path, monkeypatch):

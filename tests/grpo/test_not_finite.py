@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sl_jax.grpo import loop
+from sl_jax.grpo import epoch
 from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig
 from sl_jax.grpo.learner import Learner, Scored, UpdateReport
 from sl_jax.grpo.metrics import learner_metrics
@@ -80,7 +80,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
     finite[SPOILED, left:] = False
     updates = []
 
-    def update(state, scored, old, kl_left):
+    def update(state, scored, old, kl_left, **how):
         updates.append(np.concatenate([batch.weight for batch in scored]).reshape(-1, 4))
         return state, UpdateReport([], [], None)
 
@@ -102,19 +102,23 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
     )
     batches, told = iter(finite.reshape(2, 2, 4)), [("picture", "")] * 2
     monkeypatch.setattr(
-        loop, "_roll_out", lambda *args: loop.Rolled(None, told, None, None, next(batches), {})
+        epoch, "roll_out", lambda *args: epoch.Rolled(None, told, None, None, next(batches), {})
     )
-    monkeypatch.setattr(loop, "_record", lambda *args: None)
+    monkeypatch.setattr(epoch, "record", lambda *args: None)
+    kept = []
+    monkeypatch.setattr(epoch, "keep_spoiled", lambda parts, number, update: kept.append(update))
     state = SimpleNamespace(
         adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
     )
     phases = SimpleNamespace(begin=lambda name: None, say=None, computed=lambda flops: None)
-    _, metrics = loop.run_epoch(parts, state, 0, phases)
+    _, metrics = epoch.Epochs(parts).run(state, 0, phases)
     (weight,) = updates
     assert np.array_equal(weight > 0, finite & (finite.sum(1, keepdims=True) > 1))
     assert metrics["rollout/not_finite"] == 4 - left
     assert metrics["judge/valid_share"] == finite.mean()
     assert ("not finite" in caplog.text) == (left < 4)
+    assert [update.skipped for update in kept] == [False]
+    assert metrics["learner/not_finite_in_a_row"] == 0  # of updates
 
 
 def _judged():

@@ -15,6 +15,7 @@ from sl_jax.grpo.config import LearnerConfig, RolloutConfig
 from sl_jax.grpo.learner import Learner, Scored
 from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.grpo.rollout import Pictures, Rollout
+from sl_jax.inference.sampling import Guidance
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig, init_adapter
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
@@ -26,7 +27,7 @@ ROLLOUT = RolloutConfig(
 )
 
 
-def _setting(folder, mesh, dtype, micro_batch, targets, updates=1):
+def _setting(folder, mesh, dtype, micro_batch, targets, guidance):
     devices = jax.devices()[: np.prod([s for s in mesh.values()])]
     layout = Layout(make_mesh(MeshConfig(**mesh), devices))
     config = LoRAConfig(4, 8.0, targets)
@@ -38,10 +39,11 @@ def _setting(folder, mesh, dtype, micro_batch, targets, updates=1):
         ROLLOUT,
         ObjectiveConfig(),
         OptimizerConfig(1e-3),
-        LearnerConfig(updates=updates, micro_batch=micro_batch),
+        LearnerConfig(updates=1, micro_batch=micro_batch),
         layout,
+        guidance,
     )
-    return pipeline, Rollout(pipeline, ROLLOUT, layout), learner
+    return pipeline, Rollout(pipeline, ROLLOUT, layout, guidance), learner
 
 
 def _pictures(groups=8):
@@ -62,21 +64,27 @@ def _adapter(pipeline, targets):
 
 
 @pytest.mark.parametrize(
-    ("mesh", "dtype", "micro_batch", "targets"),
+    ("mesh", "dtype", "micro_batch", "targets", "scale"),
     [
-        ({"data": 1, "fsdp": 1}, "bfloat16", 2, DEFAULT_TARGETS),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8, DEFAULT_TARGETS),
+        ({"data": 1, "fsdp": 1}, "bfloat16", 2, DEFAULT_TARGETS, 1.0),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8, DEFAULT_TARGETS, 1.0),
+        pytest.param(
+            *({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8, DEFAULT_TARGETS, 4.0),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             *({"data": 2, "fsdp": 2, "tensor": 2}, "bfloat16", 8),
-            ("to_q", "img_mod.1", "txt_mod.1"),
+            *(("to_q", "img_mod.1", "txt_mod.1"), 1.0),
             marks=pytest.mark.slow,
         ),
     ],
 )
 def test_delta_is_zero_bitwise_before_the_first_update(
-    random_checkpoint, mesh, dtype, micro_batch, targets
+    random_checkpoint, mesh, dtype, micro_batch, targets, scale
 ):
-    pipeline, rollout, learner = _setting(random_checkpoint, mesh, dtype, micro_batch, targets)
+    setting = (mesh, dtype, micro_batch, targets)
+    guidance = None if scale == 1 else Guidance(scale, jnp.ones((1, 3, 64)), None)
+    pipeline, rollout, learner = _setting(random_checkpoint, *setting, guidance)
     adapter = _adapter(pipeline, targets)
     candidates = rollout(adapter, _pictures(), 1, GRID)
     samples = len(candidates.latents)

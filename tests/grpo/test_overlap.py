@@ -11,7 +11,7 @@ import pytest
 from test_refused_pictures import CANDIDATES, Phases, Rollout, scores
 
 from sl_jax.data import TrainStream, make_buckets, scan_folder, write_designs
-from sl_jax.grpo import loop
+from sl_jax.grpo import epoch
 from sl_jax.grpo.config import GrpoConfig, JudgeSettings, LearnerConfig, RolloutConfig
 from sl_jax.grpo.judging import Judging
 from sl_jax.grpo.learner import UpdateReport
@@ -63,7 +63,7 @@ class WatchedLearner:
     def __init__(self, judge):
         self._judge, self.updates = judge, 0
 
-    def update(self, state, scored, old, kl_left):
+    def update(self, state, scored, old, kl_left, **how):
         assert len(scored) == BATCHES // 2
         if self.updates == 0:
             for batch in range(BATCHES // 2, BATCHES):
@@ -101,6 +101,6 @@ def test_groups_are_judged_while_others_roll_out_and_while_the_first_are_learned
     run.judge.may_answer[BATCHES // 2 - 1].set()
     adapter = SimpleNamespace(lora={"a": jnp.ones(2)})
     state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
-    _, metrics = loop.run_epoch(run, state, 0, Phases())
+    _, metrics = epoch.Epochs(run).run(state, 0, Phases())
     assert run.rollout.calls == BATCHES and run.learner.updates == 2
     assert metrics["judge/groups"] == 4 * BATCHES and metrics["judge/valid_share"] == 1

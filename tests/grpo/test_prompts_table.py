@@ -9,6 +9,7 @@ from sl_jax.data import Bucket, Example
 from sl_jax.grpo.config import DataConfig
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.inference import encode_prompts, prompts
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
 TINY = resolve_model("tiny")
 CONFIG = DataConfig(path="", prompt="a prompt")
@@ -35,6 +36,19 @@ def test_a_run_without_captions_pads_nothing(tmp_path):
     hidden, lengths = table([example(""), example("")])
     np.testing.assert_array_equal(hidden[0], hidden[1])
     assert lengths is None and hidden[0].any()
+
+
+def test_guidance_leads_away_from_a_prompt_of_its_own(tmp_path):
+    layout = Layout(make_mesh(MeshConfig()))
+    table = PromptTable(TINY, CONFIG, [], tmp_path, "float32", "a prompt of some length")
+    whole = encode_prompts(TINY, ["a prompt of some length", "a prompt"], dtype=np.float32)
+    guidance = table.guidance(3.0, layout)
+    assert guidance.scale == 3 and guidance.text_lengths is None and guidance.normalize
+    np.testing.assert_allclose(guidance.text[0], whole.hidden[0], atol=1e-5)
+    # Batches are no wider for it.
+    hidden, lengths = table([example("")])
+    assert hidden.shape[1] == whole.lengths[1] and lengths is None
+    assert PromptTable(TINY, CONFIG, [], tmp_path, "float32").guidance(1.0, layout) is None
 
 
 def test_memory_does_not_grow_with_the_number_of_captions(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """A picture that the judge refuses gives way to another, in the same epoch."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from sl_jax.data import FolderError, TrainStream, make_buckets, scan_folder, write_designs
-from sl_jax.grpo import loop
+from sl_jax.grpo import rolling
 from sl_jax.grpo.config import GrpoConfig, JudgeSettings, RolloutConfig
 from sl_jax.grpo.judging import Judging
 from sl_jax.grpo.rollout import Decoded
@@ -94,18 +95,18 @@ class Phases:
         pass
 
 
-@pytest.fixture
-def run(tmp_path):
+@contextmanager
+def opened(folder):
     """Parts of a run of one rollout batch per epoch, and its judge."""
-    write_designs(tmp_path / "pictures", "A", range(7), 32, 2)
-    index = scan_folder(tmp_path / "pictures", make_buckets([(32, 32)]))
+    write_designs(folder / "pictures", "A", range(7), 32, 2)
+    index = scan_folder(folder / "pictures", make_buckets([(32, 32)]))
     judge = Judge()
     with JudgeWorker(judge) as worker:
         judging = Judging(
             worker,
             Rewards((("judge", 1.0),)),
             JudgeSettings(min_valid=1.0, max_wait=0.0),
-            JudgeRecords(tmp_path / "judge", pictures=0),
+            JudgeRecords(folder / "judge", pictures=0),
         )
         yield SimpleNamespace(
             config=GrpoConfig("", "", 1, rollout=RolloutConfig(batch_groups=GROUPS)),
@@ -114,16 +115,22 @@ def run(tmp_path):
             prompts=lambda examples: (np.zeros((len(examples), 1, 4)), None),
             judging=judging,
             judge=judge,
-            records=tmp_path / "judge",
+            records=folder / "judge",
             layout=Layout(make_mesh(MeshConfig(), jax.devices()[:1])),
             processes=Processes(),
         )
 
 
+@pytest.fixture
+def run(tmp_path):
+    with opened(tmp_path) as parts:
+        yield parts
+
+
 def _epoch(run):
-    batch = loop._roll_out(run, None, 0, Phases())
-    rolled, judged, _ = loop._judged(run, [batch], None, 0, Phases())
-    loop._record(run, 1, rolled, judged)
+    batch = rolling.roll_out(run, None, 0, Phases())
+    rolled, judged, _ = rolling.await_scores(run, [batch], None, 0, Phases())
+    rolling.record(run, 1, rolled, judged)
     return batch, rolled[0], judged
 
 
@@ -173,7 +180,7 @@ def test_a_replacement_may_be_refused_too_but_not_for_ever(run):
     run.stream.restore(run.stream.state() | {"step": 0})
     run.judge.refused = {drawn[0], *(set(every) - set(drawn))}
     _, after, judged = _epoch(run)
-    assert run.rollout.calls == 1 + loop._REPLACEMENTS
+    assert run.rollout.calls == 1 + rolling._REPLACEMENTS
     # Then the group is left out of the epoch, and not waited for.
     assert [scores.valid.all() for scores in judged] == [False, True, True, True]
     assert judged[0].refusal == "I cannot help"

@@ -18,6 +18,7 @@ from sl_jax.grpo.config import LearnerConfig
 from sl_jax.grpo.learner import Learner, Scored
 from sl_jax.grpo.objective import ObjectiveConfig, policy_objective
 from sl_jax.grpo.rollout import Rollout
+from sl_jax.inference.sampling import Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.training.optimizer import OptimizerConfig
 
@@ -30,6 +31,7 @@ class Variant(NamedTuple):
     rollout: dict
     objective: dict
     reference: str = "base"
+    guidance: float = 1.0
 
 
 VARIANTS = {
@@ -46,6 +48,9 @@ VARIANTS = {
         {"dynamics": "cps", "train_frames": "layers", "window_size": 3},
         {"ratio": "plain", "clip_low": 1.0, "clip_high": 1.0},
     ),
+    "guidance": Variant(
+        {"group_noise": "independent"}, {"ratio": "velocity", "kl_weight": 0.1}, guidance=3.0
+    ),
     "cps_public_ratio": Variant(
         {"dynamics": "cps", "group_noise": "independent"},
         {"ratio": "cps_public_ratio", "clip_low": 1e-3, "clip_high": 1e-3},
@@ -58,7 +63,14 @@ def variant(request):
     return request.param
 
 
-def _objective(bench, config, objective, reference, scored):
+def _guidance(variant):
+    if variant.guidance == 1:
+        return None
+    text = np.random.default_rng(5).normal(size=(1, 3, 64)).astype(np.float32)
+    return Guidance(jnp.float32(variant.guidance), jnp.asarray(text), None)
+
+
+def _objective(bench, config, objective, reference, scored, guidance):
     """The loss of all samples and steps at once, as a function of the adapter's weights."""
     pipeline, window, condition = bench.pipeline, scored.candidates.window, scored.candidates[2]
     sigmas, trained = scored.table.sigmas, np.ones(bench.grid.generated_tokens)
@@ -69,7 +81,18 @@ def _objective(bench, config, objective, reference, scored):
         variables = {"params": pipeline.params}
         variables |= Adapter(lora, bench.adapter.lora_scale).variables()
         modulation = scored.table.rows.at(index)
-        return pipeline.model.apply(variables, x, *condition, modulation, bench.grid)
+
+        def by_prompt(*prompt):
+            told = (condition.picture, *prompt, modulation, bench.grid)
+            return pipeline.model.apply(variables, x, *told)
+
+        wanted = by_prompt(condition.text, condition.text_lengths)
+        if guidance is None:
+            return wanted
+        unwanted = by_prompt(jnp.repeat(guidance.text, SAMPLES, axis=0), None)
+        mixed = unwanted + guidance.scale * (wanted - unwanted)
+        norms = [jnp.linalg.norm(v, axis=-1, keepdims=True) for v in (wanted, mixed)]
+        return mixed * norms[0] / norms[1]
 
     def loss(lora):
         total = 0.0
@@ -103,7 +126,8 @@ def _moment(state):
 def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
     config = dataclasses.replace(bench.config, **variant.rollout)
     objective = ObjectiveConfig(**variant.objective)
-    rollout = Rollout(bench.pipeline, config, bench.layout)
+    guidance = _guidance(variant)
+    rollout = Rollout(bench.pipeline, config, bench.layout, guidance)
     candidates = rollout(bench.adapter, bench.pictures(), 0, bench.grid)
     assert np.asarray(candidates.finite).all() and np.all(np.asarray(candidates.window.std) > 0)
     rng = np.random.default_rng(0)
@@ -114,7 +138,7 @@ def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
     )
     learner = Learner(
         *(bench.pipeline, config, objective, OptimizerConfig(1e-3, clip_norm=1e9)),
-        *(LearnerConfig(micro_batch=4, reference=variant.reference), bench.layout),
+        *(LearnerConfig(micro_batch=4, reference=variant.reference), bench.layout, guidance),
     )
     state, first = learner.update(learner.start(bench.adapter), [scored])
     for step in first.steps:  # on-policy, and the rollout's own numbers
@@ -128,7 +152,7 @@ def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
     if objective.kl_weight:
         nothing = bench.adapter.replace(lora=jax.tree.map(jnp.zeros_like, bench.adapter.lora))
         reference = {"base": nothing, "init": bench.adapter}[variant.reference]
-    loss = _objective(bench, config, objective, reference, scored)
+    loss = _objective(bench, config, objective, reference, scored, guidance)
     wanted = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(moved))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
     assert largest > 0

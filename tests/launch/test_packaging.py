@@ -1,5 +1,6 @@
 """What an installed sl_jax contains: the wheel, unpacked and used far from the repository."""
 
+import email
 import shutil
 import subprocess
 import sys
@@ -7,6 +8,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import sl_jax
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slow
@@ -47,18 +52,73 @@ def test_every_file_is_in_the_wheel(wheel):
     assert any(name.endswith("/licenses/LICENSE") for name in wheel.namelist())
 
 
-def test_the_wheel_works_elsewhere(wheel, tmp_path):
+def test_the_metadata_name_version_python_and_extras(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    told = email.message_from_bytes(wheel.read(name))
+    assert (told["Name"], told["Version"]) == ("sl_jax", sl_jax.__version__)
+    assert told["License-Expression"] == "Apache-2.0" or told["License"] == "Apache-2.0"
+    allowed = SpecifierSet(told["Requires-Python"])
+    assert [minor for minor in range(9, 16) if f"3.{minor}.1" in allowed] == [11, 12, 13]
+    extras = {"cpu", "cuda", "tpu", "gcs", "judge", "wandb", "test"}
+    assert extras <= set(told.get_all("Provides-Extra"))
+    needed = [Requirement(text) for text in told.get_all("Requires-Dist")]
+    accelerated = {
+        extra
+        for extra in [*extras, ""]
+        for needs in needed
+        if needs.name == "jax" and (not needs.marker or needs.marker.evaluate({"extra": extra}))
+    }
+    assert accelerated == {"cpu", "cuda", "tpu", "test"}
+    assert "# Stable-Layers on JAX" in told.get_payload()
+
+
+@pytest.fixture
+def elsewhere(wheel, tmp_path):
+    """Runs Python in a folder far from the repository, with the unpacked wheel."""
     wheel.extractall(tmp_path / "site")
+    place = tmp_path / "place"
+    place.mkdir()
+
+    def run(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            cwd=place,
+            env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(place)},
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+def test_the_wheel_works_elsewhere(elsewhere, tmp_path):
     script = (
         "import sl_jax; from sl_jax.configs import grpo; from sl_jax.scoring import EmbeddedJudge;"
         "EmbeddedJudge(); print(sl_jax.__file__, grpo.get_config('tiny').model)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=tmp_path,
-        env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"},
-        capture_output=True,
-        text=True,
-        timeout=120,
+    found = elsewhere("-c", script).split()
+    assert found == [f"{tmp_path}/site/sl_jax/__init__.py", "tiny"]
+
+
+def test_the_wheel_trains_elsewhere(elsewhere, tmp_path):
+    """The packaged configuration, base and prompts, with nothing of the repository at hand."""
+    source = f"{tmp_path}/site/sl_jax/configs/grpo.py:tiny"
+    printed = elsewhere("-m", "sl_jax.train", "--config=grpo:tiny", "--explain")
+    assert printed.startswith(f"{source}\n")
+    designs = (
+        "from sl_jax.data import write_designs; write_designs('pictures', 'B', range(8), 64, 3)"
     )
-    assert done.stdout.split() == [f"{tmp_path}/site/sl_jax/__init__.py", "tiny"], done.stderr
+    elsewhere("-c", designs)
+    small = {
+        **{"epochs": 1, "rollout.groups": 2, "rollout.batch_groups": 2, "rollout.group_size": 2},
+        **{"rollout.steps": 4, "rollout.window_size": 2, "rollout.window_range": (0, 3)},
+        **{"learner.updates": 1, "learner.micro_batch": 4, "evaluation.pictures": 2},
+        **{"evaluation.batch": 2, "evaluation.steps": 2, "data.path": "pictures"},
+    }
+    flags = [f"--config.{name}={value}" for name, value in small.items()]
+    printed = elsewhere("-m", "sl_jax.train", "--config=grpo:tiny", *flags)
+    assert "Report: runs/tiny/report.html" in printed
+    assert (tmp_path / "place" / "runs" / "tiny" / "adapter" / "adapter_config.json").is_file()

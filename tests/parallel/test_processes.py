@@ -1,9 +1,7 @@
 """Processes keep in step; threads with a store in memory stand for them here."""
 
-import gc
 import itertools
 import logging
-import os
 import signal
 import threading
 import time
@@ -15,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sl_jax.parallel import processes as module
+from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.mesh import MeshConfig, batch_sharding, make_mesh
 from sl_jax.parallel.processes import (
     ALONE,
@@ -210,51 +209,65 @@ def test_who_hears_that_one_leaves_can_leave_with_it(hasty, monkeypatch):
     assert run(3, work) == [True] * 3
 
 
-def test_an_interrupt_comes_through_in_all_at_the_same_exchange():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_comes_through_in_all_at_the_same_exchange(number):
     def work(processes):
-        for number in itertools.count():
-            if (processes.index, number) == (1, 5):
-                processes._interrupt(2, None)
+        for exchange in itertools.count():
+            if (processes.index, exchange) == (1, 5):
+                processes._interrupts.received = number
             try:
                 processes.barrier("a round")
-            except KeyboardInterrupt:
-                return number
+            except KeyboardInterrupt as error:
+                return exchange, type(error) is Terminated
 
-    assert run(3, work) == [5] * 3
+    assert run(3, work) == [(5, number == signal.SIGTERM)] * 3
 
 
-def test_an_interrupt_in_a_garbage_collection_comes_through_at_the_next_exchange(capfd):
-    """JAX has a callback there; what is raised in one is printed and dropped."""
+@pytest.fixture
+def ended(monkeypatch):
+    """What ends the program, in place of ending it; signs of life are given often."""
+    said = []
+    monkeypatch.setattr(module, "end_now", lambda message, code: said.append((message, code)))
+    monkeypatch.setattr(module, "_BEAT", 0.02)
+    monkeypatch.setattr(module, "_LOST", 0.5)
+    return said
+
+
+def test_a_process_without_signs_of_life_ends_all(ended):
+    """The first sees it, the second is told; the third was killed."""
+
+    def work(processes):
+        with processes._watched():
+            if processes.index == 2:
+                raise SystemExit  # without a word
+            while len(ended) < 2:
+                time.sleep(0.01)
+
+    run(3, work)
+    for message, code in ended[:2]:
+        assert "ProcessError: process 2 is gone (it was killed, or its host was" in message
+        assert "please start all again" in message and code == 1
+
+
+def test_a_process_that_is_done_may_be_silent(ended):
+    def work(processes):
+        with processes.open():
+            processes.barrier("begun")
+            time.sleep(1.2 * processes.index)
+
+    assert run(2, work) == [None, None]
+    assert ended == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_was_noted_comes_through_at_the_next_exchange(number):
     processes = Processes()
-
-    def callback(phase, info):
-        if phase == "stop":
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(0.1)
-
-    with pytest.raises(KeyboardInterrupt), processes.open():
-        gc.callbacks.insert(1, callback)
-        gc.collect()
-        gc.callbacks.remove(callback)
+    with pytest.raises(KeyboardInterrupt) as raised, processes.open():
+        processes._interrupts._collecting = True  # where nothing can be raised
+        signal.raise_signal(number)
         processes.barrier("going on")
-    assert "Traceback" not in capfd.readouterr().err
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert type(raised.value) is (Terminated if number == signal.SIGTERM else KeyboardInterrupt)
     processes.barrier("afterwards")
-
-
-def test_one_process_alone_is_interrupted_where_it_is():
-    processes = Processes()
-    with pytest.raises(KeyboardInterrupt), processes.open():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(10)
-        raise AssertionError("not interrupted")
-
-
-def test_a_second_interrupt_is_not_held_back():
-    processes = Processes(0, 2, Memory())
-    processes._interrupt(2, None)
-    with pytest.raises(KeyboardInterrupt):
-        processes._interrupt(2, None)
 
 
 def test_one_process_alone_waits_for_nobody(caplog):

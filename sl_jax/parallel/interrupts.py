@@ -1,0 +1,117 @@
+"""Ctrl-C and SIGTERM, which come through where they do no harm."""
+
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+GRACE = 25.0  # seconds from SIGTERM; Kubernetes, spot machines and SLURM give 30
+TERMINATED = 128 + signal.SIGTERM  # exit code, as shells and schedulers report it
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: who lent the machine wants it back (preemption, maintenance, a scheduler)."""
+
+
+class Interrupts:
+    """SIGINT (Ctrl-C) and SIGTERM of this process.
+
+    Args:
+        at_once: whether they are raised where the program is; otherwise they are only noted, and a
+            second Ctrl-C alone is raised.
+        label: of the process, for messages.
+    """
+
+    def __init__(self, at_once: bool, label: str):
+        self.received = 0
+        """The signal that came, or 0."""
+        self._at_once, self._label = at_once, label
+        self._held = self._collecting = False
+        self._time_is_up: threading.Timer | None = None
+
+    @contextmanager
+    def open(self, grace: float) -> Iterator[None]:
+        """While it lasts, signals come here; in the main thread, which alone gets any.
+
+        What is raised in a garbage collection is dropped, and JAX has a callback there: a signal
+        that comes then is only noted.
+
+        Args:
+            grace: seconds from SIGTERM after which the program ends, whatever it is at.
+        """
+        listens = threading.current_thread() is threading.main_thread()
+        self._grace = grace
+        before = {n: signal.signal(n, self.take) for n in (_SIGNALS if listens else ())}
+        gc.callbacks.insert(0, self._collection_begins)
+        gc.callbacks.append(self._collection_ends)
+        try:
+            yield
+        finally:
+            self.received = 0
+            if self._time_is_up:
+                self._time_is_up.cancel()
+            gc.callbacks.remove(self._collection_begins)
+            gc.callbacks.remove(self._collection_ends)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds back what comes until the block is done, then lets it through.
+
+        What belongs together, such as a record and the state that it describes, is written in such
+        a block.
+        """
+        before, self._held, known = self._held, True, self.received
+        try:
+            yield
+        finally:
+            self._held = before
+        if self._at_once and self.received != known and not before:
+            raise error_of(self.received)
+
+    def take(self, number: int, frame: FrameType | None) -> None:
+        """Handles a signal."""
+        again, self.received = self.received and number == signal.SIGINT, number
+        if number == signal.SIGTERM and self._time_is_up is None:
+            self._time_is_up = threading.Timer(self._grace, self._give_up)
+            self._time_is_up.daemon = True
+            self._time_is_up.start()
+        if (again or self._at_once) and not self._collecting and not self._held:
+            raise error_of(number)
+        if not self._at_once:
+            name = signal.Signals(number).name
+            _log.warning("%s got %s: all stop at their next exchange.", self._label, name)
+
+    def _give_up(self) -> None:
+        end_now(
+            f"The {self._grace:g} s of grace are over and not everything is saved: the same "
+            "command goes on from the newest checkpoint.",
+            TERMINATED,
+        )
+
+    def _collection_begins(self, phase: str, info: Mapping[str, Any]) -> None:
+        self._collecting |= phase == "start"
+
+    def _collection_ends(self, phase: str, info: Mapping[str, Any]) -> None:
+        self._collecting &= phase != "stop"
+
+
+def error_of(number: int) -> KeyboardInterrupt:
+    """What a signal is raised as."""
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+def end_now(message: str, code: int) -> None:
+    """Ends the program from any thread, whatever the main one waits for."""
+    print(f"\n{message}", file=sys.stderr, flush=True)
+    os._exit(code)

@@ -1,0 +1,67 @@
+"""What a plan is told of the variants of a run: more passes, more memory."""
+
+import runpy
+from pathlib import Path
+
+import jax
+import pytest
+
+from sl_jax.checkpoints.source import resolve_model
+from sl_jax.grpo.config import from_mapping
+from sl_jax.grpo.programs import Programs
+from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.planning.phases import bytes_per_chip
+from sl_jax.planning.work import count_work
+
+_FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
+
+
+def _programs(**rollout):
+    settings = runpy.run_path(str(_FILE))["get_config"]("tiny").to_dict()
+    settings["data"]["path"] = "pictures"
+    settings["rollout"] |= rollout
+    config = from_mapping(settings, 1)
+    layout = Layout(make_mesh(config.mesh, jax.devices()[:1]))
+    return Programs(config, resolve_model(config.model), layout)
+
+
+def _first_phases(programs):
+    """The first program of each chain: what the learner computes forward, rollout, decoding."""
+    return {phase.name: phase for phase in (next(chain) for chain in programs.chains())}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return _first_phases(_programs())
+
+
+def test_guidance_doubles_the_passes(plain):
+    guided = _first_phases(_programs(guidance=4.0))
+
+    def flops(phase):
+        return count_work(phase.traced, phase.trips).flops
+
+    assert flops(guided["learner forward"]) == pytest.approx(
+        2 * flops(plain["learner forward"]), rel=0.01
+    )
+    # Encoding the pictures stays as it is.
+    assert 1.7 < flops(guided["rollout"]) / flops(plain["rollout"]) <= 2.0
+    assert flops(guided["decode"]) == flops(plain["decode"])
+    for name in ("learner forward", "rollout"):
+        assert guided[name].weights == 2 * plain[name].weights
+        # What lies in the loops over prompts and blocks runs for both prompts.
+        path = "jit(_program)/guidance/while/body/closed_call/MMDiT/while/body/dot_general"
+        assert guided[name].times(path) == 2 * plain[name].times(path)
+
+
+def test_staleness_keeps_another_epoch_and_its_adapter(plain):
+    programs = _programs(max_staleness=1)
+    stale, adapter = _first_phases(programs), bytes_per_chip(programs.adapter.lora)
+    assert bytes_per_chip(programs.resident()["sampling adapter"]) == adapter
+    rollout = programs._config.rollout
+    epoch = rollout.groups // rollout.batch_groups * bytes_per_chip(programs._candidates())
+    for name, phase in stale.items():
+        more = bytes_per_chip(phase.held) - bytes_per_chip(plain[name].held)
+        assert more == epoch + adapter, name
+    # The sampling adapter's velocities are computed in all updates, not in the second alone.
+    assert stale["learner forward"].calls / plain["learner forward"].calls == 2 / 1.5

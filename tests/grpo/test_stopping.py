@@ -1,0 +1,123 @@
+"""Updates of an epoch end early where the policy has gone too far, in all processes alike."""
+
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_refused_pictures import Phases, scores
+
+from sl_jax.grpo import epoch
+from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig, StopConfig
+from sl_jax.grpo.learner import StepReport, UpdateReport
+from sl_jax.grpo.metrics import beyond
+from sl_jax.grpo.objective import Mismatch, ObjectiveMetrics
+from sl_jax.parallel.processes import Processes
+
+UPDATES = 4
+
+
+def _report(log_ratio, weight=(0.5, 0.25, 0.0)):
+    """Of one step and three samples, the last of which has no weight."""
+    values = np.asarray(log_ratio, np.float32)
+    zero = np.zeros_like(values)
+    known = {
+        "log_ratio": values,
+        "clipped_low": (values < -0.1).astype(np.float32),
+        "clipped_high": (values > 0.1).astype(np.float32),
+        "kl_old": values**2,
+    }
+    objective = ObjectiveMetrics(
+        **{name: known.get(name, zero) for name in ObjectiveMetrics._fields}
+    )
+    return StepReport(np.int32(1), objective, Mismatch(zero, zero), np.asarray(weight))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("kl", 0.03), ("clip_fraction", 2 / 3), ("log_ratio", 0.5 / 3)]
+)
+def test_each_bound_is_of_a_mean_over_weights(field, value):
+    reports = [_report([-0.2, 0.1, 9.0])]
+    assert beyond(StopConfig(**{field: 0.99 * value}), reports)
+    assert not beyond(StopConfig(**{field: 1.01 * value}), reports)
+    assert not beyond(StopConfig(), reports)
+
+
+class Learner:
+    """Moves by a log ratio of 0.02 with each update."""
+
+    def __init__(self):
+        self.seen = []
+
+    def update(self, state, scored, old, kl_left, *, donate, too_far):
+        assert (old is None) == (state.adapter.lora["a"][0] == 0) == (not donate)
+        moved = float(state.adapter.lora["a"][0])
+        report = _report([moved] * 3)
+        self.seen.append(moved)
+        if too_far is not None and too_far([report]):
+            return state, UpdateReport([report], [], None, stopped=True)
+        adapter = SimpleNamespace(lora={"a": jnp.full(2, moved + 0.02)})
+        changed = SimpleNamespace(adapter=adapter, updates=state.updates + 1, skipped=0)
+        return changed, UpdateReport([report], [], None)
+
+    def flops(self, scored, old):
+        return 1.0
+
+
+def _epoch(monkeypatch, learner, stop, processes=None):
+    config = GrpoConfig(
+        *("", "", 1),
+        rollout=RolloutConfig(groups=UPDATES, batch_groups=1, group_size=4),
+        learner=LearnerConfig(updates=UPDATES, stop=stop),
+    )
+    judged = {0: scores("0", np.arange(4) / 4)}
+    judging = SimpleNamespace(
+        metrics=dict, collect=lambda *args: [], share=lambda *args: dict(judged)
+    )
+    parts = SimpleNamespace(
+        config=config,
+        rollout=SimpleNamespace(table=lambda grid: None),
+        learner=learner,
+        judging=judging,
+        stream=SimpleNamespace(quarantined={}),
+        processes=processes or Processes(),
+    )
+    batch = epoch.Rolled(None, [("picture", "")], None, None, np.ones((1, 4), bool), {})
+    monkeypatch.setattr(epoch, "roll_out", lambda *args: batch)
+    monkeypatch.setattr(epoch, "record", lambda *args: None)
+    adapter = SimpleNamespace(lora={"a": jnp.zeros(2)})
+    state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
+    return epoch.Epochs(parts).run(state, 0, Phases())
+
+
+@pytest.mark.parametrize(("bound", "applied"), [(0.03, 2), (0.05, 3), (None, 4), (0.01, 1)])
+def test_the_update_that_is_too_far_and_all_after_it_are_left_out(monkeypatch, bound, applied):
+    learner = Learner()
+    state, metrics = _epoch(monkeypatch, learner, StopConfig(log_ratio=bound))
+    assert int(state.updates) == applied
+    # The one that found out was computed; later ones were not.
+    assert len(learner.seen) == min(applied + 1, UPDATES)
+    assert metrics["learner/stopped_updates"] == UPDATES - applied
+    assert metrics["learner/log_ratio/all"] == pytest.approx(learner.seen[-1])
+    # All groups are judged and counted.
+    assert metrics["judge/groups"] == UPDATES
+
+
+class Follower(Processes):
+    """A process whose main one decides otherwise."""
+
+    def __init__(self, decision):
+        super().__init__()
+        self._decision, self.told = decision, []
+
+    def from_main(self, what, value):
+        self.told.append((what, value))
+        return self._decision
+
+
+@pytest.mark.parametrize("decision", [True, False])
+def test_the_main_process_decides_for_all(monkeypatch, decision):
+    processes = Follower(decision)
+    state, _ = _epoch(monkeypatch, Learner(), StopConfig(log_ratio=0.03), processes)
+    assert int(state.updates) == (0 if decision else UPDATES)
+    assert [what for what, _ in processes.told] == ["bounds of an update"] * (1 if decision else 4)

@@ -1,0 +1,81 @@
+"""What every command says at once: its version, a stop while it imports, a missing package."""
+
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+import sl_jax
+
+ROOT = Path(__file__).parents[1]
+DOORS = sorted(path.stem for path in (ROOT / "sl_jax").glob("[!_]*.py"))
+
+
+def _run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_version(door):
+    done = _run("-X", "importtime", "-m", f"sl_jax.{door}", "--version")
+    assert (done.returncode, done.stdout) == (0, f"sl_jax {sl_jax.__version__}\n")
+    assert "numpy" not in done.stderr and "sl_jax" in done.stderr  # nothing heavy was imported
+
+
+def test_the_version_is_that_of_the_package(monkeypatch):
+    declared = {}
+    recorder = types.ModuleType("setuptools")
+    recorder.setup, recorder.find_packages = declared.update, lambda **_: []
+    monkeypatch.setitem(sys.modules, "setuptools", recorder)
+    runpy.run_path(str(ROOT / "setup.py"))
+    assert declared["version"] == sl_jax.__version__
+
+
+def test_a_stop_while_modules_are_imported_is_a_line(tmp_path):
+    """A module that a door imports early takes its time."""
+    (tmp_path / "absl").mkdir()
+    (tmp_path / "absl" / "__init__.py").write_text("")
+    slow = "import time\nprint('importing', flush=True)\ntime.sleep(60)\n"
+    (tmp_path / "absl" / "app.py").write_text(slow)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sl_jax.judge"],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "importing\n"
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert errors == "\nStopped.\n"
+    assert process.returncode == -signal.SIGINT  # 130, says a shell
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_what_is_not_installed_is_named_with_the_extra(door):
+    done = _run("-S", "-m", f"sl_jax.{door}")  # the standard library alone
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert " is not installed; please install sl_jax with the extra" in line
+
+
+def test_other_errors_keep_their_traceback(tmp_path):
+    (tmp_path / "absl.py").write_text("raise ZeroDivisionError('of a test')\n")
+    done = _run("-m", "sl_jax.judge", PYTHONPATH=str(tmp_path))
+    assert "Traceback" in done.stderr and "ZeroDivisionError: of a test" in done.stderr
+    assert "No module named sl_jax.nothing" in _run("-m", "sl_jax.nothing").stderr
