@@ -23,7 +23,6 @@ _MATTE = 0.1
 _ALIKE = 0.05
 _STEEP = 0.3
 _GRAIN = 0.04
-_LEVELS = 4
 _TINY = 1e-6
 
 Plane = Float32[np.ndarray, "height width"]
@@ -58,11 +57,6 @@ class Penalties(NamedTuple):
       idle: share of blank objects times `unmatted`: layers that are blank while edges of the source
         have no matte.
       smear: 4·w_i·w_j of pairs of objects in equal colours, relative to the objects' area.
-      mixed: how little the source's colour tells which layer shows a pixel, beyond 0.1, which soft
-        edges and shadows amount to: Σ_i Σ_c p_ic·(1 − p_ic / Σ_j p_jc), p_ic being the share of
-        Σw_i² on pixels whose colour in the source is c, of 4 × 4 × 4 colours. 0 where no two layers
-        share a colour, L − 1 where all show the same ones: a layer that holds another's part
-        shares that one's colours.
       scattered: alpha outside each object's largest component, relative to all of it.
       truncated: −∇α_i·∇α_j of pairs where the source has an edge: things cut off by what
         covers them.
@@ -88,7 +82,6 @@ class Penalties(NamedTuple):
     lumped: float
     idle: float
     smear: float
-    mixed: float
     scattered: float
     truncated: float
     buried: float
@@ -178,7 +171,6 @@ def penalties(seen: Seen) -> Penalties:
         lumped=float(scene.blank.mean() * (several + unlifted)) if len(mass) else 0.0,
         idle=float(scene.blank.mean() * unmatted) if len(mass) else 0.0,
         smear=smear,
-        mixed=_mixed(scene),
         scattered=scattered,
         truncated=truncated,
         buried=_buried(scene),
@@ -309,17 +301,6 @@ def _pair_penalties(scene: _Scene) -> tuple[float, float, float, float]:
     edges = float(scene.matte_slopes.dot(scene.matte_slopes).sum()) + 1e-3 * size
     covered = float((1 - scene.front[0]).sum()) + 0.01 * size
     return duplicate, cut / edges, smear / covered, (opposed - cut) / edges
-
-
-def _mixed(scene: _Scene) -> float:
-    """Gini impurity of the layers, equal in weight but for specks, given the source's colour."""
-    levels = np.minimum((scene.source * _LEVELS).astype(np.intp), _LEVELS - 1)
-    colors = np.ravel_multi_index(tuple(levels), (_LEVELS,) * 3).ravel()
-    shown = np.square(scene.alphas * scene.front).reshape(len(scene.alphas), -1)
-    counts = np.stack([np.bincount(colors, weights, _LEVELS**3) for weights in shown])
-    shares = counts / (counts.sum(1, keepdims=True) + 0.005 * colors.size)
-    impurity = float((shares * (1 - shares / (shares.sum(0) + _TINY))).sum())
-    return max(0.0, impurity - 0.1)
 
 
 def _buried(scene: _Scene) -> float:

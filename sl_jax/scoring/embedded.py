@@ -3,9 +3,8 @@
 Its only input is the rendered request, so it gives equal scores in process and behind a server,
 and it never sees true layers. The penalties of `_features` enter each criterion as
 1 / (1 + Σ k·penalty), which stays sensitive both near a perfect candidate and far from one. The k
-are calibrated once, on perturbed designs of the procedural family A (those of `mixed` on rollouts
-of the tiny base on that family), so that the mean criterion ranks candidates of a group like their
-L1 error; they are settings of the judge, not of a run.
+are calibrated once, on perturbed designs of the procedural family A, so that the mean criterion
+ranks candidates of a group like their L1 error; they are settings of the judge, not of a run.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from sl_jax.scoring.types import CRITERIA, Answer, JudgeRequest, PermanentJudgeE
 _STRENGTHS: dict[str, dict[str, float]] = {
     "semantic_separation": {
         "smear": 2.5,
-        "mixed": 1.0,
         "scattered": 1.5,
         "truncated": 0.4,
         "unlifted": 0.3,
@@ -35,13 +33,7 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "unlike": 8.0,
         "buried": 1.0,
     },
-    "alpha_quality": {
-        "partial": 6.0,
-        "misaligned": 1.2,
-        "unmatted": 1.5,
-        "idle": 0.5,
-        "mixed": 1.0,
-    },
+    "alpha_quality": {"partial": 6.0, "misaligned": 1.2, "unmatted": 1.5, "idle": 0.5},
     "background_inpainting": {
         "hole": 6.0,
         "ghost": 0.3,
@@ -51,7 +43,6 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "stained": 8.0,
     },
     "content_distribution": {
-        "mixed": 1.0,
         "sheet": 5.5,
         "duplicate": 1.5,
         "cut": 4.0,
@@ -62,7 +53,7 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "unlike": 8.0,
         "buried": 3.0,
     },
-    "validity": {"recomposition": 16.0, "missing": 40.0, "noise": 12.0},
+    "validity": {"recomposition": 16.0, "missing": 40.0, "noise": 7.0},
 }
 
 
