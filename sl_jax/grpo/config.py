@@ -255,6 +255,8 @@ class EvaluationConfig:
         batch: pictures sampled together.
         seed: of the initial noise, the same at every evaluation.
         judge: servers that judge held-out pictures; empty for the judge of training.
+        window_share: whether to measure as well, by two rollout batches of held-out pictures, what
+            share of the variance of scores within a group of independent noise is the window's.
     """
 
     every: int = 10
@@ -265,6 +267,12 @@ class EvaluationConfig:
     batch: int = 8
     seed: int = 0
     judge: tuple[EndpointConfig, ...] = ()
+    window_share: bool = False
+
+    @property
+    def spread_draws(self) -> int:
+        """Rollout batches of an evaluation that measures `window_share`."""
+        return 2 if self.window_share else 0
 
 
 @dataclass(frozen=True)
