@@ -69,6 +69,16 @@ def warn_of_mismatch(metrics: Mapping[str, float], objective: ObjectiveConfig) -
         )
 
 
+def warn_of_standstill(updates: Sequence[UpdateReport]) -> None:
+    """Says so where not even the first update of an epoch was within its bounds."""
+    if updates and updates[0].stopped:
+        _log.warning(
+            "Before the first update of the epoch the policy is already beyond a bound of "
+            "learner.stop, and nothing was learned; if it goes on, please raise the bound, or set "
+            "rollout.max_staleness=0."
+        )
+
+
 def warn_of_spoiled(finite: np.ndarray) -> None:
     """Says so where candidates were not finite; they take no part in the update."""
     if not finite.all():
