@@ -85,9 +85,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     writer.scalars(done, metrics | phases.finish())
                     # From here on the epoch counts as done; cut short before, it is repeated.
                     state, epoch, position = changed, done, epochs.position()
-                    if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                    if epoch % config.checkpoint.every == 0 or scheduled:
                         phases.begin("checkpointing")  # in the next epoch's sums
-                        _save(parts, state, epoch, position)
+                        _save(parts, state, epoch, position, metrics.get("evaluation/reward"))
                 if scheduled:
                     writer.look_for_divergence()
                 progress.update()
@@ -209,5 +209,7 @@ def _mean_reward(results: Sequence[Evaluated]) -> float:
     return float(np.mean(known)) if known else np.nan
 
 
-def _save(parts: Parts, state: LearnerState, epoch: int, position: dict) -> None:
-    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position)
+def _save(
+    parts: Parts, state: LearnerState, epoch: int, position: dict, reward: float | None = None
+) -> None:
+    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position, reward)

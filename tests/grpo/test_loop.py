@@ -20,7 +20,7 @@ from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import train
 from sl_jax.grpo.parts import Parts
 from sl_jax.parallel.processes import Processes
-from sl_jax.training.metrics import CLOCKED, read_metrics
+from sl_jax.training.metrics import read_metrics, repeatable
 from sl_jax.training.profiling import Profiler
 
 
@@ -116,10 +116,7 @@ class Run:
             checkpoints.close()
 
     def records(self):
-        return [
-            {name: value for name, value in record.items() if not name.startswith(CLOCKED)}
-            for record in read_metrics(self.folder)
-        ]
+        return [repeatable(record) for record in read_metrics(self.folder)]
 
 
 @pytest.fixture(scope="module")
@@ -241,10 +238,10 @@ def test_an_interrupt_waits_for_what_belongs_together(tmp_path, monkeypatch, who
     run = Run(tmp_path, monkeypatch)
     save = loop._save
 
-    def interrupted(parts, state, epoch, position):
+    def interrupted(parts, state, epoch, position, *reward):
         if epoch == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        save(parts, state, epoch, position)
+        save(parts, state, epoch, position, *reward)
 
     monkeypatch.setattr(loop, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):
