@@ -97,8 +97,9 @@ class RolloutConfig:
             follows as well. It doubles what the transformer computes.
         negative_prompt: that guidance leads away from.
         max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
-            out before the updates of the epoch before theirs, so that their judge has that long,
-            and what is beyond the clip range in a step is cut, whatever its sign.
+            out before the updates of the epoch before theirs, which leaves their judge that long.
+            Steps whose ratio is outside the clip range are then truncated: they have no gradient,
+            whichever way their advantage points.
     """
 
     groups: int = 32
