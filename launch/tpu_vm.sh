@@ -232,14 +232,15 @@ described() {
   printf '%s\n' "$said"
 }
 
-# vm_state: READY, PREEMPTED, …; for a request in the queue its state until it is ACTIVE; or empty.
+# vm_state: READY, PREEMPTED, …; where there is none, that of a request for it; or empty.
 vm_state() {
-  local state=""
-  [ "$queued" = no ] || state="$(described queued-resources state.state)"
-  case "$state" in
-    "" | ACTIVE) described tpu-vm state ;;
-    *) printf '%s\n' "$state" ;;
-  esac
+  local state
+  state="$(described tpu-vm state)" || return
+  if [ -n "$state" ]; then
+    printf '%s\n' "$state"
+  else
+    described queued-resources state.state
+  fi
 }
 
 request() {
@@ -426,8 +427,12 @@ logs() {
 }
 
 status() {
-  printf '%s: %s\n' "$name" "$(vm_state)"
-  remotely all state
+  local state
+  state="$(vm_state)"
+  printf '%s: %s\n' "$name" "${state:-not there}"
+  case "$dry$state" in
+    yes | noREADY) remotely all state ;;
+  esac
 }
 
 stop() {

@@ -50,6 +50,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
     Args:
         parts: of the run.
         adapter: makes the adapter to start from; called once, and nobody else holds the result.
+
+    Raises:
+        NotFiniteError: too many updates in a row were not finite; the last epoch is checkpointed.
     """
     config, evaluator, processes = parts.config, parts.evaluator, parts.processes
     epochs = Epochs(parts)
@@ -88,6 +91,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     if epoch % config.checkpoint.every == 0 or scheduled:
                         phases.begin("checkpointing")  # in the next epoch's sums
                         _save(parts, state, epoch, position, metrics.get("evaluation/reward"))
+                epochs.require_health()
                 if scheduled:
                     writer.look_for_divergence()
                 progress.update()

@@ -152,8 +152,8 @@ def test_a_shared_prefix_continues_into_the_same_trajectory():
     prefix = sampler.rollout_prefix(_wavy_velocity, x, GRID, window_start=3, ode_method="heun")
     group = jnp.repeat(prefix, 4, axis=0)
     settings = {"dynamics": "flow_sde", "noise_level": 0.7, "window_start": 3, "window_size": 2}
-    ours = sampler.rollout_window(
-        _wavy_velocity, group, GRID, keys=keys, ode_method="heun", **settings
+    ours = sampler.rollout(
+        _wavy_velocity, group, GRID, keys=keys, ode_method="heun", first=3, **settings
     )
     whole = _rollout(jnp.repeat(x, 4, axis=0), 3, keys=keys, method="heun")
     np.testing.assert_allclose(ours.final, whole.final, atol=1e-5)

@@ -16,6 +16,7 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.grpo import loop, rolling
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
 from sl_jax.grpo.epoch import window_start
+from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import train
 from sl_jax.grpo.parts import Parts
@@ -188,6 +189,19 @@ def test_a_judge_that_is_gone_leaves_a_checkpoint(tmp_path, monkeypatch, whole):
     run.fault = lambda phase, epoch: None
     _same(run.start(), whole[0])
     assert run.records() == whole[1]
+
+
+def test_too_many_updates_that_are_not_finite_leave_a_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, every=100)
+
+    def require(epochs):
+        if run.seen == [0, 1, 2, 3]:
+            raise NotFiniteError("5 updates in a row")
+
+    monkeypatch.setattr(loop.Epochs, "require_health", require)
+    with pytest.raises(NotFiniteError):
+        run.start()
+    assert (tmp_path / "checkpoints" / "4").is_dir()  # with the epoch that ended it
 
 
 def test_killed_between_checkpoints(tmp_path, monkeypatch, whole):

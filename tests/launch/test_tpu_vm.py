@@ -15,6 +15,11 @@ import pytest
 from cloud import HERE, TOKEN, Cloud, lines, wait_for
 
 WORKDIR = "--config.workdir=gs://bucket/run"
+OLD = """#!/bin/bash
+# Not of a version that suits: all that it is good for is pip.
+[ "$*" = "-m pip install --quiet --user uv" ] || exit 1
+mkdir -p "$HOME/.local/bin" && cp "$(dirname "$0")/uv.of.pip" "$HOME/.local/bin/uv"
+"""
 HARD = [
     "--config.data.prompt=a 'clean' \"image\"; $HOME * \\ &",
     "--config.data.path=gs://b/my pictures",
@@ -147,6 +152,21 @@ def test_restarts_have_a_limit(cloud):
     assert "It has started again 1 times" in said and len(cloud.trained()) == 2
 
 
+def test_a_host_whose_python_is_too_old_gets_one(cloud):
+    python = cloud.repository.python
+    suitable = python.rename(python.with_name("a-newer-one"))
+    for name in ("python3", "python", "python3.11", "python3.12", "python3.13"):
+        python.with_name(name).write_text(OLD)
+        python.with_name(name).chmod(0o755)
+    uv = python.with_name("uv.of.pip")
+    uv.write_text(f'#!/bin/bash\necho "$*" >>"$HOME/uv"\n[ "$2" != find ] || echo "{suitable}"\n')
+    uv.chmod(0o755)
+    cloud.run(*run_words())
+    assert len(cloud.trained()) == 1
+    (home,) = cloud.place.glob("host*")
+    assert (home / "uv").read_text() == "python install --quiet 3.12\npython find 3.12\n"
+
+
 @pytest.mark.slow
 def test_troubles_that_pass(cloud):
     (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "scp": 3}))
@@ -167,6 +187,7 @@ def test_a_queue_is_waited_in_and_left(cloud):
     (create,) = [call for call in cloud.calls() if call[3] == "create"]
     assert create[2] == "queued-resources" and "--node-id=my-tpu" in create
     cloud.run("delete", "my-tpu")  # finds out by itself how it was made
+    assert cloud.run("status", "my-tpu")[0] == "my-tpu: not there\n"
     assert {path.name for path in cloud.place.glob("*.json")} == set()
 
 
