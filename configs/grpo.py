@@ -79,6 +79,7 @@ def _production() -> ConfigDict:
     rollout.train_frames = "all"  # unmeasured
     rollout.guidance = 1.0  # release: Stable-Layers; the base's README samples with 4
     rollout.negative_prompt = " "  # release: the base's README
+    rollout.max_staleness = 0  # peer: flow_grpo
 
     advantage = config.advantage = ConfigDict()
     advantage.scale = "group"  # paper: Flow-GRPO; "criterion" is GDPO's, arXiv 2601.05242
@@ -202,10 +203,18 @@ def _production() -> ConfigDict:
     evaluation.batch = 8  # unmeasured: as rollout.batch_groups
     evaluation.seed = 42  # release
     evaluation.judge = ()  # yours: the judge of training
+    evaluation.window_share = False  # ours: for who chooses rollout.group_noise or noise_level
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 5  # unmeasured
     checkpoint.keep = 3  # unmeasured
+
+    health = config.health = ConfigDict()
+    health.not_finite = 5  # unmeasured
+    health.tied_epochs = 3  # unmeasured
+    health.kl = 1e-3  # unmeasured: a mean that is off by 4 % of the noise
+    health.clip_fraction = 0.5  # unmeasured
+    health.kept = 8  # yours: some megabytes each at 640 px
 
     # ours: fits eight v5e chips by plan, and any number of larger ones
     mesh = config.mesh = ConfigDict()

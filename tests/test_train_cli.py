@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from sl_jax.data import write_designs
 from sl_jax.scoring import CRITERIA
-from sl_jax.training.metrics import CLOCKED, read_metrics
+from sl_jax.training.metrics import read_metrics, repeatable
 
 ROOT = Path(__file__).parents[1]
 EPOCHS = 3
@@ -104,10 +104,7 @@ def finished(trainer, tmp_path_factory):
 
 def _records(workdir):
     """The records without what the clock decides."""
-    return [
-        {k: v for k, v in record.items() if "seconds" not in k and not k.startswith(CLOCKED)}
-        for record in read_metrics(workdir)
-    ]
+    return [repeatable(record) for record in read_metrics(workdir)]
 
 
 def _assert_same_run(workdir, other):
@@ -195,22 +192,72 @@ def test_a_finished_run_says_so(trainer, finished):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
 def test_cut_short_and_started_again_it_ends_the_same(trainer, finished, tmp_path, number):
     workdir = tmp_path / "run"
     process = trainer.start(workdir)
     _wait_for_the_second_epoch(process, workdir)
     process.send_signal(number)
     printed, errors = process.communicate(timeout=LIMIT)
-    if number == signal.SIGINT:
-        assert process.returncode == 130, errors
-        assert "Stopped. The same command goes on" in printed
-        assert "Traceback" not in errors
+    code, said = {signal.SIGINT: (130, "Stopped"), signal.SIGTERM: (143, "Terminated")}[number]
+    assert process.returncode == code, errors
+    assert f"{said}. The same command goes on" in printed
+    assert "Traceback" not in errors
     assert not (workdir / "report.html").exists()
     code, printed = trainer(workdir)
     assert code == 0, printed
     assert "Going on after epoch" in printed
     _assert_same_run(workdir, finished[0])
+
+
+VARIANTS = {
+    "advantage__scale": "criterion",
+    "evaluation__window_share": True,
+    "learner__reference": "init",
+    "learner__stop__kl": 1.0,
+    "objective__inverse_dt_weight": True,
+    "objective__kl_half_life": 2.0,
+    "objective__kl_weight": 0.1,
+    "objective__ratio": "guard",
+    "rollout__dynamics": "dance_sde",
+    "rollout__group_noise": "independent",
+    "rollout__guidance": 2.0,
+    "rollout__max_staleness": 1,
+    "rollout__noise_level": 0.5,
+    "rollout__ode_method": "heun",
+    "rollout__train_frames": "layers",
+    "rollout__window_epochs": 1,
+    "rollout__window_order": "sliding",
+}
+
+
+@pytest.mark.slow
+def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
+    """All that is off by default at once; what was under way is rolled out again."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, printed = trainer(whole, **VARIANTS)
+    assert code == 0, printed
+    process = trainer.start(cut, **VARIANTS)
+    _wait_for_the_second_epoch(process, cut)
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    assert not (cut / "report.html").exists()
+    code, printed = trainer(cut, **VARIANTS)
+    assert code == 0, printed
+    assert "Going on after epoch" in printed
+    _assert_same_run(cut, whole)
+    records = _records(whole)[1:]
+    assert [record["rollout/staleness"] for record in records] == [0, 1, 1]
+    assert [record["rollout/window_start"] for record in records] == [0, 1, 1]
+    assert [record["learner/updates"] for record in records] == [2, 4, 6]
+    assert all(record["learner/stopped_updates"] == 0 for record in records)
+    # The first update of a later epoch already finds another policy than the one that sampled.
+    assert all(record["learner/kl_old/all"] > 0 for record in records)
+    assert all(record["learner/kl_reference/all"] > 0 for record in records)
+    assert all(record["learner/mismatch_log_ratio/all"] < 1e-3 for record in records)
+    assert all(0 < record["learner/truncated_share"] < 1 for record in records)
+    shares = [record.get("rollout/window_share") for record in _records(whole)]
+    assert shares[1] is None and all(0 < shares[step] <= 1 for step in (0, 2, 3)), shares
 
 
 @pytest.mark.slow

@@ -96,6 +96,10 @@ class RolloutConfig:
             sampled by guided velocities, which the learner differentiates and the evaluation
             follows as well. It doubles what the transformer computes.
         negative_prompt: that guidance leads away from.
+        max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
+            out before the updates of the epoch before theirs, which leaves their judge that long.
+            Steps whose ratio is outside the clip range are then truncated: they have no gradient,
+            whichever way their advantage points.
     """
 
     groups: int = 32
@@ -114,6 +118,7 @@ class RolloutConfig:
     train_frames: Literal["all", "layers"] = "all"
     guidance: float = 1.0
     negative_prompt: str = " "
+    max_staleness: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)
@@ -251,6 +256,8 @@ class EvaluationConfig:
         batch: pictures sampled together.
         seed: of the initial noise, the same at every evaluation.
         judge: servers that judge held-out pictures; empty for the judge of training.
+        window_share: whether to measure as well, by two rollout batches of held-out pictures, what
+            share of the variance of scores within a group of independent noise is the window's.
     """
 
     every: int = 10
@@ -261,6 +268,12 @@ class EvaluationConfig:
     batch: int = 8
     seed: int = 0
     judge: tuple[EndpointConfig, ...] = ()
+    window_share: bool = False
+
+    @property
+    def spread_draws(self) -> int:
+        """Rollout batches of an evaluation that measures `window_share`."""
+        return 2 if self.window_share else 0
 
 
 @dataclass(frozen=True)
@@ -274,6 +287,26 @@ class CheckpointConfig:
 
     every: int = 5
     keep: int = 3
+
+
+@dataclass(frozen=True)
+class HealthConfig:
+    """When a run is not well, and says so or stops.
+
+    Attributes:
+        not_finite: updates in a row that are not finite, after which it stops with a checkpoint.
+        tied_epochs: epochs in a row in which no group's rewards differ, after which it warns.
+        kl: of the KL per latent scalar between the policy that rolled out and that of an epoch's
+            last update, beyond which it warns.
+        clip_fraction: of the share of samples there whose ratio has left the clip range, likewise.
+        kept: groups with numbers that are not finite that are kept as files, in all.
+    """
+
+    not_finite: int = 5
+    tied_epochs: int = 3
+    kl: float = 1e-3
+    clip_fraction: float = 0.5
+    kept: int = 8
 
 
 @dataclass(frozen=True)
@@ -307,6 +340,7 @@ class GrpoConfig:
     rewards: tuple[Spec, ...] = DEFAULT_REWARDS
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -402,6 +436,8 @@ _RULES = {
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,
+    **dict.fromkeys(("health.not_finite", "health.tied_epochs"), AT_LEAST_ONE),
+    **dict.fromkeys(("health.kl", "health.clip_fraction", "health.kept"), NOT_NEGATIVE),
     **{f"learner.stop.{bound.name}": POSITIVE_OR_NONE for bound in fields(StopConfig)},
     "rollout.guidance": Rule(lambda scale: 1 <= scale < math.inf, "a number from 1, which is none"),
     "judge.min_valid": SHARE,

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sl_jax.grpo.epoch import run_epoch, window_start
+from sl_jax.grpo.epoch import Epochs, window_start
 from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics, strip
 from sl_jax.grpo.learner import LearnerState
 from sl_jax.grpo.metrics import warn_of_divergence
@@ -50,9 +50,13 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
     Args:
         parts: of the run.
         adapter: makes the adapter to start from; called once, and nobody else holds the result.
+
+    Raises:
+        NotFiniteError: too many updates in a row were not finite; the last epoch is checkpointed.
     """
     config, evaluator, processes = parts.config, parts.evaluator, parts.processes
-    state, epoch = _begin(parts, adapter)
+    epochs = Epochs(parts)
+    state, epoch = _begin(parts, adapter, epochs)
     with ExitStack() as stack:
         writer = stack.enter_context(closing(_Books(parts, epoch)))
         progress = stack.enter_context(
@@ -64,28 +68,30 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         before = after = None
         if epoch == 0:
             before = evaluator(state.initial)
-            writer.scalars(0, evaluation_metrics(before) | _sampler_gap(parts, state, before))
+            metrics = evaluation_metrics(before) | _sampler_gap(parts, state, before)
+            writer.scalars(0, metrics | _window_share(parts, state, epoch))
             writer.pictures(0, before)
         phases.finish()
-        position = parts.stream.state()
+        position = epochs.position()
         try:
             while epoch < config.epochs:
                 parts.profiler.at(epoch)
-                changed, metrics = run_epoch(parts, state, epoch, phases)
+                changed, metrics = epochs.run(state, epoch, phases)
                 done = epoch + 1
                 scheduled = done % config.evaluation.every == 0 or done == config.epochs
                 if scheduled:
                     phases.begin("evaluating")
                     after = evaluator(changed.ema)
-                    metrics |= evaluation_metrics(after)
+                    metrics |= evaluation_metrics(after) | _window_share(parts, changed, epoch)
                 metrics |= _memory()
                 with processes.uninterrupted():
                     writer.scalars(done, metrics | phases.finish())
                     # From here on the epoch counts as done; cut short before, it is repeated.
-                    state, epoch, position = changed, done, parts.stream.state()
-                    if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                    state, epoch, position = changed, done, epochs.position()
+                    if epoch % config.checkpoint.every == 0 or scheduled:
                         phases.begin("checkpointing")  # in the next epoch's sums
-                        _save(parts, state, epoch, position)
+                        _save(parts, state, epoch, position, metrics.get("evaluation/reward"))
+                epochs.require_health()
                 if scheduled:
                     writer.look_for_divergence()
                 progress.update()
@@ -145,20 +151,22 @@ class _Books:
             self._writer.close()
 
 
-def _begin(parts: Parts, adapter: Callable[[], Adapter]) -> tuple[LearnerState, int]:
-    """The state to go on from, and how many epochs it has behind it; the stream is put there."""
+def _begin(
+    parts: Parts, adapter: Callable[[], Adapter], epochs: Epochs
+) -> tuple[LearnerState, int]:
+    """The state to go on from, and how many epochs it has behind it; `epochs` are put there."""
     state = parts.learner.start(adapter())
     latest = parts.checkpoints.latest
-    epochs = parts.processes.all_gather("finding checkpoints", latest)
-    if set(epochs) != {latest}:
+    found = parts.processes.all_gather("finding checkpoints", latest)
+    if set(found) != {latest}:
         raise ProcessError(
-            f"processes see different newest checkpoints ({epochs}) in {parts.folder}; please let "
+            f"processes see different newest checkpoints ({found}) in {parts.folder}; please let "
             "the shared drive settle, and start again"
         )
     if latest is None:
         return state, 0
     epoch, state, record = parts.checkpoints.restore(state)
-    parts.stream.restore(record["stream"])
+    epochs.restore(record)
     _log.info("Going on after epoch %d.", epoch)
     return state, epoch
 
@@ -190,10 +198,22 @@ def _sampler_gap(
     return {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled}
 
 
+def _window_share(parts: Parts, state: LearnerState, epoch: int) -> dict[str, float]:
+    """Where the spread within a group comes from, if that is to be measured."""
+    config = parts.config
+    if not config.evaluation.window_share:
+        return {}
+    where = (window_start(config, epoch), config.rollout.batch_groups)
+    share = parts.evaluator.window_share(parts.rollout, state.adapter, *where)
+    return {"rollout/window_share": share}
+
+
 def _mean_reward(results: Sequence[Evaluated]) -> float:
     known = [r.reward for r in results if np.isfinite(r.reward)]
     return float(np.mean(known)) if known else np.nan
 
 
-def _save(parts: Parts, state: LearnerState, epoch: int, position: dict) -> None:
-    parts.checkpoints.save(epoch, state, {"epoch": epoch, "stream": position})
+def _save(
+    parts: Parts, state: LearnerState, epoch: int, position: dict, reward: float | None = None
+) -> None:
+    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position, reward)

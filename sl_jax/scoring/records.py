@@ -19,6 +19,9 @@ from sl_jax.scoring import request as rendering
 from sl_jax.scoring.rubric import Prompts
 from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
 
+# Of a row, what the clock and the judge's servers decide; all else a repeated run repeats.
+CLOCKED_FIELDS = ("endpoints", "asks", "tokens", "seconds", "calls")
+
 _SHOWN = Prompts("$keys", "$keys")  # the pictures alone are wanted
 
 

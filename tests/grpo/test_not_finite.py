@@ -105,16 +105,20 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
         epoch, "roll_out", lambda *args: epoch.Rolled(None, told, None, None, next(batches), {})
     )
     monkeypatch.setattr(epoch, "record", lambda *args: None)
+    kept = []
+    monkeypatch.setattr(epoch, "keep_spoiled", lambda parts, number, update: kept.append(update))
     state = SimpleNamespace(
         adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
     )
     phases = SimpleNamespace(begin=lambda name: None, say=None, computed=lambda flops: None)
-    _, metrics = epoch.run_epoch(parts, state, 0, phases)
+    _, metrics = epoch.Epochs(parts).run(state, 0, phases)
     (weight,) = updates
     assert np.array_equal(weight > 0, finite & (finite.sum(1, keepdims=True) > 1))
     assert metrics["rollout/not_finite"] == 4 - left
     assert metrics["judge/valid_share"] == finite.mean()
     assert ("not finite" in caplog.text) == (left < 4)
+    assert [update.skipped for update in kept] == [False]
+    assert metrics["learner/not_finite_in_a_row"] == 0  # of updates
 
 
 def _judged():

@@ -87,7 +87,7 @@ def _epoch(monkeypatch, learner, stop, processes=None):
     monkeypatch.setattr(epoch, "record", lambda *args: None)
     adapter = SimpleNamespace(lora={"a": jnp.zeros(2)})
     state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
-    return epoch.run_epoch(parts, state, 0, Phases())
+    return epoch.Epochs(parts).run(state, 0, Phases())
 
 
 @pytest.mark.parametrize(("bound", "applied"), [(0.03, 2), (0.05, 3), (None, 4), (0.01, 1)])
@@ -116,8 +116,9 @@ class Follower(Processes):
 
 
 @pytest.mark.parametrize("decision", [True, False])
-def test_the_main_process_decides_for_all(monkeypatch, decision):
+def test_the_main_process_decides_for_all(monkeypatch, caplog, decision):
     processes = Follower(decision)
     state, _ = _epoch(monkeypatch, Learner(), StopConfig(log_ratio=0.03), processes)
     assert int(state.updates) == (0 if decision else UPDATES)
+    assert ("nothing was learned" in caplog.text) == decision
     assert [what for what, _ in processes.told] == ["bounds of an update"] * (1 if decision else 4)

@@ -9,131 +9,21 @@ import shutil
 import signal
 import stat
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from stand_ins import Repository
+from cloud import HERE, TOKEN, Cloud, lines, wait_for
 
-HERE = Path(__file__).parent
-LIMIT = 120  # seconds, on a busy machine
-TOKEN = "a secret 'of' $the test"
-# The first start on a host ends as the first word of `plan` says, and so on; the last one stays.
-TRAIN = """
-import json, os, signal, sys, time
-home = os.environ["HOME"]
-told = {"arguments": sys.argv[1:], "token": os.environ.get("JUDGE_TOKEN"), "home": home}
-with open(home + "/../trained.jsonl", "a") as file:
-    file.write(json.dumps(told) + "\\n")
-starts = [json.loads(line)["home"] for line in open(home + "/../trained.jsonl")].count(home)
-plan = open(home + "/../plan").read().split()
-what = plan[min(starts, len(plan)) - 1]
-print("first line", flush=True)
-if what == "hang":
-    signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(143)))
-    while not os.path.exists(home + "/../go"):
-        time.sleep(0.05)
-print("last line", flush=True)
-if what == "kill":
-    os.kill(os.getpid(), signal.SIGKILL)
-sys.exit(0 if what == "hang" else int(what))
-"""
-ENVIRONMENTS = """#!/bin/bash
-if [ "$1 $2" = "-m venv" ]; then
-  mkdir -p "$3/bin" && exec cp "$0" "$3/bin/python"
-fi
-exec "{python}" "$@"
-"""
 WORKDIR = "--config.workdir=gs://bucket/run"
+OLD = """#!/bin/bash
+# Not of a version that suits: all that it is good for is pip.
+[ "$*" = "-m pip install --quiet --user uv" ] || exit 1
+mkdir -p "$HOME/.local/bin" && cp "$(dirname "$0")/uv.of.pip" "$HOME/.local/bin/uv"
+"""
 HARD = [
     "--config.data.prompt=a 'clean' \"image\"; $HOME * \\ &",
     "--config.data.path=gs://b/my pictures",
 ]
-
-
-class Cloud:
-    """A repository, a gcloud first on PATH, and the folder that both Google and its hosts are."""
-
-    def __init__(self, place: Path):
-        self.repository = Repository(place)
-        root = self.repository.root
-        for name in ("pyproject.toml", "README.md", "LICENSE", "configs/grpo.py"):
-            (root / name).parent.mkdir(exist_ok=True)
-            (root / name).touch()
-        (root / "sl_jax" / "train.py").write_text(TRAIN)
-        self.place = place / "cloud"
-        self.place.mkdir()
-        # Environments are made many times here: as a file, in no time.
-        self.repository.python.write_text(ENVIRONMENTS.format(python=sys.executable))
-        gcloud = self.repository.python.with_name("gcloud")
-        gcloud.write_text(f'#!/bin/bash\nexec "{sys.executable}" "{HERE}/fake_gcloud.py" "$@"\n')
-        gcloud.chmod(0o755)
-        self.plan("0")
-
-    def plan(self, *what: str) -> None:
-        """How the starts of the training end, one after the other; the last of all later ones."""
-        (self.place / "plan").write_text(" ".join(what))
-
-    def environment(self) -> dict[str, str]:
-        return self.repository.environment(
-            FAKE_CLOUD=str(self.place),
-            PYTHONPATH=str(self.repository.root),  # pip, which environments here are without
-            TPU_PAUSE="0.1",
-            JUDGE_TOKEN=TOKEN,
-        )
-
-    def start(self, *words: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            ["bash", str(self.repository.root / "launch" / "tpu_vm.sh"), *words],
-            cwd=self.repository.place,
-            env=self.environment(),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
-
-    def run(self, *words: str, code: int = 0) -> tuple[str, str]:
-        """What is printed."""
-        return self.ended(self.start(*words), code)
-
-    def ended(self, process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-        printed = process.communicate(timeout=LIMIT)
-        assert process.returncode == code, printed
-        return printed
-
-    def calls(self) -> list[list[str]]:
-        """How gcloud was called."""
-        return lines(self.place / "calls.jsonl")
-
-    def trained(self) -> list[dict[str, Any]]:
-        """The starts of the training, one of each host."""
-        return lines(self.place / "trained.jsonl")
-
-    def sessions(self) -> list[int]:
-        return [int(path.read_text()) for path in self.place.glob("host*/.sl_jax-run/pid")]
-
-
-def wait_for(found: Callable[[], bool]) -> None:
-    end = time.monotonic() + LIMIT
-    while not found():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-@pytest.fixture
-def cloud(tmp_path) -> Iterator[Cloud]:
-    made = Cloud(tmp_path)
-    yield made
-    (made.place / "go").touch()
-    for session in made.sessions():
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(session, signal.SIGKILL)
 
 
 def run_words(*more: str, type: str = "v5litepod-8") -> tuple[str, ...]:
@@ -182,7 +72,7 @@ def test_from_nothing_to_the_end_on_two_hosts(cloud):
     assert len(cloud.calls()) == before
     told = [shlex.split(line) for line in printed.splitlines()]
     shown = [words[1:] for words in told if words[0] == "gcloud" and words[4] != "describe"]
-    made = [call for call in calls if call[3] != "describe" and " state " not in str(call)]
+    made = [call for call in calls if call[3] != "describe" and " state" not in str(call)]
     assert list(map(without_folders, shown)) == list(map(without_folders, made))
     (tar,) = [words for words in told if words[0] != "gcloud"]
     assert tar[0] == "tar" and {"setup.py", "configs", "sl_jax", "launch"} <= set(tar)
@@ -190,10 +80,6 @@ def test_from_nothing_to_the_end_on_two_hosts(cloud):
 
 def without_folders(call: list[str]) -> list[str]:
     return [Path(word).name if word.startswith("/") else word for word in call]
-
-
-def lines(path: Path) -> list[Any]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def preempt(cloud: Cloud) -> None:
@@ -223,12 +109,13 @@ def test_a_lost_connection_is_taken_up_where_the_log_was(cloud):
     wait_for(lambda: len(cloud.trained()) == 1)
     wait_for(lambda: tails(cloud) != [])
     before = tails(cloud)
+    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "describe": 1}))  # offline
     for tail in before:
         os.kill(tail, signal.SIGKILL)
     wait_for(lambda: set(tails(cloud)) - set(before))
     (cloud.place / "go").touch()
     printed, said = cloud.ended(process)
-    assert "The connection to my-tpu is lost." in said
+    assert said.count("The connection to my-tpu is lost.") == 2 and "my-tpu is unknown." in said
     assert printed.endswith("first line\nlast line\n") and printed.count("line\n") == 2
     assert len(cloud.trained()) == 1
 
@@ -265,9 +152,24 @@ def test_restarts_have_a_limit(cloud):
     assert "It has started again 1 times" in said and len(cloud.trained()) == 2
 
 
+def test_a_host_whose_python_is_too_old_gets_one(cloud):
+    python = cloud.repository.python
+    suitable = python.rename(python.with_name("a-newer-one"))
+    for name in ("python3", "python", "python3.11", "python3.12", "python3.13"):
+        python.with_name(name).write_text(OLD)
+        python.with_name(name).chmod(0o755)
+    uv = python.with_name("uv.of.pip")
+    uv.write_text(f'#!/bin/bash\necho "$*" >>"$HOME/uv"\n[ "$2" != find ] || echo "{suitable}"\n')
+    uv.chmod(0o755)
+    cloud.run(*run_words())
+    assert len(cloud.trained()) == 1
+    (home,) = cloud.place.glob("host*")
+    assert (home / "uv").read_text() == "python install --quiet 3.12\npython find 3.12\n"
+
+
 @pytest.mark.slow
 def test_troubles_that_pass(cloud):
-    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "scp": 3}))
+    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 4, "scp": 3}))
     _, said = cloud.run(*run_words("--env=JUDGE_TOKEN"))
     assert "Try 3 of 4 has failed" in said and len(cloud.trained()) == 1
 
@@ -285,6 +187,7 @@ def test_a_queue_is_waited_in_and_left(cloud):
     (create,) = [call for call in cloud.calls() if call[3] == "create"]
     assert create[2] == "queued-resources" and "--node-id=my-tpu" in create
     cloud.run("delete", "my-tpu")  # finds out by itself how it was made
+    assert cloud.run("status", "my-tpu")[0] == "my-tpu: not there\n"
     assert {path.name for path in cloud.place.glob("*.json")} == set()
 
 
@@ -307,12 +210,25 @@ def test_ctrl_c_leaves_the_training_which_stop_stops(cloud):
     os.killpg(again.pid, signal.SIGINT)
     assert "The training runs already." in cloud.ended(again, 130)[1]
     printed, _ = cloud.run("stop", "my-tpu")
-    assert "Stopped on" in printed and "ended 143" in printed
+    assert "Stopped on" in printed and "with status 143" in printed
     printed, _ = cloud.run("logs", "my-tpu")
     assert printed == "first line\nsaved\n"
     assert len(cloud.trained()) == 1
     printed, _ = cloud.run("stop", "my-tpu")
     assert "Nothing runs on" in printed
+
+
+def test_stop_ends_it_also_for_who_follows_it(cloud):
+    cloud.plan("hang")
+    process = cloud.start(*run_words())
+    wait_for(lambda: tails(cloud) != [])
+    cloud.run("stop", "my-tpu")
+    printed, said = cloud.ended(process, 143)
+    assert "The training was stopped." in said and printed.endswith("saved\n")
+    assert len(cloud.trained()) == 1
+    cloud.plan("0")
+    cloud.run(*run_words())  # and goes on when it is wanted again
+    assert len(cloud.trained()) == 2
 
 
 def test_what_is_there_as_another_type_is_left_alone(cloud):
