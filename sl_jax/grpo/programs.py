@@ -321,12 +321,14 @@ def workload(config: GrpoConfig) -> Workload:
     judge, rollout, evaluation = config.judge, config.rollout, config.evaluation
     heun = evaluation.method == "heun"
     per_picture = 2 * evaluation.steps - 1 if heun else evaluation.steps
+    candidates = evaluation.spread_draws * rollout.batch_groups * rollout.group_size
+    passes = evaluation.pictures * per_picture + candidates * rollout.steps
     return Workload(
         epochs=config.epochs,
         updates=config.learner.updates,
         groups=rollout.groups,
         group_size=rollout.group_size,
         judge_calls=rollout.group_size + (judge.grids if judge.two_stage else 0),
-        evaluations=evaluation.pictures * per_picture / evaluation.every,
+        evaluations=passes / evaluation.every,
         rollouts=rollout.groups * rollout.group_size * rollout.steps,
     )

@@ -1,7 +1,8 @@
 """Sampling candidates: from pictures to final latents, with the trained steps kept."""
 
+import dataclasses
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +112,19 @@ class Rollout:
             static_argnames="grid",
             out_shardings=Decoded(rows, whole),
         )
+
+    @property
+    def group_size(self) -> int:
+        """Candidates of every picture."""
+        return self._config.group_size
+
+    @cached_property
+    def with_shared_noise(self) -> "Rollout":
+        """The same, but for groups that share their initial noise; itself, where they do."""
+        if self._config.group_noise == "shared":
+            return self
+        config = dataclasses.replace(self._config, group_noise="shared")
+        return Rollout(self._pipeline, config, self._layout, self._guidance)
 
     def table(self, grid: LatentGrid) -> ModulationTable:
         """The σ grid of a bucket and its modulation, which learning from the rollout shares."""
