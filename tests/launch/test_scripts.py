@@ -1,98 +1,20 @@
 """The scripts of launch/ and .ci/, run in a repository whose Python parts are stand-ins."""
 
-import json
 import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from stand_ins import Repository
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = [*sorted((ROOT / "launch").glob("*.sh")), ROOT / ".ci" / "run"]
-
-# Each stand-in appends its arguments to calls.jsonl, and ends as its variable says.
-STAND_IN = """
-import json, os, sys, time
-if "--version" not in sys.argv:
-    with open("calls.jsonl", "a") as file:
-        file.write(json.dumps(["{name}", *sys.argv[1:]]) + "\\n")
-if os.environ.get("HANG") == "{name}":
-    try:
-        print("hanging", flush=True)
-        time.sleep(120)
-    except KeyboardInterrupt:
-        print("saved", flush=True)
-        sys.exit(130)
-sys.exit(int(os.environ.get("{name}_STATUS", "0")))
-"""
-DESIGNS = """
-import json, pathlib
-def write_designs(folder, family, seeds, size, layers):
-    with open("calls.jsonl", "a") as file:
-        file.write(json.dumps(["designs", family, len(seeds), size, layers]) + "\\n")
-    pathlib.Path(folder).mkdir(parents=True)
-"""
-
-
-class Repository:
-    """A copy of the scripts, in a folder with spaces, and beside it what pip and others are."""
-
-    def __init__(self, place: Path):
-        self.root = place / "a repository"
-        shutil.copytree(ROOT / "launch", self.root / "launch")
-        files = {
-            "setup.py": "",
-            "pip.py": STAND_IN.replace("{name}", "pip"),
-            "pytest.py": STAND_IN.replace("{name}", "pytest"),
-            "sl_jax/train.py": STAND_IN.replace("{name}", "train"),
-            "sl_jax/data/__init__.py": DESIGNS,
-            "tests/test_peer.py": "def test_peer():\n    import torch\n",
-            "tests/test_own.py": "import torchless\n",
-        }
-        for name, text in files.items():
-            path = self.root / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
-        self.place = place
-        # Environments without pip: its stand-in is found in the current directory.
-        self.python = place / "bin" / "python3"
-        self.python.parent.mkdir()
-        self.python.write_text(
-            f'#!/bin/bash\n[ "$1 $2" != "-m venv" ] || set -- "$@" --without-pip\n'
-            f'exec "{sys.executable}" "$@"\n'
-        )
-        self.python.chmod(0o755)
-
-    def environment(self, **variables: str) -> dict[str, str]:
-        """Little of the caller's, and the repository's interpreter first on PATH."""
-        path = f"{self.python.parent}:/usr/bin:/bin"
-        return {"PATH": path, "HOME": str(self.place), "LC_ALL": "C.UTF-8"} | variables
-
-    def run(
-        self, script: str, *arguments: str, cwd: Path | None = None, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            ["bash", str(self.root / "launch" / script), *arguments],
-            cwd=cwd or self.place,
-            env=self.environment(**variables),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-
-    def calls(self) -> list[list[Any]]:
-        """What was called since the last look, in order."""
-        path = self.root / "calls.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_text().splitlines()
-        path.unlink()
-        return [json.loads(line) for line in lines]
+SCRIPTS = [
+    *sorted((ROOT / "launch").glob("*.sh")),
+    ROOT / "launch" / "slurm.sbatch",
+    ROOT / ".ci" / "run",
+]
 
 
 @pytest.fixture(scope="module")

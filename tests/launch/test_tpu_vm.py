@@ -1,0 +1,358 @@
+"""`launch/tpu_vm.sh` for real, with a stand-in for gcloud whose hosts are folders."""
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stand_ins import Repository
+
+HERE = Path(__file__).parent
+LIMIT = 120  # seconds, on a busy machine
+TOKEN = "a secret 'of' $the test"
+# The first start on a host ends as the first word of `plan` says, and so on; the last one stays.
+TRAIN = """
+import json, os, signal, sys, time
+home = os.environ["HOME"]
+told = {"arguments": sys.argv[1:], "token": os.environ.get("JUDGE_TOKEN"), "home": home}
+with open(home + "/../trained.jsonl", "a") as file:
+    file.write(json.dumps(told) + "\\n")
+starts = [json.loads(line)["home"] for line in open(home + "/../trained.jsonl")].count(home)
+plan = open(home + "/../plan").read().split()
+what = plan[min(starts, len(plan)) - 1]
+print("first line", flush=True)
+if what == "hang":
+    signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), os._exit(143)))
+    while not os.path.exists(home + "/../go"):
+        time.sleep(0.05)
+print("last line", flush=True)
+if what == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.exit(0 if what == "hang" else int(what))
+"""
+ENVIRONMENTS = """#!/bin/bash
+if [ "$1 $2" = "-m venv" ]; then
+  mkdir -p "$3/bin" && exec cp "$0" "$3/bin/python"
+fi
+exec "{python}" "$@"
+"""
+WORKDIR = "--config.workdir=gs://bucket/run"
+HARD = [
+    "--config.data.prompt=a 'clean' \"image\"; $HOME * \\ &",
+    "--config.data.path=gs://b/my pictures",
+]
+
+
+class Cloud:
+    """A repository, a gcloud first on PATH, and the folder that both Google and its hosts are."""
+
+    def __init__(self, place: Path):
+        self.repository = Repository(place)
+        root = self.repository.root
+        for name in ("pyproject.toml", "README.md", "LICENSE", "configs/grpo.py"):
+            (root / name).parent.mkdir(exist_ok=True)
+            (root / name).touch()
+        (root / "sl_jax" / "train.py").write_text(TRAIN)
+        self.place = place / "cloud"
+        self.place.mkdir()
+        # Environments are made many times here: as a file, in no time.
+        self.repository.python.write_text(ENVIRONMENTS.format(python=sys.executable))
+        gcloud = self.repository.python.with_name("gcloud")
+        gcloud.write_text(f'#!/bin/bash\nexec "{sys.executable}" "{HERE}/fake_gcloud.py" "$@"\n')
+        gcloud.chmod(0o755)
+        self.plan("0")
+
+    def plan(self, *what: str) -> None:
+        """How the starts of the training end, one after the other; the last of all later ones."""
+        (self.place / "plan").write_text(" ".join(what))
+
+    def environment(self) -> dict[str, str]:
+        return self.repository.environment(
+            FAKE_CLOUD=str(self.place),
+            PYTHONPATH=str(self.repository.root),  # pip, which environments here are without
+            TPU_PAUSE="0.1",
+            JUDGE_TOKEN=TOKEN,
+        )
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["bash", str(self.repository.root / "launch" / "tpu_vm.sh"), *words],
+            cwd=self.repository.place,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def run(self, *words: str, code: int = 0) -> tuple[str, str]:
+        """What is printed."""
+        return self.ended(self.start(*words), code)
+
+    def ended(self, process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
+        printed = process.communicate(timeout=LIMIT)
+        assert process.returncode == code, printed
+        return printed
+
+    def calls(self) -> list[list[str]]:
+        """How gcloud was called."""
+        return lines(self.place / "calls.jsonl")
+
+    def trained(self) -> list[dict[str, Any]]:
+        """The starts of the training, one of each host."""
+        return lines(self.place / "trained.jsonl")
+
+    def sessions(self) -> list[int]:
+        return [int(path.read_text()) for path in self.place.glob("host*/.sl_jax-run/pid")]
+
+
+def wait_for(found: Callable[[], bool]) -> None:
+    end = time.monotonic() + LIMIT
+    while not found():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def cloud(tmp_path) -> Iterator[Cloud]:
+    made = Cloud(tmp_path)
+    yield made
+    (made.place / "go").touch()
+    for session in made.sessions():
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(session, signal.SIGKILL)
+
+
+def run_words(*more: str, type: str = "v5litepod-8") -> tuple[str, ...]:
+    return ("run", "my-tpu", f"--type={type}", *more, "--", "--config=grpo", WORKDIR, *HARD)
+
+
+def verbs(calls: list[list[str]]) -> list[str]:
+    """What changed something, by its verb and, of ssh, what the host was asked to do."""
+    found = []
+    for call in calls:
+        asked = re.search(r"tpu_host\.sh (\w+)", " ".join(call))
+        if call[3] != "describe":
+            found.append(f"ssh {asked.group(1)}" if asked else call[3])
+    return found
+
+
+def test_from_nothing_to_the_end_on_two_hosts(cloud):
+    words = run_words("--zone=us-a", "--spot", "--env=JUDGE_TOKEN", type="v5e:4x4")
+    printed, said = cloud.run(*words)
+    assert printed.count("first line") == printed.count("last line") == 1, said
+    starts = cloud.trained()
+    assert len(starts) == 2 and len({start["home"] for start in starts}) == 2
+    for start in starts:
+        assert start["arguments"] == ["--config=grpo", WORKDIR, *HARD]
+        assert start["token"] == TOKEN
+    calls = cloud.calls()
+    begin = ["create", "ssh state", "scp", "ssh install", "scp", "ssh start"]
+    assert verbs(calls) == [*begin, "ssh follow", "ssh state"]
+    (create,) = [call for call in calls if call[3] == "create"]
+    for flag in ("--accelerator-type=v5litepod-16", "--version=v2-alpha-tpuv5-lite", "--spot"):
+        assert flag in create
+    assert all("--zone=us-a" in call for call in calls)
+    assert "secret" not in json.dumps(calls)
+    for host in cloud.place.glob("host*"):
+        assert stat.S_IMODE((host / ".sl_jax-env").stat().st_mode) == 0o600
+        assert lines(host / "sl_jax/calls.jsonl") == [["pip", "install", "-e", ".[tpu,gcs]"]]
+
+    _, said = cloud.run(*words)
+    assert "The training is finished." in said
+    assert len(cloud.trained()) == 2
+    assert verbs(cloud.calls()[len(calls) :]) == ["ssh state"]
+
+    # A dry run prints what was called, but for looks at states, and calls nothing.
+    before = len(cloud.calls())
+    printed, _ = cloud.run("run", "--dry-run", *words[1:])
+    assert len(cloud.calls()) == before
+    told = [shlex.split(line) for line in printed.splitlines()]
+    shown = [words[1:] for words in told if words[0] == "gcloud" and words[4] != "describe"]
+    made = [call for call in calls if call[3] != "describe" and " state " not in str(call)]
+    assert list(map(without_folders, shown)) == list(map(without_folders, made))
+    (tar,) = [words for words in told if words[0] != "gcloud"]
+    assert tar[0] == "tar" and {"setup.py", "configs", "sl_jax", "launch"} <= set(tar)
+
+
+def without_folders(call: list[str]) -> list[str]:
+    return [Path(word).name if word.startswith("/") else word for word in call]
+
+
+def lines(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def preempt(cloud: Cloud) -> None:
+    """As Google does: the hosts are gone, and the VM says so."""
+    vm = json.loads((cloud.place / "vm.json").read_text())
+    (cloud.place / "vm.json").write_text(json.dumps(vm | {"state": "PREEMPTED"}))
+    for session in cloud.sessions():
+        os.killpg(session, signal.SIGKILL)
+
+
+def test_a_preempted_one_is_made_again_and_goes_on(cloud):
+    cloud.plan("hang", "0")
+    process = cloud.start(*run_words("--spot"))
+    wait_for(lambda: len(cloud.trained()) == 1)
+    preempt(cloud)
+    _, said = cloud.ended(process)
+    assert "my-tpu is PREEMPTED: it is deleted and made again." in said
+    assert "Start 2, to go on where it was." in said
+    first, second = cloud.trained()
+    assert first == second
+    assert verbs(cloud.calls()).count("create") == 2
+
+
+def test_a_lost_connection_is_taken_up_where_the_log_was(cloud):
+    cloud.plan("hang")
+    process = cloud.start(*run_words())
+    wait_for(lambda: len(cloud.trained()) == 1)
+    wait_for(lambda: tails(cloud) != [])
+    before = tails(cloud)
+    for tail in before:
+        os.kill(tail, signal.SIGKILL)
+    wait_for(lambda: set(tails(cloud)) - set(before))
+    (cloud.place / "go").touch()
+    printed, said = cloud.ended(process)
+    assert "The connection to my-tpu is lost." in said
+    assert printed.endswith("first line\nlast line\n") and printed.count("line\n") == 2
+    assert len(cloud.trained()) == 1
+
+
+def tails(cloud: Cloud) -> list[int]:
+    """Processes that follow the log on a host."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            command = (place / "cmdline").read_bytes().split(b"\0")
+            if command[0] == b"tail" and str(cloud.place).encode() in b" ".join(command):
+                found.append(int(place.name))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("plan", "code", "starts"),
+    [
+        (("1",), 1, 1),
+        pytest.param(("kill", "143", "0"), 0, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_the_status_decides_whether_it_starts_again(cloud, plan, code, starts):
+    cloud.plan(*plan)
+    _, said = cloud.run(*run_words(), code=code)
+    assert len(cloud.trained()) == starts
+    assert f"The training has ended with status {'1' if code else '137'}." in said
+
+
+@pytest.mark.slow
+def test_restarts_have_a_limit(cloud):
+    cloud.plan("kill")
+    _, said = cloud.run(*run_words("--restarts=1"), code=1)
+    assert "It has started again 1 times" in said and len(cloud.trained()) == 2
+
+
+@pytest.mark.slow
+def test_troubles_that_pass(cloud):
+    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "scp": 3}))
+    _, said = cloud.run(*run_words("--env=JUDGE_TOKEN"))
+    assert "Try 3 of 4 has failed" in said and len(cloud.trained()) == 1
+
+
+def test_no_chips(cloud):
+    (cloud.place / "trouble.json").write_text(json.dumps({"create": 1}))
+    _, said = cloud.run(*run_words(), code=1)
+    assert "no more capacity" in said and "--queued waits" in said
+
+
+@pytest.mark.slow
+def test_a_queue_is_waited_in_and_left(cloud):
+    _, said = cloud.run(*run_words("--queued"))
+    assert "my-tpu is WAITING_FOR_RESOURCES." in said
+    (create,) = [call for call in cloud.calls() if call[3] == "create"]
+    assert create[2] == "queued-resources" and "--node-id=my-tpu" in create
+    cloud.run("delete", "my-tpu")  # finds out by itself how it was made
+    assert {path.name for path in cloud.place.glob("*.json")} == set()
+
+
+def test_ctrl_c_leaves_the_training_which_stop_stops(cloud):
+    cloud.plan("hang")
+    words = run_words()
+    process = cloud.start(*words)
+    wait_for(lambda: tails(cloud) != [])
+    os.killpg(process.pid, signal.SIGINT)
+    _, said = cloud.ended(process, 130)
+    command = re.search(r"To follow it: (bash .*)", said).group(1)
+    assert "bash launch/tpu_vm.sh stop my-tpu" in said
+    printed, _ = cloud.run("status", "my-tpu")
+    assert printed == "my-tpu: READY\nrunning\n"
+    _, said = cloud.run(*words, "--config.seed=1", code=1)
+    assert "Another training runs on my-tpu; please stop it first" in said
+    wait_for(lambda: tails(cloud) == [])
+    again = cloud.start(*shlex.split(command)[2:])
+    wait_for(lambda: tails(cloud) != [])
+    os.killpg(again.pid, signal.SIGINT)
+    assert "The training runs already." in cloud.ended(again, 130)[1]
+    printed, _ = cloud.run("stop", "my-tpu")
+    assert "Stopped on" in printed and "ended 143" in printed
+    printed, _ = cloud.run("logs", "my-tpu")
+    assert printed == "first line\nsaved\n"
+    assert len(cloud.trained()) == 1
+    printed, _ = cloud.run("stop", "my-tpu")
+    assert "Nothing runs on" in printed
+
+
+def test_what_is_there_as_another_type_is_left_alone(cloud):
+    cloud.run(*run_words())
+    _, said = cloud.run(*run_words(type="v6e-8"), code=1)
+    assert "my-tpu is there, as a v5litepod-8 and not a v6e-8" in said
+    assert (cloud.place / "vm.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "Please give a command and the name of a TPU VM"),
+        (["launch", "a"], "'launch' is not a command"),
+        (["run"], "Please name the TPU VM"),
+        (["run", "my tpu"], "'my tpu' cannot be the name"),
+        (["run", "a", "b"], "'b' is one word too many"),
+        (["run", "a"], "Please give the type"),
+        (["create", "a", "--type=h100"], "--type=h100 is not known"),
+        (["create", "a", "--type=v5e:2y4"], "--type=v5e:2y4 is not known"),
+        (["run", "a", "--type=v6e-8"], "There is nothing to train"),
+        (["run", "a", "--type=v6e-8", "--config=x"], "please put -- before"),
+        (["run", "a", "--tpu=v6e-8"], "--tpu=v6e-8 is not an option"),
+        (["run", "a", "--type=v6e-8", "--restarts=-1"], "--restarts=-1 is not a number"),
+        (["run", "a", "--type=v6e-8", "--env=A=b"], "the name of a variable only"),
+        (["run", "a", "--type=v6e-8", "--env=NOT_SET_HERE"], "is not set here"),
+        (["run", "a", "--type=v6e-8", "--extras=tpu;ls"], "are not extras"),
+        (["run", "a", "--type=v6e-8", "--spot", "--", "--config=x"], "config.workdir is ''"),
+        (["run", "a", "--type=v5e:4x4", "--", "--config.workdir=runs"], "config.workdir is 'runs'"),
+        (["stop", "a", "--", "--config=x"], "stop takes no arguments"),
+        (["delete", "a"], "gcloud is not found"),
+    ],
+)
+def test_it_refuses(words, said, tmp_path):
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = subprocess.run(
+        [tmp_path / "bash", str(HERE.parents[1] / "launch" / "tpu_vm.sh"), *words],
+        env={"PATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and said in done.stderr and not done.stdout
