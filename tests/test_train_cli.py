@@ -208,7 +208,9 @@ def test_tensorboard_shows_all_of_it(finished):
         for name in {name for name, value in record.items() if value is not None} - {"step"}:
             assert record["step"] in [step for step, _ in events[name]], name
     shown = [name for name in events if name.startswith("held_out/")]
-    assert len(shown) == SETTINGS["evaluation.pictures"]
+    assert 1 < len(shown) <= SETTINGS["evaluation.pictures"]
+    for name in shown:
+        assert [step for step, _ in events[name]] == [0, EPOCHS]
     # Judged groups: of the first epoch, of those with an evaluation.
     for number in (0, 1):
         pictures, texts = events[f"judged/{number}"], events[f"judged/{number}.text"]
