@@ -21,6 +21,7 @@ CORE = [
     "tqdm",
 ]
 JUDGE = [
+    "h11",
     "openai>=2",
     "prometheus-client",
     "starlette",

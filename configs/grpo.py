@@ -79,6 +79,7 @@ def _production() -> ConfigDict:
     rollout.train_frames = "all"  # unmeasured
     rollout.guidance = 1.0  # release: Stable-Layers; the base's README samples with 4
     rollout.negative_prompt = " "  # release: the base's README
+    rollout.max_staleness = 0  # peer: flow_grpo
 
     advantage = config.advantage = ConfigDict()
     advantage.scale = "group"  # paper: Flow-GRPO; "criterion" is GDPO's, arXiv 2601.05242

@@ -361,7 +361,7 @@ attend() {
   fi
   : >"$copy"
   while :; do
-    remotely 0 follow "$(wc -c <"$copy")" | tee -a "$copy" || say "The connection to $name is lost."
+    remotely 0 follow "$(($(wc -c <"$copy")))" | tee -a "$copy" || say "The connection to $name is lost."
     state="$(training_state)"
     case "$state" in
       "ended 0") return 0 ;;
@@ -375,11 +375,14 @@ attend() {
         return "$AGAIN"
         ;;
       unreachable)
-        state="$(vm_state)"
+        state="$(vm_state)" || state=unknown # of a client that is offline
         say "$name is ${state:-gone}."
-        [ "$state" = READY ] || return "$AGAIN"
-        looks=$((looks + 1))
-        [ "$looks" -lt "$LOOKS" ] || fail "Its hosts have not answered $looks times."
+        case "$state" in
+          READY | unknown) looks=$((looks + 1)) ;;
+          *) return "$AGAIN" ;;
+        esac
+        [ "$looks" -lt "$LOOKS" ] || fail "$name has not answered $looks times; what runs there goes on." \
+          "To follow it again: $started"
         ;;
       *) looks=0 ;;
     esac

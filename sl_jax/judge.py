@@ -51,8 +51,7 @@ def main(argv: list[str]) -> None:
 
 
 def _serve() -> None:
-    import uvicorn
-
+    from sl_jax.scoring.http_server import http_server
     from sl_jax.scoring.server import JudgeServer
 
     token = read_key(_TOKEN.value)
@@ -69,7 +68,7 @@ def _serve() -> None:
         host, port = listening.getsockname()[:2]
         address = f"[{host}]" if ":" in host else host
         print(f"Judge {server.model} at http://{address}:{port}/v1", flush=True)
-        uvicorn.Server(uvicorn.Config(server.app, log_level="warning")).run([listening])
+        http_server(server).run([listening])
     server.close()
 
 

@@ -270,6 +270,52 @@ def test_cut_short_and_started_again_it_ends_the_same(trainer, finished, tmp_pat
     _assert_same_run(workdir, finished[0])
 
 
+VARIANTS = {
+    "advantage__scale": "criterion",
+    "learner__reference": "init",
+    "learner__stop__kl": 1.0,
+    "objective__inverse_dt_weight": True,
+    "objective__kl_half_life": 2.0,
+    "objective__kl_weight": 0.1,
+    "objective__ratio": "guard",
+    "rollout__dynamics": "dance_sde",
+    "rollout__group_noise": "independent",
+    "rollout__guidance": 2.0,
+    "rollout__max_staleness": 1,
+    "rollout__noise_level": 0.5,
+    "rollout__ode_method": "heun",
+    "rollout__train_frames": "layers",
+    "rollout__window_epochs": 1,
+    "rollout__window_order": "sliding",
+}
+
+
+@pytest.mark.slow
+def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
+    """All that is off by default at once; what was under way is rolled out again."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    code, printed = trainer(whole, **VARIANTS)
+    assert code == 0, printed
+    process = trainer.start(cut, **VARIANTS)
+    _wait_for_the_second_epoch(process, cut)
+    process.kill()
+    process.communicate(timeout=LIMIT)
+    assert not (cut / "report.html").exists()
+    code, printed = trainer(cut, **VARIANTS)
+    assert code == 0, printed
+    assert "Going on after epoch" in printed
+    _assert_same_run(cut, whole)
+    records = _records(whole)[1:]
+    assert [record["rollout/staleness"] for record in records] == [0, 1, 1]
+    assert [record["rollout/window_start"] for record in records] == [0, 1, 1]
+    assert [record["learner/updates"] for record in records] == [2, 4, 6]
+    assert all(record["learner/stopped_updates"] == 0 for record in records)
+    # The first update of a later epoch already finds another policy than the one that sampled.
+    assert all(record["learner/kl_old/all"] > 0 for record in records)
+    assert all(record["learner/kl_reference/all"] > 0 for record in records)
+    assert all(record["learner/mismatch_log_ratio/all"] < 1e-3 for record in records)
+
+
 @pytest.mark.slow
 def test_another_configuration_is_kept_out(trainer, finished):
     workdir, _ = finished

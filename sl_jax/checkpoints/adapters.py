@@ -142,6 +142,8 @@ def read_adapter(name: epath.PathLike) -> AdapterModules:
     told = None
     if source.kind == "peft":
         told = read_config(source.path, peft.CONFIG).get("base_model_name_or_path")
+        if not isinstance(told, str | None):
+            raise CheckpointError(f"{name}: base_model_name_or_path is {told!r}, which is no name")
     return AdapterModules(modules, None, told)
 
 

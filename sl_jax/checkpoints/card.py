@@ -1,9 +1,15 @@
 """What stands beside an exported adapter: a model card, and a script that runs it in PyTorch."""
 
+import json
+import re
 from string import Template
 from typing import NamedTuple
 
 from etils import epath
+
+from sl_jax.imaging.words import printable
+
+_PLAIN = re.compile(r"[\w./-]+")
 
 
 class CardSettings(NamedTuple):
@@ -28,13 +34,15 @@ def write_card(
         trained: whether it comes from a run of this package, which the card then tells.
     """
     folder = epath.Path(folder)
+    base_model = printable(base_model)  # from the adapter, maybe, which may come from anywhere
     values = {
         **settings._asdict(),
         "base": base_model,
+        "quoted": base_model if _PLAIN.fullmatch(base_model) else json.dumps(base_model),
         "form": form,
         "evaluations": 2 * settings.steps - 1,
         "origin": _TRAINED if trained else "",
-        "loading": Template(_LOADING[form]).substitute(base=base_model).strip(),
+        "loading": Template(_LOADING[form]).substitute(base=json.dumps(base_model)).strip(),
         "library": {"peft": "peft", "diffusers": "diffusers"}[form],
     }
     (folder / "README.md").write_text(Template(_CARD).substitute(values))
@@ -49,17 +57,17 @@ _LOADING = {
     "peft": """
 from peft import PeftModel
 
-pipe = QwenImageLayeredPipeline.from_pretrained("$base")
+pipe = QwenImageLayeredPipeline.from_pretrained($base)
 pipe.transformer = PeftModel.from_pretrained(pipe.transformer, "FOLDER")
 """,
     "diffusers": """
-pipe = QwenImageLayeredPipeline.from_pretrained("$base")
+pipe = QwenImageLayeredPipeline.from_pretrained($base)
 pipe.load_lora_weights("FOLDER", weight_name="pytorch_lora_weights.safetensors")
 """,
 }
 
 _CARD = """---
-base_model: $base
+base_model: $quoted
 library_name: $library
 pipeline_tag: image-to-image
 tags:

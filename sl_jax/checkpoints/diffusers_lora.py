@@ -51,7 +51,7 @@ def _settings(
 ) -> Mapping[str, Any]:
     try:
         packed = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: {METADATA} is not valid JSON: {error}") from error
     if not isinstance(packed, dict):
         raise CheckpointError(f"{path}: {METADATA} must hold a JSON object")

@@ -50,6 +50,10 @@ _REASONS = (
     (".lora_up.", "another naming: please load it in diffusers and save it from there"),
     (".alpha", "another naming: please load it in diffusers and save it from there"),
 )
+# What a pattern, and the name that it is matched with, may be so that matching ends: strangers
+# write both.
+_LONGEST_NAME, _LONGEST_PATTERN, _MOST_REPEATS = 128, 256, 3
+_LARGEST = 1e30  # well within float32
 
 
 class LoraModule(NamedTuple):
@@ -108,6 +112,8 @@ def pair_tensors(
         if not (module and name.startswith(prefix) and leaf in ("A.weight", "B.weight")):
             reason = next((r for part, r in _REASONS if part in f".{name}"), "not known")
             problems.append(f"{name}: {reason}")
+        elif len(module) > _LONGEST_NAME:
+            problems.append(f"{module[:_LONGEST_NAME]}… is no name of a module")
         elif not np.isfinite(tensor).all():
             problems.append(f"{name} holds values that are not finite")
         else:
@@ -159,16 +165,33 @@ def _check_patterns(table: str, patterns: Any, problems: list[str]) -> None:
         problems.append(f"{table} is {patterns!r}, not a table")
         return
     for pattern, value in patterns.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            problems.append(f"{table}: {pattern!r} is no regular expression: {error}")
+        if wrong := _wrong_pattern(pattern):
+            problems.append(f"{table}: {pattern[:_LONGEST_PATTERN]!r} {wrong}")
         if not _is_number(value):
             problems.append(f"{table}: {pattern!r} has {value!r}, not a number")
 
 
+def _wrong_pattern(pattern: str) -> str:
+    """Why module names are not matched with a pattern; "" if they are."""
+    if len(pattern) > _LONGEST_PATTERN:
+        return f"has more than {_LONGEST_PATTERN} letters"
+    if sum(map(pattern.count, "*+?{")) > _MOST_REPEATS or re.search(r"\)[*+{]", pattern):
+        return f"repeats groups, or more than {_MOST_REPEATS} things, which may take for ever"
+    try:
+        re.compile(_anywhere(pattern))
+    except (re.error, OverflowError) as error:
+        return f"is no regular expression: {error}"
+    return ""
+
+
+def _anywhere(pattern: str) -> str:
+    """A pattern as PEFT applies it: to the end of a module's name, from any dot on."""
+    return rf"(.*\.)?({pattern})$"
+
+
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -_LARGEST < value < _LARGEST
 
 
 def with_scales(
@@ -196,7 +219,7 @@ def with_scales(
 
 def _setting(settings: Mapping[str, Any], table: str, default: str, module: str) -> float:
     for pattern, value in (settings.get(table) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if re.match(_anywhere(pattern), module):
             return value
     return settings[default]
 

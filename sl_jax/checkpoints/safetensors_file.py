@@ -33,6 +33,8 @@ NUMBERS: Mapping[str, np.dtype] = {
     **{f"U{bits}": np.dtype(f"u{bits // 8}") for bits in (8, 16, 32, 64)},
 }
 _LENGTH_BYTES = 8
+_LONGEST_HEADER = 100_000_000  # as the format has it
+_MOST_NUMBERS = 2**56  # of a tensor, empty axes aside: numpy counts bytes in 63 bits
 
 
 class TensorFile(NamedTuple):
@@ -121,19 +123,16 @@ def parse_header(read: Callable[[int, int], Any], size: int, path: epath.PathLik
     """
     prefix = bytes(read(0, _LENGTH_BYTES))
     length = int.from_bytes(prefix, "little")
-    if len(prefix) < _LENGTH_BYTES or length > size - _LENGTH_BYTES:
+    if len(prefix) < _LENGTH_BYTES or length > min(size - _LENGTH_BYTES, _LONGEST_HEADER):
         raise CheckpointError(f"{path} is truncated or damaged: it has no safetensors header")
     text = bytes(read(_LENGTH_BYTES, _LENGTH_BYTES + length))
     try:
         content = json.loads(text)
-        metadata = content.pop("__metadata__", None) or {}
-        entries = [
-            Entry(name, entry["dtype"], tuple(entry["shape"]), *entry["data_offsets"])
-            for name, entry in content.items()
-        ]
+        metadata = _texts(content.pop("__metadata__", None) or {})
+        entries = [_entry(name, told) for name, told in content.items()]
         ordered = sorted(entries, key=lambda entry: (entry.begin, entry.end))
         problem = _misfit(ordered, size - _LENGTH_BYTES - length)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{path} is truncated or damaged: it has no safetensors header ({error})"
         ) from error
@@ -142,6 +141,23 @@ def parse_header(read: Callable[[int, int], Any], size: int, path: epath.PathLik
             f"{path} is truncated or damaged: {problem}; please fetch the file again"
         )
     return Header(prefix + text, ordered, metadata)
+
+
+def _texts(metadata: Mapping[str, str]) -> Mapping[str, str]:
+    if not all(isinstance(text, str) for text in metadata.values()):
+        raise ValueError("__metadata__ holds something else than texts")
+    return metadata
+
+
+def _entry(name: str, told: Mapping[str, Any]) -> Entry:
+    begin, end = told["data_offsets"]
+    entry = Entry(name, told["dtype"], tuple(told["shape"]), begin, end)
+    numbers = (*entry.shape, begin, end)
+    if not isinstance(entry.dtype, str) or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"tensor {name} is {told}")
+    if math.prod(n or 1 for n in entry.shape) > _MOST_NUMBERS:
+        raise ValueError(f"tensor {name} has the shape {entry.shape}")
+    return entry
 
 
 def _misfit(entries: Sequence[Entry], size: int) -> str | None:

@@ -1,6 +1,6 @@
 """Pictures to train and evaluate on: folders, buckets, the training stream, procedural designs."""
 
-from sl_jax.data._walk import Skipped, are_folders
+from sl_jax.data._walk import Skipped, are_folders, list_files
 from sl_jax.data.buckets import Bucket, make_buckets, nearest_bucket, standard_buckets
 from sl_jax.data.designs import write_designs
 from sl_jax.data.folder import (
@@ -44,6 +44,7 @@ __all__ = [
     "are_folders",
     "area_size",
     "in_threads",
+    "list_files",
     "longest_side_size",
     "make_buckets",
     "make_dataset",

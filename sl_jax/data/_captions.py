@@ -6,7 +6,7 @@ import json
 import posixpath
 from collections.abc import Sequence
 
-from sl_jax.data._walk import Found, Skipped
+from sl_jax.data._walk import Found, Skipped, is_regular
 
 METADATA = "metadata.jsonl"
 _TEXT_KEYS = ("text", "caption", "prompt")
@@ -70,14 +70,18 @@ class Captions:
     def _read(self, found: Found, limit: int) -> bytes:
         """The file's bytes; empty, and noted, if it cannot be read or is too long."""
         try:
+            if not is_regular(found.path):
+                return self._unused(found, "not a regular file")
             size = found.path.stat().length
             if size > limit:
-                self.unused.append(Skipped(found.name, f"{size} bytes; at most {limit} are read"))
-                return b""
+                return self._unused(found, f"{size} bytes; at most {limit} are read")
             return found.path.read_bytes()
         except OSError as error:
-            self.unused.append(Skipped(found.name, f"{error.strerror or error}"))
-            return b""
+            return self._unused(found, f"{error.strerror or error}")
+
+    def _unused(self, found: Found, reason: str) -> bytes:
+        self.unused.append(Skipped(found.name, reason))
+        return b""
 
 
 def _parse(line: bytes) -> tuple[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -68,6 +69,15 @@ def are_folders(paths: Sequence[epath.Path]) -> list[bool]:
     if not paths or not _is_remote(paths[0]):
         return [path.is_dir() for path in paths]
     return in_threads(lambda path: path.is_dir(), paths, "listing")
+
+
+def is_regular(path: epath.Path) -> bool:
+    """Whether a file can be read to its end: a pipe would block, a device has none.
+
+    Raises:
+      OSError: it cannot be looked at.
+    """
+    return _is_remote(path) or stat.S_ISREG(os.stat(path).st_mode)
 
 
 def name_bytes(entry: Found | Skipped) -> bytes:

@@ -14,8 +14,6 @@ import io
 import math
 import os
 import stat
-import struct
-import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +23,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageCms, UnidentifiedImageError
+
+from sl_jax.imaging.decoding import DECODER_ERRORS, check_scans
+from sl_jax.imaging.words import printable
 
 Result = TypeVar("Result")
 
@@ -40,30 +41,6 @@ _NOT_READ = frozenset({"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WM
 _UNMISTAKABLE = frozenset(
     {"AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PSD", "QOI", "TIFF", "WEBP"}
 )
-
-# What picture parsers raise on hostile bytes. There is no common base class below Exception.
-_DECODER_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    EOFError,
-    ImportError,
-    LookupError,
-    MemoryError,
-    OSError,
-    RuntimeError,
-    SyntaxError,
-    TypeError,
-    ValueError,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
-    ImageCms.PyCMSError,
-    struct.error,
-    zlib.error,
-)
-
-# A progressive JPEG is decoded once per scan; encoders write about ten.
-_MAX_JPEG_SCANS = 200
 
 # Larger files are not held as a whole, since many threads read at a time.
 _HELD_BYTES = 32 * 2**20
@@ -159,7 +136,7 @@ class FetchedFile:
             with epath.Path(self.path).open("rb") as file:
                 return hashlib.file_digest(file, "sha256").hexdigest()
         except OSError as error:
-            raise PictureError(self.path, _reason(error)) from error
+            raise PictureError(self.path, reason_of(error)) from error
 
 
 Source = str | os.PathLike[str] | FetchedFile
@@ -174,10 +151,10 @@ def fetch_file(
       PictureError: it cannot be read, or is larger than the limits allow.
     """
     try:
-        small = _check_file(epath.Path(path), limits) <= _HELD_BYTES
+        small = check_file(path, limits) <= _HELD_BYTES
         return FetchedFile(path, epath.Path(path).read_bytes() if small else None)
     except OSError as error:
-        raise PictureError(path, _reason(error)) from error
+        raise PictureError(path, reason_of(error)) from error
 
 
 def open_picture(
@@ -216,6 +193,15 @@ def open_rgba(
     Arguments, conversions and errors are those of `open_picture`.
     """
     return _read(path, limits, lambda image: _decode(image, to_rgba))
+
+
+def has_alpha(path: Source, limits: PictureLimits = _DEFAULT_LIMITS) -> bool:
+    """Whether a picture can hold transparency, by its header.
+
+    Raises:
+      PictureError: as `open_picture`.
+    """
+    return _read(path, limits, lambda image: image.has_transparency_data)
 
 
 def to_rgba(image: Image.Image) -> UInt8[np.ndarray, "height width 4"]:
@@ -260,8 +246,42 @@ def picture_size(
 
 def shown(path: str | os.PathLike[str]) -> str:
     """A path for messages: bytes that are not UTF-8 and control characters are escaped."""
-    text = os.fsencode(path).decode("utf-8", "backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(os.fsencode(path).decode("utf-8", "backslashreplace"))
+
+
+def check_file(path: str | os.PathLike[str], limits: PictureLimits = _DEFAULT_LIMITS) -> int:
+    """Size in bytes of a file that may be opened: a pipe, for one, would block.
+
+    Raises:
+      PictureError: it is none, is empty, or is larger than the limits allow.
+      OSError: it cannot be looked at.
+    """
+    if "://" in os.fspath(path):
+        size = epath.Path(path).stat().length
+    else:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            raise PictureError(path, "a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise PictureError(path, "not a regular file")
+        size = status.st_size
+    if size == 0:
+        raise PictureError(path, "empty file (0 bytes)")
+    if size > limits.max_bytes:
+        raise PictureError(path, f"{size} bytes; the limit max_bytes is {limits.max_bytes}")
+    return size
+
+
+def reason_of(error: BaseException) -> str:
+    """One line for a decoder's or the file system's error."""
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return "declares more pixels than Pillow decodes"
+    if isinstance(error, MemoryError):
+        return "too little memory to decode it"
+    if isinstance(error, OSError) and error.errno is not None:
+        return os.strerror(error.errno)
+    text = " ".join(printable(str(error) or type(error).__name__).split())
+    return f"cannot be decoded: {text[:160]}"
 
 
 @functools.cache
@@ -346,8 +366,8 @@ def _read(
     except UnidentifiedImageError as error:
         reason = "not a picture in a format that is read here"
         raise PictureError(path, reason, unidentified=True) from error
-    except _DECODER_ERRORS as error:
-        raise PictureError(path, _reason(error)) from error
+    except DECODER_ERRORS as error:
+        raise PictureError(path, reason_of(error)) from error
 
 
 def _open_file(source: Source, limits: PictureLimits) -> BinaryIO:
@@ -356,7 +376,7 @@ def _open_file(source: Source, limits: PictureLimits) -> BinaryIO:
         if source.content is not None:
             return io.BytesIO(source.content)
         path = source.path
-    _check_file(epath.Path(path), limits)
+    check_file(path, limits)
     return epath.Path(path).open("rb")
 
 
@@ -370,27 +390,9 @@ def _decode(image: Image.Image, use: Callable[[Image.Image], Result]) -> Result:
         finally:
             image.close()  # now, not when the caller lets go of the image
 
-    _check_scans(image)
+    check_scans(image)
     large = math.prod(image.size) > _LARGE_PIXELS
     return _large_reader.submit(run).result() if large else run()
-
-
-def _check_file(path: epath.Path, limits: PictureLimits) -> int:
-    """Size in bytes; refuses what must not even be opened, such as a pipe, which would block."""
-    if "://" in os.fspath(path):
-        size = path.stat().length
-    else:
-        status = os.stat(path)
-        if stat.S_ISDIR(status.st_mode):
-            raise PictureError(path, "a folder, not a file")
-        if not stat.S_ISREG(status.st_mode):
-            raise PictureError(path, "not a regular file")
-        size = status.st_size
-    if size == 0:
-        raise PictureError(path, "empty file (0 bytes)")
-    if size > limits.max_bytes:
-        raise PictureError(path, f"{size} bytes; the limit max_bytes is {limits.max_bytes}")
-    return size
 
 
 def _check_size(path: str | os.PathLike[str], image: Image.Image, limits: PictureLimits) -> None:
@@ -412,41 +414,12 @@ def _check_size(path: str | os.PathLike[str], image: Image.Image, limits: Pictur
         )
 
 
-def _check_scans(image: Image.Image) -> None:
-    """Refuses JPEGs whose thousands of scans would each be a pass over the whole picture."""
-    if image.format not in ("JPEG", "MPO"):
-        return
-    file = image.fp
-    position = file.tell()
-    file.seek(0)
-    scans, last = 0, b""
-    while chunk := file.read(1 << 20):
-        # The marker FF DA cannot occur inside compressed data, where FF is always stuffed.
-        scans += (last + chunk).count(b"\xff\xda")
-        last = chunk[-1:]
-    file.seek(position)
-    if scans > _MAX_JPEG_SCANS:
-        raise ValueError(f"{scans} scans in a JPEG, at most {_MAX_JPEG_SCANS} are read")
-
-
-def _reason(error: BaseException) -> str:
-    """One line for a decoder's or the file system's error."""
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return "declares more pixels than Pillow decodes"
-    if isinstance(error, MemoryError):
-        return "too little memory to decode it"
-    if isinstance(error, OSError) and error.errno is not None:
-        return os.strerror(error.errno)
-    text = " ".join(shown(str(error) or type(error).__name__).split())
-    return f"cannot be decoded: {text[:160]}"
-
-
 def _orientation(image: Image.Image, *, whole: bool) -> int:
     """EXIF orientation 1 … 8; 1 where the EXIF block is missing, broken or out of range."""
     try:
         exif = image.getexif() if whole else Image.Image.getexif(image)
         value = exif.get(_ORIENTATION_TAG, 1)
-    except _DECODER_ERRORS:
+    except DECODER_ERRORS:
         return 1
     # Pillow turns TIFFs itself, and reports their size as already turned.
     if image.format == "TIFF" or not isinstance(value, int) or not 1 <= value <= 8:

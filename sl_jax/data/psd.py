@@ -17,7 +17,8 @@ from psd_tools.api.adjustments import AdjustmentLayer
 from psd_tools.constants import BlendMode
 
 from sl_jax.data.canvas import as_stack
-from sl_jax.data.pictures import PictureError, PictureLimits
+from sl_jax.data.pictures import PictureError, PictureLimits, check_file, reason_of
+from sl_jax.imaging.decoding import DECODER_ERRORS
 
 _DEFAULT_LIMITS = PictureLimits()
 _PLAIN = (BlendMode.NORMAL, BlendMode.PASS_THROUGH)
@@ -74,12 +75,10 @@ def psd_info(path: str | os.PathLike[str], limits: PictureLimits = _DEFAULT_LIMI
 
 def _read(path: str | os.PathLike[str], limits: PictureLimits) -> bytes:
     try:
-        content = epath.Path(path).read_bytes()
+        check_file(path, limits)
+        return epath.Path(path).read_bytes()
     except OSError as error:
-        raise PictureError(path, error.strerror or str(error)) from error
-    if len(content) > limits.max_bytes:
-        raise PictureError(path, f"{len(content)} bytes; the limit max_bytes is {limits.max_bytes}")
-    return content
+        raise PictureError(path, reason_of(error)) from error
 
 
 def _layers(path: str | os.PathLike[str], content: bytes, limits: PictureLimits) -> np.ndarray:
@@ -92,8 +91,8 @@ def _layers(path: str | os.PathLike[str], content: bytes, limits: PictureLimits)
         raise
     except _Refused as error:
         raise PictureError(path, str(error)) from error
-    except _PARSER_ERRORS as error:
-        raise PictureError(path, f"no readable Photoshop document: {error}") from error
+    except DECODER_ERRORS as error:
+        raise PictureError(path, f"no readable Photoshop document: {reason_of(error)}") from error
     if not drawn:
         raise PictureError(path, "it has no visible layers")
     return as_stack(drawn, size)
@@ -101,13 +100,6 @@ def _layers(path: str | os.PathLike[str], content: bytes, limits: PictureLimits)
 
 class _Refused(ValueError):
     """A layer that no plain layer stands for."""
-
-
-# What the parser raises on hostile bytes. There is no common base class below Exception.
-_PARSER_ERRORS = (
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, ImportError, LookupError),
-    *(MemoryError, NotImplementedError, OSError, TypeError, ValueError),
-)
 
 
 def _check_canvas(path: str | os.PathLike[str], document: Any, limits: PictureLimits) -> None:

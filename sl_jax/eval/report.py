@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -27,6 +26,7 @@ from sl_jax.eval import _format
 from sl_jax.eval._charts import Curve, Series, line_chart
 from sl_jax.eval._thumbnails import data_url
 from sl_jax.eval.bootstrap import Interval
+from sl_jax.imaging.words import printable, readable_json
 
 __all__ = [
     "Cell",
@@ -54,6 +54,11 @@ MAX_BYTES = 20_000_000
 _THUMBNAIL_SIDES = (384, 320, 256, 192, 128, 96, 64)
 _PIXELATED = 128  # pictures up to this side are shown with visible pixels, not blurred
 _TONES = ("neutral", "good", "bad")
+# Nothing to see: control characters, what turns the direction of writing for the text behind it,
+# and halves of characters, from names that are no UTF-8.
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
 
 
 @dataclass(frozen=True)
@@ -247,7 +252,7 @@ def write_json(report: Report, path: epath.PathLike) -> None:
         "details": dict(report.details),
         "records": [dict(record) for record in report.records],
     }
-    _write(path, json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(path, readable_json(_plain(content), indent=1, allow_nan=False) + "\n")
 
 
 def write_csv(table: Table, path: epath.PathLike) -> None:
@@ -319,7 +324,7 @@ def _template() -> jinja2.Template:
 def _page(report: Report, max_side: int) -> str:
     with ThreadPoolExecutor() as pool:  # Pillow encodes outside the interpreter lock
         views = list(pool.map(lambda p: _picture_view(p, max_side), report.pictures))
-    return _template().render(
+    page = _template().render(
         report=report,
         paragraphs=[text.strip() for text in re.split(r"\n\s*\n", report.summary) if text.strip()],
         facts=[(fact, _text(fact.value)) for fact in report.facts],
@@ -328,6 +333,7 @@ def _page(report: Report, max_side: int) -> str:
         pictures=views,
         sortable=any(picture.improvement is not None for picture in report.pictures),
     )
+    return _UNSEEN.sub("\ufffd", page)
 
 
 @dataclass(frozen=True)
@@ -508,6 +514,11 @@ def _csv_text(rows: Iterable[Sequence[Cell]]) -> str:
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
-        missing = (c is None or (isinstance(c, float) and math.isnan(c)) for c in row)
-        writer.writerow(["" if gone else cell for gone, cell in zip(missing, row, strict=True)])
+        writer.writerow(map(_csv_cell, row))
     return buffer.getvalue()
+
+
+def _csv_cell(cell: Cell) -> Cell:
+    if isinstance(cell, str):
+        return printable(cell)
+    return None if isinstance(cell, float) and math.isnan(cell) else cell

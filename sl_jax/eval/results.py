@@ -26,6 +26,7 @@ from sl_jax.eval.options import EvaluationError
 from sl_jax.eval.reference_free import ReferenceFree
 from sl_jax.eval.stable_layers import LayerL1
 from sl_jax.eval.stacks import read_stack, write_stack
+from sl_jax.inference.disk import inside_name
 
 _log = logging.getLogger(__name__)
 
@@ -179,7 +180,7 @@ class ResultFolder:
 
 def file_name(system: str) -> str:
     """A system's name as a folder's."""
-    return re.sub(r"[^\w .,+-]", "_", system)
+    return inside_name(re.sub(r"[^\w .,+-]", "_", system))
 
 
 def _conflicts(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> Iterator[str]:

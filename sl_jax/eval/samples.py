@@ -31,6 +31,7 @@ from sl_jax.data.tfds_pictures import Named, open_record, parse_named, scan_tfds
 from sl_jax.data.threads import in_threads
 from sl_jax.eval.options import EvaluationError
 from sl_jax.eval.stacks import LIMITS, StackError, check_alpha
+from sl_jax.inference.disk import inside_name
 from sl_jax.inference.folder import Entry, find_pictures
 
 PROCEDURAL = "procedural"
@@ -214,7 +215,7 @@ def _paired(where: str, side: int | None, most: int) -> EvalData:
         pictures.append(
             EvalPicture(
                 index=index,
-                name=design.name,
+                name=inside_name(design.name),
                 size=size,
                 original=(design.height, design.width),
                 layers=min(design.layers, most),

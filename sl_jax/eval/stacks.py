@@ -10,7 +10,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from sl_jax.data.pictures import PictureError, PictureLimits, open_rgba, shown
+from sl_jax.data.pictures import PictureError, PictureLimits, has_alpha, open_rgba, shown
 
 # Any shape that a model is shown at 640 pixels: the short side is then 16 or more.
 LIMITS = PictureLimits(min_side=1, max_aspect=40.0)
@@ -57,16 +57,13 @@ def check_alpha(path: epath.PathLike) -> None:
     Raises:
       StackError: it has none, or cannot be read.
     """
-    path = epath.Path(path)
+    name = shown(epath.Path(path).name)
     try:
-        with path.open("rb") as file, Image.open(file) as image:
-            if not image.has_transparency_data:
-                raise StackError(
-                    f"{shown(path.name)} is {image.mode} without alpha; layers above the "
-                    "background should be RGBA"
-                )
-    except OSError as error:
-        raise StackError(f"{shown(path.name)}: {error}") from error
+        transparent = has_alpha(path, LIMITS)
+    except PictureError as error:
+        raise StackError(f"{name}: {error.reason}") from error
+    if not transparent:
+        raise StackError(f"{name} has no alpha; layers above the background should be RGBA")
 
 
 def write_stack(folder: epath.PathLike, layers: UInt8[np.ndarray, "l h w 4"]) -> None:

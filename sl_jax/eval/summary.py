@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sl_jax.data import PictureError, resize_to
+from sl_jax.data.pictures import shown as shown_name
 from sl_jax.eval import _format
 from sl_jax.eval.bootstrap import paired_difference
 from sl_jax.eval.compare import (
@@ -28,7 +29,7 @@ from sl_jax.eval.options import Named
 from sl_jax.eval.report import Column, Decomposition, Fact, Picture, Report, Table
 from sl_jax.eval.samples import EvalData, EvalPicture, Sample
 from sl_jax.eval.systems import System
-from sl_jax.imaging.words import counted
+from sl_jax.imaging.words import counted, printable
 
 # What pictures are sorted by: the first of these that was measured.
 _QUALITY = (layerd_metrics(0)[2], LAYER_L1[2], JUDGE[0], REFERENCE_FREE[0])
@@ -183,7 +184,7 @@ def summary_text(evaluated: Evaluated) -> str:
             if values:
                 counts.add(len(values))
         covered = dict.fromkeys((min(counts), max(counts))) if counts else (0,)
-        rows.append([system.name, *cells, " to ".join(map(str, covered))])
+        rows.append([printable(system.name), *cells, " to ".join(map(str, covered))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows
@@ -273,7 +274,7 @@ def _picture(
     if sample.reference is not None:
         made.append(Decomposition("true layers", _reduced(sample.reference)))
     (source,) = _reduced(sample.source[None])
-    return Picture(picture.name, source, tuple(made), improvement=gain)
+    return Picture(shown_name(picture.name), source, tuple(made), improvement=gain)
 
 
 def _reduced(layers: np.ndarray) -> np.ndarray:

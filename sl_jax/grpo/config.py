@@ -96,6 +96,9 @@ class RolloutConfig:
             sampled by guided velocities, which the learner differentiates and the evaluation
             follows as well. It doubles what the transformer computes.
         negative_prompt: that guidance leads away from.
+        max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
+            out before the updates of the epoch before theirs, so that their judge has that long,
+            and what is beyond the clip range in a step is cut, whatever its sign.
     """
 
     groups: int = 32
@@ -114,6 +117,7 @@ class RolloutConfig:
     train_frames: Literal["all", "layers"] = "all"
     guidance: float = 1.0
     negative_prompt: str = " "
+    max_staleness: Literal[0, 1] = 0
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
-"""One epoch: roll out, decode, judge, turn scores into advantages, update."""
+"""Epochs: roll out, decode, judge, turn scores into advantages, update."""
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from sl_jax.grpo.metrics import beyond, learner_metrics, warn_of_mismatch, warn_
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.rolling import Rolled, await_scores, record, roll_out
+from sl_jax.models.lora import Adapter
 from sl_jax.scoring import GroupScores, summarize
 
 # One program: tensor by tensor, processes may meet at different ones and wait for ever.
@@ -39,25 +40,75 @@ class _Learned(NamedTuple):
     report: UpdateReport | None
 
 
-def run_epoch(
-    parts: Parts, state: LearnerState, epoch: int, phases: Phases
-) -> tuple[LearnerState, dict[str, float]]:
-    """One epoch: the state after its updates, and its metrics. The given state stays valid."""
-    config, begun = parts.config, state.adapter
-    start = window_start(config, epoch)
-    rolled = []
-    for _ in range(config.rollout.groups // config.rollout.batch_groups):
-        rolled.append(roll_out(parts, begun, start, phases))
-    state, done = _learn(parts, state, rolled, epoch, phases)
-    phases.begin("recording")
-    judged = [scores for entry in done for scores in entry.judged]
-    record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
-    metrics = _metrics(parts, state, done)
-    return state, metrics | {"rollout/window_start": start, "rollout/staleness": 0}
+class Epochs:
+    """The epochs of a run, one after the other.
+
+    With `rollout.max_staleness` 1 each rolls out the next one's pictures before it updates the
+    adapter: their judge then has all the time that the updates take, and they are sampled by an
+    adapter that lacks them. What is under way at a checkpoint is not kept, but rolled out again, by
+    the same adapter, when a run goes on: keys depend on places in the run alone, and answers of the
+    judge are kept.
+    """
+
+    def __init__(self, parts: Parts):
+        self._parts = parts
+        self._ahead: list[Rolled] = []  # of the next epoch
+        self._before: dict[str, Any] | None = None  # where the stream stood before they were drawn
+        self._quarantined: dict[str, str] = {}  # after they were drawn, before the run went on
+
+    def position(self) -> dict[str, Any]:
+        """Where the next epoch begins, for a checkpoint: JSON-able, the same in all processes."""
+        stream = self._parts.stream
+        if self._before is None:
+            return {"stream": stream.state(), "quarantined": self._quarantined}
+        return {"stream": self._before, "quarantined": dict(stream.quarantined)}
+
+    def restore(self, position: Mapping[str, Any]) -> None:
+        """Goes on from what `position` gave."""
+        self._parts.stream.restore(position["stream"])
+        self._ahead, self._before = [], None
+        self._quarantined = dict(position.get("quarantined", {}))
+
+    def run(
+        self, state: LearnerState, epoch: int, phases: Phases
+    ) -> tuple[LearnerState, dict[str, float]]:
+        """One epoch: the state after its updates, and its metrics. The given state stays valid."""
+        parts, stale = self._parts, self._parts.config.rollout.max_staleness > 0
+        begun, sampler = state.adapter, state.sampler if stale else state.adapter
+        rolled = self._ahead or self._rolled_out(sampler, epoch, phases)
+        self._ahead, self._before = [], parts.stream.state() if stale else None
+        if stale and epoch + 1 < parts.config.epochs:
+            self._ahead = self._rolled_out(begun, epoch + 1, phases)
+        state, done = _learn(parts, state, rolled, sampler, epoch, phases)
+        if stale:
+            state = state.replace(sampler=begun)
+        phases.begin("recording")
+        judged = [scores for entry in done for scores in entry.judged]
+        record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
+        return state, _metrics(parts, state, done) | {
+            "rollout/window_start": window_start(parts.config, epoch),
+            "rollout/staleness": min(epoch, parts.config.rollout.max_staleness),
+        }
+
+    def _rolled_out(self, sampler: Adapter, epoch: int, phases: Phases) -> list[Rolled]:
+        """All batches of an epoch, with the judge."""
+        config = self._parts.config
+        start, count = window_start(config, epoch), config.rollout.groups
+        batches = range(count // config.rollout.batch_groups)
+        rolled = [roll_out(self._parts, sampler, start, phases) for _ in batches]
+        if self._quarantined:
+            self._parts.stream.quarantine(self._quarantined)
+            self._quarantined = {}
+        return rolled
 
 
 def _learn(
-    parts: Parts, state: LearnerState, rolled: Sequence[Rolled], epoch: int, phases: Phases
+    parts: Parts,
+    state: LearnerState,
+    rolled: Sequence[Rolled],
+    sampler: Adapter,
+    epoch: int,
+    phases: Phases,
 ) -> tuple[LearnerState, list[_Learned]]:
     """The updates of an epoch: each waits for its share of the groups to be judged."""
     config, begun = parts.config, state.adapter
@@ -67,13 +118,13 @@ def _learn(
     for number in range(config.learner.updates):
         phases.begin("judging")
         part = list(rolled[number * share : (number + 1) * share])
-        part, judged, finite = await_scores(parts, part, begun, start, phases)
+        part, judged, finite = await_scores(parts, part, sampler, start, phases)
         phases.begin("learning")  # while the groups of later updates are judged
         scored, worth = _scored(parts, part, judged)
         report = None
         if not stopped:
-            old = None if state.adapter is begun else begun
-            how = {"donate": old is not None, "too_far": _too_far(parts)}
+            old = None if state.adapter is sampler else sampler
+            how = {"donate": state.adapter is not begun, "too_far": _too_far(parts)}
             state, report = parts.learner.update(state, scored, old, kl_left, **how)
             stopped = report.stopped
             jax.block_until_ready(state.updates)

@@ -135,6 +135,17 @@ class LearnerState:
 
 
 @struct.dataclass
+class StaleState(LearnerState):
+    """That of a run with `max_staleness`.
+
+    Attributes:
+        sampler: the adapter that samples the next epoch's candidates, or has sampled them.
+    """
+
+    sampler: Adapter
+
+
+@struct.dataclass
 class Residuals:
     """What of a vjp its forward program has made: of weights that it keeps there are no copies.
 
@@ -209,7 +220,7 @@ class Learner:
             transform_non_params=lambda leaf: jax.device_put(leaf, replicated(mesh)),
         )
         counters = (jax.device_put(jnp.int32(0), replicated(mesh)) for _ in range(2))
-        state = LearnerState(copy(adapter), copy(adapter), copy(adapter), optimizer, *counters)
+        state = self._state(*(copy(adapter) for _ in range(3)), optimizer, *counters)
         self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
         return state
 
@@ -228,7 +239,7 @@ class Learner:
             transform_non_params=number,
         )
         counters = (number(jax.ShapeDtypeStruct((), jnp.int32)) for _ in range(2))
-        state = LearnerState(adapter, adapter, adapter, optimizer, *counters)
+        state = self._state(adapter, adapter, adapter, optimizer, *counters)
         self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
         return state
 
@@ -335,6 +346,12 @@ class Learner:
     def trace_apply(self, state: LearnerState) -> jax.stages.Traced:
         """The program of the optimizer, as it is where nothing may be overwritten."""
         return self._apply.trace(_changing(state), state.adapter.lora)
+
+    def _state(self, adapter: Adapter, *rest: Any) -> LearnerState:
+        """Of a run that begins, whose adapter samples as well."""
+        if self._rollout.max_staleness:
+            return StaleState(adapter, *rest, adapter)
+        return LearnerState(adapter, *rest)
 
     def _lay_out(self, shardings: _Changing) -> None:
         """Makes the programs whose results are laid out like what they replace."""
@@ -475,6 +492,7 @@ class Learner:
                 config=self._objective,
                 velocity_reference=velocity_reference,
                 kl_left=kl_left,
+                truncate=self._rollout.max_staleness > 0,
                 token_mask=trained,
             )
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from sl_jax.grpo.epoch import run_epoch, window_start
+from sl_jax.grpo.epoch import Epochs, window_start
 from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics, strip
 from sl_jax.grpo.learner import LearnerState
 from sl_jax.grpo.metrics import epoch_line, warn_of_divergence
@@ -53,7 +53,8 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         adapter: makes the adapter to start from; called once, and nobody else holds the result.
     """
     config, evaluator, processes = parts.config, parts.evaluator, parts.processes
-    state, epoch = _begin(parts, adapter)
+    epochs = Epochs(parts)
+    state, epoch = _begin(parts, adapter, epochs)
     with ExitStack() as stack:
         writer = stack.enter_context(closing(_Books(parts, epoch)))
         progress = stack.enter_context(
@@ -69,11 +70,11 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
             writer.pictures(0, before)
         phases.finish()
         parts.status.begin_epochs(epoch)
-        position = parts.stream.state()
+        position = epochs.position()
         try:
             while epoch < config.epochs:
                 parts.profiler.at(epoch)
-                changed, metrics = run_epoch(parts, state, epoch, phases)
+                changed, metrics = epochs.run(state, epoch, phases)
                 done = epoch + 1
                 scheduled = done % config.evaluation.every == 0 or done == config.epochs
                 if scheduled:
@@ -85,7 +86,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     metrics |= phases.finish()
                     writer.scalars(done, metrics)
                     # From here on the epoch counts as done; cut short before, it is repeated.
-                    state, epoch, position = changed, done, parts.stream.state()
+                    state, epoch, position = changed, done, epochs.position()
                     if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
                         phases.begin("checkpointing")  # in the next epoch's sums
                         _save(parts, state, epoch, position)
@@ -164,20 +165,22 @@ class _Books:
             self._writer.close()
 
 
-def _begin(parts: Parts, adapter: Callable[[], Adapter]) -> tuple[LearnerState, int]:
-    """The state to go on from, and how many epochs it has behind it; the stream is put there."""
+def _begin(
+    parts: Parts, adapter: Callable[[], Adapter], epochs: Epochs
+) -> tuple[LearnerState, int]:
+    """The state to go on from, and how many epochs it has behind it; `epochs` are put there."""
     state = parts.learner.start(adapter())
     latest = parts.checkpoints.latest
-    epochs = parts.processes.all_gather("finding checkpoints", latest)
-    if set(epochs) != {latest}:
+    found = parts.processes.all_gather("finding checkpoints", latest)
+    if set(found) != {latest}:
         raise ProcessError(
-            f"processes see different newest checkpoints ({epochs}) in {parts.folder}; please let "
+            f"processes see different newest checkpoints ({found}) in {parts.folder}; please let "
             "the shared drive settle, and start again"
         )
     if latest is None:
         return state, 0
     epoch, state, record = parts.checkpoints.restore(state)
-    parts.stream.restore(record["stream"])
+    epochs.restore(record)
     _log.info("Going on after epoch %d.", epoch)
     return state, epoch
 
@@ -215,4 +218,4 @@ def _mean_reward(results: Sequence[Evaluated]) -> float:
 
 
 def _save(parts: Parts, state: LearnerState, epoch: int, position: dict) -> None:
-    parts.checkpoints.save(epoch, state, {"epoch": epoch, "stream": position})
+    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position)

@@ -89,6 +89,8 @@ class ObjectiveMetrics(NamedTuple):
     Fractions are 0 or 1 per sample. The mean ratio is 1 + the mean of `ratio_excess`, and its std
     is the excess's, both without the rounding that 1 would bring. `surrogate_gain` is the clipped
     objective without its constant −A: 0 at the first update, below 0 where the policy improves.
+    `truncated` is 1 where clipping took the gradient though the advantage would have kept it, or
+    might have: outside the range, if `truncate` was asked for.
     `kl_old` is the exact KL of this Gaussian step from the policy that rolled out, `kl_approx`
     half the squared log ratio, as public code logs it; `kl_reference` is 0 without a reference.
     """
@@ -97,6 +99,7 @@ class ObjectiveMetrics(NamedTuple):
     ratio_excess: PerSample
     clipped_low: PerSample
     clipped_high: PerSample
+    truncated: PerSample
     saturated: PerSample
     surrogate_gain: PerSample
     policy_loss: PerSample
@@ -128,6 +131,7 @@ def policy_objective(
     config: ObjectiveConfig,
     velocity_reference: Latents | None = None,
     kl_left: Float32[Array, ""] | float = 1.0,
+    truncate: bool = False,
     token_mask: TokenMask | None = None,
 ) -> tuple[Float32[Array, ""], ObjectiveMetrics]:
     """The loss of B (sample, step) pairs, to be minimised over `velocity`, and its metrics.
@@ -143,6 +147,8 @@ def policy_objective(
         on all devices: the losses of the parts then sum to the loss of the whole.
       velocity_reference: the reference policy's velocity; needed if `kl_weight` is not 0.
       kl_left: the share of `kl_weight` that holds now, see `ObjectiveConfig.kl_left`.
+      truncate: whether pairs whose ratio has left the clip range have no gradient, whichever way
+        their advantage would push them: for samples that may be outside from the start.
       token_mask: 1 at trained tokens, [N] or [B, N].
 
     Returns Σ weight·(w·max(−A·r, −A·clip(r)) + β·KL) with w = 1 or 1/(−dt), and KL =
@@ -161,7 +167,9 @@ def policy_objective(
         advantage.astype(jnp.float32), -config.advantage_limit, config.advantage_limit
     )
     excess = jnp.expm1(limited)
-    gain = clipped_surrogate(excess, advantage, config.clip_low, config.clip_high)
+    clipped_low = (excess < -config.clip_low).astype(jnp.float32)
+    clipped_high = (excess > config.clip_high).astype(jnp.float32)
+    gain = clipped_surrogate(excess, advantage, config.clip_low, config.clip_high, truncate)
 
     reference_kl = jnp.zeros_like(gain)
     if velocity_reference is not None:
@@ -175,8 +183,9 @@ def policy_objective(
     metrics = ObjectiveMetrics(
         log_ratio=limited,
         ratio_excess=excess,
-        clipped_low=(excess < -config.clip_low).astype(jnp.float32),
-        clipped_high=(excess > config.clip_high).astype(jnp.float32),
+        clipped_low=clipped_low,
+        clipped_high=clipped_high,
+        truncated=truncate * (clipped_low + clipped_high),
         saturated=(jnp.abs(raw) > config.log_ratio_limit).astype(jnp.float32),
         surrogate_gain=gain,
         policy_loss=policy_loss,
@@ -216,13 +225,16 @@ def clipped_surrogate(
     advantage: PerSample,
     clip_low: float,
     clip_high: float,
+    truncate: bool = False,
 ) -> PerSample:
     """max(−A·r, −A·clip(r)) + A per sample, for r − 1 = `ratio_excess`: the objective's change.
 
     The constant A is left out so that a change of 1e-7 survives float32; gradients are the
-    objective's own.
+    objective's own. With `truncate` it is −A·clip(r) + A, without the larger one of the two.
     """
     clipped = jnp.clip(ratio_excess, -clip_low, clip_high)
+    if truncate:
+        return -advantage * clipped
     return jnp.maximum(-advantage * ratio_excess, -advantage * clipped)
 
 

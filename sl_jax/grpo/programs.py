@@ -56,14 +56,16 @@ class Programs:
 
     def resident(self) -> dict[str, Any]:
         """What is on the devices all the time, by name."""
+        state = self.state
+        sampler = {"sampling adapter": state.sampler.lora} if self._stale else {}
         return {
             "base": self.pipeline.params,
             "autoencoder": self.pipeline.vae_params,
-            "adapter": self.state.adapter,
-            "average": self.state.ema.lora,
-            "initial adapter": self.state.initial.lora,
-            "optimizer": self.state.optimizer,
-        }
+            "adapter": state.adapter,
+            "average": state.ema.lora,
+            "initial adapter": state.initial.lora,
+            "optimizer": state.optimizer,
+        } | sampler
 
     def chains(self) -> tuple[Phases, ...]:
         """The programs of an epoch, in chains that can be compiled side by side."""
@@ -77,7 +79,7 @@ class Programs:
             len(batches),
             trips,
             (*zip(_LOOPS[-len(trips) :], trips, strict=True), *self._loops),
-            (self._learning, batches[1:]),
+            (self._learning, batches[1:], self._waiting),
             self._weights(sum(trips)),
         )
 
@@ -90,10 +92,10 @@ class Programs:
             len(self._batches),
             (),
             (),
-            (params, self.adapter, self._learning, others, kept),
+            (params, self.adapter, self._learning, others, kept, self._waiting),
             0.0,
         )
-        begun = (self._before, self._batches)
+        begun = (self._before, self._batches, self._waiting)
         rest = (state.initial.lora, state.adapter.lora_scale, begun)
         yield Phase(
             "apply",
@@ -112,6 +114,15 @@ class Programs:
         return [self._candidates()] * (rollout.groups // rollout.batch_groups)
 
     @property
+    def _stale(self) -> bool:
+        return self._config.rollout.max_staleness > 0
+
+    @property
+    def _waiting(self) -> Any:
+        """Of the epoch before or after what waits for the judge, and whose it is."""
+        return (self.state.sampler.lora, self._batches) if self._stale else ()
+
+    @property
     def _learning(self) -> Any:
         """Of the state what sampling does not use."""
         return self.state.ema.lora, self.state.initial.lora, self.state.optimizer
@@ -125,7 +136,8 @@ class Programs:
 
     def _learner_phases(self) -> Phases:
         """What the forward program leaves to the compiler is the backward one's argument."""
-        config, epoch, learning = self._config, (self._before, self._batches), self._learning
+        config, learning = self._config, self._learning
+        epoch = (self._before, self._batches, self._waiting)
         gradients = (self.state.adapter.lora, self.state.adapter.lora)
         samples = config.rollout.groups * config.rollout.group_size
         steps = config.rollout.window_size * samples // config.learner.micro_batch
@@ -177,9 +189,9 @@ class Programs:
         return velocities * self._prompts * whole / self._layout.mesh.shape["tensor"]
 
     def _velocities_per_step(self) -> float:
-        """Forward passes per micro-batch: the old adapter's after the first update, a reference."""
+        """Forward passes per micro-batch: the sampling adapter's, if it is another; a reference."""
         config = self._config
-        later = (config.learner.updates - 1) / config.learner.updates
+        later = 1 if self._stale else (config.learner.updates - 1) / config.learner.updates
         return 1 + later + (1 if config.objective.kl_weight else 0)
 
     def _sampler_trips(self) -> tuple[float, ...]:

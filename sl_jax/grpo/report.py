@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from etils import epath
 
+from sl_jax.data.pictures import shown as shown_name
 from sl_jax.eval.bootstrap import Interval, interval, paired_difference
 from sl_jax.eval.curves import run_curves
 from sl_jax.eval.divergence import divergence
@@ -88,7 +89,7 @@ def _pictures(
 ) -> tuple[Picture, ...]:
     return tuple(
         Picture(
-            name=first.example.path.rpartition("/")[2] or first.example.picture_id,
+            name=shown_name(first.example.path.rpartition("/")[2]) or first.example.picture_id,
             source=first.example.picture,
             caption=first.example.caption,
             decompositions=tuple(

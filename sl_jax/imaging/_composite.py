@@ -6,11 +6,13 @@ Pictures may be uint8 in 0…255 or floating point in 0…1; the arithmetic is f
 from __future__ import annotations
 
 import functools
+import math
 
 import numpy as np
 from jaxtyping import Float, Float32, Shaped, UInt8
 
 _LIGHT, _DARK = 255, 204
+_PIXELS_AT_A_TIME = 2**22  # in float32 they take sixteen times their bytes
 
 
 def to_unit(picture: Shaped[np.ndarray, "*shape"]) -> Float32[np.ndarray, "*shape"]:
@@ -76,9 +78,15 @@ def flatten(
 ) -> UInt8[np.ndarray, "*batch height width 3"]:
     """A straight-alpha picture over a grey level: c·a + background/255·(1 − a), rounded."""
     _check_rgba(rgba, "height width 4", 3)
-    rgba = to_unit(rgba)
-    alpha = rgba[..., 3:]
-    return to_uint8(rgba[..., :3] * alpha + np.float32(background / 255) * (1 - alpha))
+    flat = np.empty((*rgba.shape[:-1], 3), np.uint8)
+    height = rgba.shape[-3]
+    rows = max(1, _PIXELS_AT_A_TIME * height // max(1, math.prod(rgba.shape[:-1])))
+    for top in range(0, height, rows):
+        band = to_unit(rgba[..., top : top + rows, :, :])
+        alpha = band[..., 3:]
+        shown = band[..., :3] * alpha + np.float32(background / 255) * (1 - alpha)
+        flat[..., top : top + rows, :, :] = to_uint8(shown)
+    return flat
 
 
 def recompose(

@@ -1,7 +1,9 @@
 """What can go wrong with files and folders, found early and said in one line."""
 
 import errno
+import hashlib
 import os
+import re
 import uuid
 
 from etils import epath
@@ -21,6 +23,26 @@ _ADVICE = {
     errno.EEXIST: _TAKEN,
     errno.EISDIR: _TAKEN,
 }
+
+# File systems take 255 bytes, and endings come behind it.
+_LONGEST_NAME = 200
+
+
+def inside_name(name: str) -> str:
+    """A name of others, of a picture or a design, as that of a folder: it leads nowhere else.
+
+    Names that could leave the folder that they stand in, or that file systems refuse, get others,
+    with a digest of their own; all others stay. A slash stands for a folder inside.
+    """
+    return "/".join(map(_inside, name.split("/")))
+
+
+def _inside(part: str) -> str:
+    raw = os.fsencode(part)
+    if part not in ("", ".", "..") and b"\0" not in raw and len(raw) <= _LONGEST_NAME:
+        return part
+    told = re.sub(r"[^\w .-]", "_", raw[: _LONGEST_NAME - 9].decode("utf-8", "ignore")).strip(".")
+    return f"{told or 'name'}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
 def disk_problem(error: OSError, place: epath.PathLike) -> str:

@@ -6,9 +6,11 @@ release, and every size has one program, whatever else is in the folder.
 
 import collections
 import dataclasses
+import fnmatch
 import functools
 import glob
 import itertools
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,7 +22,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sl_jax.checkpoints.byte_ranges import reachable
-from sl_jax.data import FolderError, are_folders, in_threads
+from sl_jax.data import FolderError, are_folders, in_threads, list_files
 from sl_jax.data.pictures import (
     PictureError,
     PictureLimits,
@@ -36,10 +38,12 @@ from sl_jax.inference.decomposer import (
     check_seeds,
     picture_keys,
 )
-from sl_jax.inference.disk import require_writable
+from sl_jax.inference.disk import inside_name, require_writable
 from sl_jax.inference.outputs import clear_outputs, layer_names, read_record, write_outputs
 
 _MAGIC = frozenset("*?[")
+
+_log = logging.getLogger(__name__)
 
 
 class Entry(NamedTuple):
@@ -165,7 +169,12 @@ def _pictures(paths: Iterable[epath.Path]) -> list[epath.Path]:
 def _matching(pattern: epath.Path) -> list[epath.Path]:
     text = os.fspath(pattern)
     if "://" not in text:
-        return [epath.Path(match) for match in glob.glob(text, recursive=True)]
+        parts = text.split("/")
+        if "**" not in parts:
+            return [epath.Path(match) for match in glob.glob(text)]
+        depth = parts.index("**")
+        folders = glob.glob("/".join([*parts[:depth], ""]) or ".")
+        return [path for folder in folders for path in _below(folder, parts[depth + 1 :])]
     plain = list(itertools.takewhile(lambda part: _MAGIC.isdisjoint(part), pattern.parts))
     rest = pattern.parts[len(plain) :]
     if "**" in rest:
@@ -173,16 +182,37 @@ def _matching(pattern: epath.Path) -> list[epath.Path]:
     return list(epath.Path(*plain).glob("/".join(rest))) if rest else []
 
 
+def _below(folder: str, pattern: Sequence[str]) -> list[epath.Path]:
+    """Files at any depth whose last names fit a pattern; links that loop are followed once."""
+    files, unlisted = list_files(epath.Path(folder))
+    for name, reason in unlisted:
+        _log.warning("%s: %s", shown(os.path.join(folder, name)), reason)
+    wanted = ["**", *(pattern or ["*"])]
+    return [found.path for found in files if _fits(found.name.split("/"), wanted)]
+
+
+def _fits(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    if not parts or not pattern:
+        return not parts and not pattern
+    head, *rest = pattern
+    if head == "**":
+        return _fits(parts, rest) or _fits(parts[1:], pattern)
+    return fnmatch.fnmatchcase(parts[0], head) and _fits(parts[1:], rest)
+
+
 def _names(paths: Sequence[epath.Path]) -> list[str]:
     """Names without ending; those that would collide get ending, or number, as well."""
+    numbered = [f"{i}_{p.name}" for i, p in enumerate(paths)]
     names = [path.stem for path in paths]
-    for better in ([p.name for p in paths], [f"{i}_{p.name}" for i, p in enumerate(paths)]):
+    for better in ([p.name for p in paths], numbered):
         counts = collections.Counter(name.casefold() for name in names)
         names = [
             new if counts[name.casefold()] > 1 else name
             for name, new in zip(names, better, strict=True)
         ]
-    return names
+    if len({name.casefold() for name in names}) < len(names):  # one is called like 0_NAME itself
+        names = numbered
+    return [inside_name(name) for name in names]
 
 
 def decompose_pictures(

@@ -32,6 +32,7 @@ from sl_jax.imaging import (
     recompose,
     to_uint8,
 )
+from sl_jax.imaging.words import readable_json
 
 RECORD = "layers.json"
 
@@ -70,9 +71,7 @@ def write_outputs(
     save_psd(folder / "layers.psd", layers, names)
     content = dict(record) | description(source, layers)
     partial = folder / f".{uuid.uuid4().hex}.partial"
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-    # Names of files need not be text: what UTF-8 lacks becomes an escape of JSON.
-    partial.write_bytes(text.encode("utf-8", "backslashreplace"))
+    partial.write_text(readable_json(content, indent=2) + "\n", "utf-8")
     partial.replace(folder / RECORD)
 
 

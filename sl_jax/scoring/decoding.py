@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
 
+from sl_jax.imaging.decoding import DECODER_ERRORS, check_scans
 from sl_jax.scoring.request import UnreadableRequestError, request_of
 from sl_jax.scoring.types import JudgeRequest
 
@@ -30,12 +31,16 @@ class Limits:
       pictures: pictures in a request.
       pixels: pixels of all its pictures together.
       waiting: requests that may wait for a free thread before clients are told to come back.
+      held: bytes of the bodies of all requests that wait or are judged.
+      seconds: for a request to arrive.
     """
 
     body: int = 32 * 2**20
     pictures: int = 64
-    pixels: int = 64 * 2**20
+    pixels: int = 32 * 2**20
     waiting: int = 64
+    held: int = 256 * 2**20
+    seconds: float = 60.0
 
 
 def request_from(body: object, limits: Limits) -> JudgeRequest:
@@ -104,12 +109,14 @@ def _item(item: object) -> str | bytes:
 def _open(data: bytes) -> Image.Image:
     try:
         return Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except DECODER_ERRORS as error:
         raise BadRequestError("a picture is neither PNG nor JPEG") from error
 
 
 def _pixels(picture: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     try:
-        return np.asarray(picture.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        check_scans(picture)
+        picture.load()
+        return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+    except DECODER_ERRORS as error:
         raise BadRequestError("a picture is damaged") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 _SHORTEST = 8
@@ -33,3 +34,13 @@ def read_key(variable: str) -> str:
 def redacted(text: str, key: str) -> str:
     """The text with the key hidden, wherever it came from."""
     return text.replace(key, _HIDDEN) if key else text
+
+
+def redacted_json(text: str, key: str) -> str:
+    """A JSON text with the key hidden, however it is escaped there."""
+    hidden = redacted(text, key)
+    if not key or "\\" not in hidden:
+        return hidden
+    plain = json.dumps(json.loads(hidden), ensure_ascii=False)
+    told = json.dumps(key, ensure_ascii=False)[1:-1]
+    return redacted(plain, told) if told in plain else hidden

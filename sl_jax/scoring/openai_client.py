@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import openai
 
+from sl_jax.imaging.words import printable
 from sl_jax.scoring.encoding import Content, RequestConfig, content_of, seed_of
 from sl_jax.scoring.endpoint_config import EndpointConfig
-from sl_jax.scoring.keys import read_key, redacted
+from sl_jax.scoring.keys import read_key, redacted, redacted_json
 from sl_jax.scoring.types import (
     Answer,
     BrokenAnswerError,
@@ -104,9 +105,11 @@ class OpenAIJudge:
         try:
             verify(request, answer)
         except BrokenAnswerError as error:
-            raise BrokenAnswerError(f"{self.name}: {error}", tokens=tokens) from None
+            told = f"{self.name}: {self._clean(str(error))}"
+            raise BrokenAnswerError(told, tokens=tokens) from None
         self._proven.add(request.stage)
-        return Answer(answer, self.name, tokens, time.monotonic() - started)
+        hidden = redacted_json(answer, self._key)
+        return Answer(hidden, self.name, tokens, time.monotonic() - started)
 
     async def models(self) -> tuple[str, ...]:
         """Names of the models that the server lists; empty if it lists none.
@@ -122,7 +125,7 @@ class OpenAIJudge:
         listed = _json(reply)
         rows = listed.get("data") if isinstance(listed, dict) else None
         names = [row.get("id") for row in rows or () if isinstance(row, dict)]
-        return tuple(redacted(name, self._key) for name in names if isinstance(name, str))
+        return tuple(self._clean(name) for name in names if isinstance(name, str))
 
     async def aclose(self) -> None:
         """Closes the connections."""
@@ -231,7 +234,7 @@ class OpenAIJudge:
         )
 
     def _clean(self, text: str) -> str:
-        return redacted(" ".join(text.split()), self._key)[:300]
+        return printable(redacted(" ".join(text.split()), self._key))[:300]
 
 
 def _quieten_transports() -> None:

@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
+from sl_jax.imaging.words import readable_json
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.rubric import Prompts
 from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
@@ -73,7 +74,7 @@ class JudgeRecords:
         names = picture_ids or [group.group_id for group in groups]
         rows = zip(groups, scores, names, strict=True)
         lines = [
-            json.dumps(to_row(epoch, group, found, name), ensure_ascii=False, allow_nan=False)
+            readable_json(to_row(epoch, group, found, name), allow_nan=False)
             for group, found, name in rows
         ]
         path = folder / f"epoch_{epoch:06d}.jsonl"
@@ -99,7 +100,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
         raise FileNotFoundError(f"{root} holds no epoch_*.jsonl: please name a folder of records")
     found = []
     for file in files:
-        for number, line in enumerate(file.read_text().splitlines(), start=1):
+        for number, line in enumerate(file.read_text("utf-8").rstrip("\n").split("\n"), 1):
             try:
                 found.append(_from_row(json.loads(line)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:

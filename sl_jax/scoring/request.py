@@ -240,15 +240,18 @@ class Seen(NamedTuple):
     alpha: Float[np.ndarray, "layers height width"]
 
 
+# Numbers of a few digits, and few letters between: others' texts are searched in linear time.
 _SHEET = re.compile(
-    r"The picture is a (?:contact sheet|grid)\. Cells: (\d+) wide, (\d+) high, in (\d+) columns, "
-    r"label strips of (\d+), gaps of (\d+)\. Row by row: ([^.]*)\."
+    r"The picture is a (?:contact sheet|grid)\. Cells: (\d{1,6}) wide, (\d{1,6}) high, "
+    r"in (\d{1,6}) columns, label strips of (\d{1,6}), gaps of (\d{1,6})\. Row by row: ([^.]*)\."
 )
 _GRID = re.compile(r"The picture is a grid\. Cells: ")
 _CELL = re.compile(
-    r"In each cell, (\d+) by 2 pictures of (\d+) wide and (\d+) high, (\d+) apart: .*"
-    r"on a checkerboard of (\d+) pixel squares"
+    r"In each cell, (\d{1,6}) by 2 pictures of (\d{1,6}) wide and (\d{1,6}) high, "
+    r"(\d{1,6}) apart: .{0,100}on a checkerboard of (\d{1,6}) pixel squares"
 )
+_NAMED = re.compile(r"[A-Z]{1,3}")  # as `label_of` does
+_MOST_CANDIDATES = 256
 
 
 class UnreadableRequestError(ValueError):
@@ -273,6 +276,10 @@ def request_of(parts: Sequence[str | Rgb], sample: int = 0) -> JudgeRequest:
         return request
     legend, _ = _legend_and_picture(request)
     _, labels = _geometry(legend)
+    if len(labels) > _MOST_CANDIDATES or not all(map(_NAMED.fullmatch, labels)):
+        raise UnreadableRequestError(
+            f"the grid's candidates are not called A, B, …, or are more than {_MOST_CANDIDATES}"
+        )
     return JudgeRequest(2, shown, grid_schema(_alphabetical(labels)), sample=sample)
 
 
@@ -307,6 +314,8 @@ def read_grid(request: JudgeRequest) -> tuple[tuple[str, ...], tuple[Seen, ...]]
     if cell is None:
         raise UnreadableRequestError("the grid's legend does not say what its cells hold")
     columns, width, height, gap, square = map(int, cell.groups())
+    if columns < 2 or not width or not height or not square:
+        raise UnreadableRequestError("the cells of the grid show no layers")
     tiles = imaging.SheetGeometry(height, width, columns, 2 * columns, label=0, gap=gap)
     if sheet.shape[:2] != geometry.size or tiles.size != (geometry.height, geometry.width):
         raise UnreadableRequestError(f"a grid of {sheet.shape} does not fit its legend")
@@ -353,4 +362,6 @@ def _geometry(legend: str) -> tuple[imaging.SheetGeometry, tuple[str, ...]]:
     match = _SHEET.search(legend)
     width, height, columns, label, gap = map(int, match.groups()[:5])
     names = tuple(match.group(6).split(" | "))
+    if not width or not height or not columns:
+        raise UnreadableRequestError("the cells of the legend show nothing")
     return imaging.SheetGeometry(height, width, columns, len(names), label, gap), names

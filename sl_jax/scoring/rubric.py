@@ -210,7 +210,6 @@ def parse_grid(text: str, labels: Sequence[str]) -> Float[np.ndarray, " labels"]
 
 
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
-_FENCE = re.compile(r"\A```(?:json)?\s*\n(.*)\n\s*```\Z", re.DOTALL)
 
 
 def parse_object(model: type[pydantic.BaseModel], text: str) -> Any:
@@ -219,14 +218,20 @@ def parse_object(model: type[pydantic.BaseModel], text: str) -> Any:
     Raises:
       BrokenAnswerError: there is none that `model` allows.
     """
-    body = _THOUGHT.sub("", text).strip()
-    fenced = _FENCE.match(body)
+    body = _unfenced(_THOUGHT.sub("", text).strip())
     try:
-        content = json.loads(fenced.group(1) if fenced else body, object_pairs_hook=_unique_keys)
+        content = json.loads(body, object_pairs_hook=_unique_keys)
         return model.model_validate(content)
     except (ValueError, RecursionError) as error:
         first = str(error).splitlines()
         raise BrokenAnswerError(f"broken answer: {' '.join(first[:3])[:300]}") from error
+
+
+def _unfenced(body: str) -> str:
+    """What is inside, if the body is one fenced block; in linear time, whatever it is."""
+    lines = body.split("\n")
+    fenced = len(lines) > 2 and lines[0].rstrip() in ("```", "```json")
+    return "\n".join(lines[1:-1]) if fenced and lines[-1].strip() == "```" else body
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

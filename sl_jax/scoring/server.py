@@ -24,6 +24,8 @@ from sl_jax.scoring.types import PermanentJudgeError
 
 _log = logging.getLogger(__name__)
 
+_UNREAD = frozenset({408, 413, 429})  # answers that come before the body has
+
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -95,7 +97,7 @@ class JudgeServer:
         self.model = judge.name.replace(":", "-")
         self._token = token
         self._pool = concurrent.futures.ThreadPoolExecutor(threads, "judge")
-        self._waiting = 0
+        self._waiting = self._held = 0
         self._capacity = threads + self.limits.waiting
         self.registry = prometheus.CollectorRegistry()
         self._requests = prometheus.Counter(
@@ -136,6 +138,12 @@ class JudgeServer:
             response = await self._judged(request)
         except ClientDisconnect:
             response = _error(499, "the client went away")
+        except TimeoutError:
+            response = _error(408, f"the body did not come within {self.limits.seconds:g} s")
+        except _BodyError as error:
+            response = _error(*error.args)
+        if response.status_code in _UNREAD:
+            response.headers["connection"] = "close"  # else the rest would be waited for
         self._requests.labels(str(response.status_code)).inc()
         return response
 
@@ -143,26 +151,33 @@ class JudgeServer:
         if self._waiting >= self._capacity:
             return _error(429, "too many requests wait already", {"retry-after": "1"})
         self._waiting += 1
+        body = bytearray()
         try:
-            body = await self._body(request)
-            if body is None:
-                return _error(413, f"the body is longer than {self.limits.body} bytes")
+            await self._receive(request, body)
             started = time.monotonic()
             loop = asyncio.get_running_loop()
-            reply = await loop.run_in_executor(self._pool, self._reply, body)
+            reply = await loop.run_in_executor(self._pool, self._reply, bytes(body))
             self._seconds.observe(time.monotonic() - started)
             return reply
         finally:
             self._waiting -= 1
+            self._held -= len(body)
 
-    async def _body(self, request: Request) -> bytes | None:
-        """The body; None if it is too long, without reading on."""
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > self.limits.body:
-                return None
-        return bytes(body)
+    async def _receive(self, request: Request, body: bytearray) -> None:
+        """Fills the body; one that is too long or too slow is not read on.
+
+        Raises:
+          _BodyError: it is too long, or those of all requests are.
+          TimeoutError: it does not come in time.
+        """
+        async with asyncio.timeout(self.limits.seconds):
+            async for chunk in request.stream():
+                body += chunk
+                self._held += len(chunk)
+                if len(body) > self.limits.body:
+                    raise _BodyError(413, f"the body is longer than {self.limits.body} bytes")
+                if self._held > self.limits.held:
+                    raise _BodyError(429, "too much waits already", {"retry-after": "1"})
 
     def _reply(self, body: bytes) -> Response:
         try:
@@ -187,6 +202,10 @@ class JudgeServer:
 
     async def _health(self, request: Request) -> Response:
         return JSONResponse({"status": "ok", "waiting": self._waiting})
+
+
+class _BodyError(Exception):
+    """A body that is not read on; its arguments are those of `_error`."""
 
 
 def _error(

@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
+from sl_jax.imaging.words import printable
+
 CRITERIA = (
     "semantic_separation",
     "alpha_quality",
@@ -21,7 +23,13 @@ CRITERIA = (
 
 
 class JudgeError(Exception):
-    """A judgement that was not given."""
+    """A judgement that was not given.
+
+    A server's own words may stand in the message: what no terminal should get is escaped.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message, keep="\n"))
 
 
 class TransientJudgeError(JudgeError):

@@ -213,7 +213,7 @@ def _fits(value: Any, kind: Any) -> bool:
     """
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin is Literal:
-        return value in parts
+        return any(value == part and type(value) is type(part) for part in parts)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, part) for part in parts)
     if origin is tuple and parts[-1] is not Ellipsis:

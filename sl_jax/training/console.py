@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from sl_jax.imaging.words import printable
 from sl_jax.parallel.interrupts import TERMINATED, Terminated
 
 
@@ -28,7 +29,7 @@ def _without_traceback(record: logging.LogRecord) -> bool:
 
 class _Format(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
+        text = printable(super().format(record), keep="\n\t")
         return text if record.levelno <= logging.INFO else f"{record.levelname}: {text}"
 
 

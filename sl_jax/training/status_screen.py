@@ -6,7 +6,7 @@ import sys
 import unicodedata
 
 from sl_jax.checkpoints.byte_ranges import reachable
-from sl_jax.imaging.words import time_span
+from sl_jax.imaging.words import printable, time_span
 from sl_jax.training.status import Status, age, looks_dead, read_status
 
 EXIT_CODES = {"running": 0, "finished": 0, "waiting": 2, "stopped": 3, "dead": 4}
@@ -63,11 +63,11 @@ def screen(status: Status, workdir: str, now: datetime.datetime, width: int) -> 
 def fitted(text: str, width: int, lines: int) -> list[str]:
     """A text as at most so many lines of at most `width` columns; what is too long ends in "...".
 
-    Wide characters take two columns. Characters that steer a terminal are left out.
+    Wide characters take two columns. What could steer the terminal comes as escapes.
     """
-    plain = "".join(c if unicodedata.category(c)[0] != "C" else " " for c in text)
     found = [""]
-    for word in plain.split():
+    for word in text.split():
+        word = printable(word)
         if found[-1] and _columns(f"{found[-1]} {word}") <= width:
             found[-1] += f" {word}"
             continue

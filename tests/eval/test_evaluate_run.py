@@ -247,7 +247,7 @@ def test_bad_layers_are_named_and_counted(designs, tmp_path):
     assert {entry.system for entry in outcome.left_out} == {"bad"}
     reasons = {entry.picture: entry.reason for entry in outcome.left_out}
     assert "0000.png is missing" in reasons[first.name]
-    assert "0001.png is RGB without alpha" in reasons[second.name]
+    assert "0001.png has no alpha" in reasons[second.name]
     assert "0001.png is 48×32" in reasons[third.name]
     assert fourth.name not in reasons
     rows = {row["Model"]: row for row in table(output, "Without a reference")}

@@ -126,6 +126,8 @@ def test_rewards_may_have_options():
         ("data.caption", "vlm", "name config.judge.endpoints, or use 'files' or 'prompt'"),
         ("data.caption", True, "one of 'files', 'prompt', 'vlm'"),
         ("rollout.guidance", 0.5, "a number from 1, which is none"),
+        ("rollout.max_staleness", 2, "one of 0, 1"),
+        ("rollout.max_staleness", True, "one of 0, 1"),
         ("rollout.train_frames", "none", "one of 'all', 'layers'"),
         ("advantage.scale", "judge", "'criterion'"),
         ("data.max_text_tokens", 2000, "from 1 to 1024"),

@@ -35,7 +35,7 @@ class State:
 
 class Stream:
     def __init__(self):
-        self.position = 0
+        self.position, self.quarantined = 0, {}
 
     def state(self):
         return {"step": self.position}
@@ -57,7 +57,9 @@ class Run:
             checkpoint=CheckpointConfig(every, 3),
             evaluation=EvaluationConfig(every=3),
         )
-        monkeypatch.setattr(loop, "run_epoch", self._epoch)
+        monkeypatch.setattr(
+            loop.Epochs, "run", lambda epochs, *args: self._epoch(epochs._parts, *args)
+        )
         monkeypatch.setattr(
             loop, "evaluation_metrics", lambda value: {"evaluation/reward": float(value)}
         )
@@ -288,7 +290,7 @@ def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "_evaluated", lambda value: None)
     monkeypatch.setattr(loop, "evaluation_metrics", lambda value: {})
     monkeypatch.setattr(loop._Books, "pictures", lambda *args: None)
-    monkeypatch.setattr(loop, "run_epoch", epoch)
+    monkeypatch.setattr(loop.Epochs, "run", lambda epochs, *args: epoch(epochs._parts, *args))
     run.start()
     # When an epoch begins, the one state's three arrays are all there is.
     assert alive == [3] * 6

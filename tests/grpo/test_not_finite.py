@@ -109,7 +109,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
         adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
     )
     phases = SimpleNamespace(begin=lambda name: None, wait=None, computed=lambda work: None)
-    _, metrics = epoch.run_epoch(parts, state, 0, phases)
+    _, metrics = epoch.Epochs(parts).run(state, 0, phases)
     (weight,) = updates
     assert np.array_equal(weight > 0, finite & (finite.sum(1, keepdims=True) > 1))
     assert metrics["rollout/not_finite"] == 4 - left

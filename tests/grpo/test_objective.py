@@ -38,15 +38,16 @@ def _log_probs_64(case, velocity, coefficients):
     return (-squares - np.log(std) - 0.5 * np.log(2 * np.pi)).mean(axis=(1, 2))
 
 
-_policy_objective = jax.jit(objective.policy_objective, static_argnames="config")
+_policy_objective = jax.jit(objective.policy_objective, static_argnames=("config", "truncate"))
 
 
-def _objective(velocity, case, config=None, coefficients=None, **given_arrays):
+def _objective(velocity, case, config=None, coefficients=None, truncate=False, **given_arrays):
     arrays = {"advantage": jnp.ones(B), "weight": jnp.full(B, 1 / B), **given_arrays}
     return _policy_objective(
         jnp.asarray(velocity),
         coefficients=coefficients or _coefficients(),
         config=config or objective.ObjectiveConfig(),
+        truncate=truncate,
         **{name: jnp.asarray(value) for name, value in (case | arrays).items()},
     )
 
@@ -178,7 +179,8 @@ def test_tiny_ratios_keep_their_digits():
     np.testing.assert_allclose(metrics.surrogate_gain, -2.0 * expected, rtol=1e-3, atol=1e-13)
 
 
-def test_clip_metrics_and_stopped_gradients():
+@pytest.mark.parametrize("truncate", [False, True])
+def test_clip_metrics_and_stopped_gradients(truncate):
     case, _ = _case(5)
     coefficients = _coefficients()
     moments = dynamics.step_moments(
@@ -189,14 +191,34 @@ def test_clip_metrics_and_stopped_gradients():
     sign = jnp.asarray([1.0, 1.0, -1.0, -1.0])[:, None, None]
     velocity = case["velocity_old"] - 0.1 * sign * noise
     advantage = jnp.asarray([1.0, -1.0, 1.0, -1.0])
-    gradient, metrics = jax.grad(lambda v: _objective(v, case, advantage=advantage), has_aux=True)(
-        velocity
-    )
+
+    def loss(velocity):
+        return _objective(velocity, case, advantage=advantage, truncate=truncate)
+
+    gradient, metrics = jax.grad(loss, has_aux=True)(velocity)
     np.testing.assert_array_equal(metrics.clipped_high, [1, 1, 0, 0])
     np.testing.assert_array_equal(metrics.clipped_low, [0, 0, 1, 1])
     moved = np.abs(gradient).max(axis=(1, 2)) > 0
-    np.testing.assert_array_equal(moved, [False, True, True, False])
+    # Truncated, samples that their advantage would bring back have no gradient either.
+    np.testing.assert_array_equal(moved, [False, not truncate, not truncate, False])
+    np.testing.assert_array_equal(metrics.truncated, [float(truncate)] * 4)
     np.testing.assert_allclose(metrics.surrogate_gain[0], -1e-2, rtol=1e-5)
+    if truncate:
+        np.testing.assert_allclose(metrics.surrogate_gain, [-1e-2, 1e-2, 1e-2, -1e-2], rtol=1e-5)
+
+
+def test_within_the_clip_range_truncation_changes_nothing():
+    case, velocity = _case(11, change=1e-3)
+    weighted = {"advantage": jnp.asarray([1.0, -2.0, 0.5, -0.1])}
+    found = [
+        jax.value_and_grad(
+            lambda v, truncate=truncate: _objective(v, case, truncate=truncate, **weighted),
+            has_aux=True,
+        )(velocity)
+        for truncate in (False, True)
+    ]
+    assert np.abs(found[0][0][1].ratio_excess).max() < 1e-2
+    jax.tree.map(np.testing.assert_array_equal, *found)
 
 
 def test_log_ratio_limit_saturates_and_is_counted():

@@ -101,6 +101,6 @@ def test_groups_are_judged_while_others_roll_out_and_while_the_first_are_learned
     run.judge.may_answer[BATCHES // 2 - 1].set()
     adapter = SimpleNamespace(lora={"a": jnp.ones(2)})
     state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
-    _, metrics = epoch.run_epoch(run, state, 0, Phases())
+    _, metrics = epoch.Epochs(run).run(state, 0, Phases())
     assert run.rollout.calls == BATCHES and run.learner.updates == 2
     assert metrics["judge/groups"] == 4 * BATCHES and metrics["judge/valid_share"] == 1

@@ -10,6 +10,7 @@ from sl_jax.checkpoints.source import resolve_model
 from sl_jax.grpo.config import from_mapping
 from sl_jax.grpo.programs import Programs
 from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.planning.phases import bytes_per_chip
 from sl_jax.planning.work import count_work
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
@@ -51,3 +52,16 @@ def test_guidance_doubles_the_passes(plain):
         # What lies in the loops over prompts and blocks runs for both prompts.
         path = "jit(_program)/guidance/while/body/closed_call/MMDiT/while/body/dot_general"
         assert guided[name].times(path) == 2 * plain[name].times(path)
+
+
+def test_staleness_keeps_another_epoch_and_its_adapter(plain):
+    programs = _programs(max_staleness=1)
+    stale, adapter = _first_phases(programs), bytes_per_chip(programs.adapter.lora)
+    assert bytes_per_chip(programs.resident()["sampling adapter"]) == adapter
+    rollout = programs._config.rollout
+    epoch = rollout.groups // rollout.batch_groups * bytes_per_chip(programs._candidates())
+    for name, phase in stale.items():
+        more = bytes_per_chip(phase.held) - bytes_per_chip(plain[name].held)
+        assert more == epoch + adapter, name
+    # The sampling adapter's velocities are computed in all updates, not in the second alone.
+    assert stale["learner forward"].calls / plain["learner forward"].calls == 2 / 1.5

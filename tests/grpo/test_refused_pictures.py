@@ -1,5 +1,6 @@
 """A picture that the judge refuses gives way to another, in the same epoch."""
 
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import jax
@@ -94,18 +95,18 @@ class Phases:
         pass
 
 
-@pytest.fixture
-def run(tmp_path):
+@contextmanager
+def opened(folder):
     """Parts of a run of one rollout batch per epoch, and its judge."""
-    write_designs(tmp_path / "pictures", "A", range(7), 32, 2)
-    index = scan_folder(tmp_path / "pictures", make_buckets([(32, 32)]))
+    write_designs(folder / "pictures", "A", range(7), 32, 2)
+    index = scan_folder(folder / "pictures", make_buckets([(32, 32)]))
     judge = Judge()
     with JudgeWorker(judge) as worker:
         judging = Judging(
             worker,
             Rewards((("judge", 1.0),)),
             JudgeSettings(min_valid=1.0, max_wait=0.0),
-            JudgeRecords(tmp_path / "judge", pictures=0),
+            JudgeRecords(folder / "judge", pictures=0),
         )
         yield SimpleNamespace(
             config=GrpoConfig("", "", 1, rollout=RolloutConfig(batch_groups=GROUPS)),
@@ -114,10 +115,16 @@ def run(tmp_path):
             prompts=lambda examples: (np.zeros((len(examples), 1, 4)), None),
             judging=judging,
             judge=judge,
-            records=tmp_path / "judge",
+            records=folder / "judge",
             layout=Layout(make_mesh(MeshConfig(), jax.devices()[:1])),
             processes=Processes(),
         )
+
+
+@pytest.fixture
+def run(tmp_path):
+    with opened(tmp_path) as parts:
+        yield parts
 
 
 def _epoch(run):

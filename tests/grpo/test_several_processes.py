@@ -249,8 +249,18 @@ def test_when_the_judge_of_one_is_gone_all_wait_and_stop_and_one_alone_goes_on(
     _assert_same(tmp_path / "run", adapters, whole)
 
 
+# Decisions that all must take alike; after its first update the policy is beyond the bound.
+VARIANTS = {
+    "learner.stop.log_ratio": 1e-9,
+    "rollout.guidance": 2.0,
+    "rollout.max_staleness": 1,
+    "rollout.window_order": "sliding",
+}
+
+
 @pytest.mark.slow
 def test_an_interrupt_of_one_stops_all_with_the_last_complete_epoch(runner, tmp_path):
+    """Here in a run of variants, which then goes on, with what was under way, to its end."""
     workdir = tmp_path / "run"
 
     def interrupt(started):
@@ -262,11 +272,18 @@ def test_an_interrupt_of_one_stops_all_with_the_last_complete_epoch(runner, tmp_
             time.sleep(0.02)
         started[1].send_signal(signal.SIGINT)
 
-    said, adapters = runner(tmp_path, ((), ()), code=130, meanwhile=interrupt)
+    said, adapters = runner(tmp_path, ((), ()), VARIANTS, code=130, meanwhile=interrupt)
     assert adapters == [] and not (workdir / "report.html").exists()
     assert "Process 1 got SIGINT: all stop at their next exchange" in said[1]
     assert all("goes on after the last complete epoch" in text for text in said)
     assert _latest(workdir) == 1
+    said, (first, second) = runner(tmp_path, ((), ()), VARIANTS)
+    assert all("Going on after epoch 1." in text for text in said)
+    assert all(first[name].tobytes() == second[name].tobytes() for name in first.files)
+    _, *records = read_metrics(workdir)
+    assert [r["rollout/staleness"] for r in records] == [0, 1]
+    assert [r["learner/stopped_updates"] for r in records] == [1, 2]
+    assert [r["learner/updates"] for r in records] == [1, 1]
 
 
 @pytest.mark.slow

@@ -87,7 +87,7 @@ def _epoch(monkeypatch, learner, stop, processes=None):
     monkeypatch.setattr(epoch, "record", lambda *args: None)
     adapter = SimpleNamespace(lora={"a": jnp.zeros(2)})
     state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
-    return epoch.run_epoch(parts, state, 0, Phases())
+    return epoch.Epochs(parts).run(state, 0, Phases())
 
 
 @pytest.mark.parametrize(("bound", "applied"), [(0.03, 2), (0.05, 3), (None, 4), (0.01, 1)])

@@ -31,6 +31,7 @@ def write_designs(folder, family, seeds, size, layers):
         file.write(json.dumps(["designs", family, len(seeds), size, layers]) + "\\n")
     pathlib.Path(folder).mkdir(parents=True)
 """
+CARD = "NVIDIA H100 80GB HBM3, {driver}, 81559 MiB"
 
 
 class Repository:
@@ -88,3 +89,22 @@ class Repository:
         lines = path.read_text().splitlines()
         path.unlink()
         return [json.loads(line) for line in lines]
+
+
+class Node(Repository):
+    """With `cards` of one driver, of which JAX sees some."""
+
+    def __init__(self, place: Path):
+        super().__init__(place)
+        (self.root / "jax.py").write_text('def devices(kind): return open("seen").readlines()\n')
+        self.cards(1)
+
+    def cards(self, count: int, seen: int | None = None, driver: str = "550.54.15") -> None:
+        listed = "\n".join([CARD.format(driver=driver)] * count)
+        self.nvidia_smi(f"cat <<'END'\n{listed}\nEND")
+        (self.root / "seen").write_text("a card\n" * (count if seen is None else seen))
+
+    def nvidia_smi(self, script: str) -> None:
+        program = self.python.with_name("nvidia-smi")
+        program.write_text(f"#!/bin/bash\n{script}\n")
+        program.chmod(0o755)

@@ -4,33 +4,12 @@ import os
 import re
 import signal
 import subprocess
-from pathlib import Path
 
 import pytest
-from stand_ins import Repository
+from stand_ins import Node
 
-CARD = "NVIDIA H100 80GB HBM3, {driver}, 81559 MiB"
 RUN = ["--config=configs/grpo.py:gpu1", "--config.data.path=my pictures", "--config.workdir=a run"]
 INSTALL = ["pip", "install", "-e", ".[cuda]"]
-
-
-class Node(Repository):
-    """With `cards` of one driver, of which JAX sees some."""
-
-    def __init__(self, place: Path):
-        super().__init__(place)
-        (self.root / "jax.py").write_text('def devices(kind): return open("seen").readlines()\n')
-        self.cards(1)
-
-    def cards(self, count: int, seen: int | None = None, driver: str = "550.54.15") -> None:
-        listed = "\n".join([CARD.format(driver=driver)] * count)
-        self.nvidia_smi(f"cat <<'END'\n{listed}\nEND")
-        (self.root / "seen").write_text("a card\n" * (count if seen is None else seen))
-
-    def nvidia_smi(self, script: str) -> None:
-        program = self.python.with_name("nvidia-smi")
-        program.write_text(f"#!/bin/bash\n{script}\n")
-        program.chmod(0o755)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ import urllib.request
 
 import numpy as np
 import pytest
-import uvicorn
 from PIL import Image
 
 from sl_jax.scoring import (
@@ -30,6 +29,7 @@ from sl_jax.scoring import (
 )
 from sl_jax.scoring.decoding import Limits
 from sl_jax.scoring.encoding import RequestConfig, content_of
+from sl_jax.scoring.http_server import http_server
 from sl_jax.scoring.openai_client import EndpointConfig, OpenAIJudge
 from sl_jax.scoring.request import candidate_request
 from sl_jax.scoring.rubric import load_prompts
@@ -43,8 +43,7 @@ class Served:
 
     def __init__(self, mode="precise", **options):
         self.server = JudgeServer(EmbeddedJudge(EmbeddedConfig(mode=mode)), **options)
-        config = uvicorn.Config(self.server.app, port=0, log_level="warning", lifespan="off")
-        self.uvicorn = uvicorn.Server(config)
+        self.uvicorn = http_server(self.server, port=0)
         self.thread = threading.Thread(target=self.uvicorn.run, daemon=True)
         self.thread.start()
         while not self.uvicorn.started:
