@@ -3,6 +3,7 @@
 A command says so in its comment, or its block in the first line: `# needs a TPU`, `# takes hours`.
 """
 
+import ast
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ import pytest
 from PIL import Image
 
 from sl_jax.data import write_designs
+from sl_jax.training.flags import packaged
+from sl_jax.training.status_screen import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,7 +65,7 @@ SMALL = {
     "convert": {"model": MODEL},
     "evaluate": {"model": MODEL, "steps": 2, "limit": 2, "size": 32, "dtype": "float32"},
 }
-WITHOUT_MODEL = ("to-peft",)  # of convert
+AS_THEY_STAND = ("convert to-peft", "--status")  # these take none of the flags
 
 
 class Command(NamedTuple):
@@ -107,7 +110,7 @@ def made_small(command: str) -> str:
     """The command with the tiny configuration, and flags that make it small."""
     door = _door(command)
     flags = dict(SMALL.get(door, {}))
-    if any(word in command for word in WITHOUT_MODEL) or "--selftest" in command:
+    if any(words in command for words in AS_THEY_STAND):
         flags = {}
     dots = "config." if door in ("train", "sft") else ""
     words = [f"--{dots}{name}='{value}'" for name, value in flags.items()]
@@ -199,3 +202,79 @@ def test_the_readme_runs_from_top_to_bottom(place):
     assert len(list((place / "LAYERS").glob("*/layers.psd"))) == 12
     assert (place / "EVALUATION" / "report.html").is_file()
     assert list((place / "runs" / "designs").iterdir())
+
+
+@pytest.mark.slow
+def test_pytorch_loads_what_the_readme_exports(place):
+    """The block of Python, on the folder that the commands before it leave."""
+    if not (place / "RUN" / "adapter").is_dir():  # where this test runs alone
+        train = next(c.text for c in commands() if "--config.workdir=RUN" in c.text)
+        _run(place, made_small(train))
+    shutil.rmtree(place / "OUT", ignore_errors=True)
+    _run(place, "python -m sl_jax.convert to-peft RUN OUT --format diffusers")
+    (block,) = python_blocks("import runpy")
+    small = {
+        "Qwen/Qwen-Image-Layered": MODEL,
+        "torch.bfloat16": "torch.float32",
+        '"cuda"': '"cpu"',
+        "640": "32",
+        "layers=4, steps=50": "layers=2, steps=2",
+    }
+    for there, here in small.items():
+        assert there in block, there
+        block = block.replace(there, here)
+    check = (
+        "assert pipe.get_active_adapters()\n"
+        "assert [layer.mode for layer in layers] == ['RGBA'] * 2, layers\n"
+        "assert {layer.size for layer in layers} == {picture.size}\n"
+    )
+    (place / "export.py").write_text(block + check)
+    _run(place, "python export.py")
+
+
+def _said() -> list[str]:
+    """Texts of all messages in the sources; a value that is filled in ends one."""
+    found = []
+    for path in (ROOT / "sl_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        found += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+        found += [n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    return [text for text in found if isinstance(text, str)]
+
+
+def test_messages_of_the_troubleshooting_are_those_of_the_program():
+    section = README[README.index("## Troubleshooting") : README.index("## Citations")]
+    messages = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    assert len(messages) > 20
+    said = _said()
+    for message in messages:
+        assert len(message) > 12, message
+        name, _, rest = message.rpartition("Error: ")
+        parts = [f"{name}Error"] if name else []
+        parts += [part.strip() for part in rest.split("…")]
+        for part in filter(None, parts):
+            # A message may hold a value between the words: "at step%s" or {problem}.
+            assert any(part in text for text in said), (message, part)
+
+
+def test_variants_and_exit_codes_of_the_readme_are_those_of_the_program():
+    section = README[README.index("### Configuration") : README.index("### Watching a run")]
+    named = set(re.findall(r"`:(\w+)`", section))
+    with pytest.raises(ValueError, match="please use") as error:
+        packaged("grpo", "none")
+    assert named == set(str(error.value).partition("please use ")[2].split(", "))
+    told = README[README.index("### Watching a run") : README.index("### Variants of")]
+    codes = {int(code) for code in re.findall(r"^\| (\d) \|", told, re.MULTILINE)}
+    assert codes == {1, *EXIT_CODES.values()}
+
+
+def test_the_contents_lead_to_every_section():
+    text = re.sub(r"```.*?```", "", README, flags=re.DOTALL)
+    headings = re.findall(r"^##+ (.*)$", text, re.M)
+    anchors = {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}
+    links = set(re.findall(r"\]\(#([^)]+)\)", text))
+    assert links <= anchors, links - anchors
+    sections = re.findall(r"^## (.*)$", text, re.M)
+    assert {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in sections} <= links
+    for name in re.findall(r"\]\((?!#|https?:)([^)]+)\)", text):
+        assert (ROOT / name).exists(), name
