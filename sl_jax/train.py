@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.data import FolderError
 from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.run import run
 from sl_jax.grpo.selftest import selftest
@@ -46,8 +47,9 @@ _STATUS = flags.DEFINE_string(
 )
 _FOUND = "selftest.json"  # in the current folder
 _EXPECTED = (
-    *(ConfigError, CheckpointError, FolderError, ProcessError, JudgeUnavailableError, BudgetError),
-    *(KeyMissingError, PreflightError, CacheError, CaptionError),
+    *(ConfigError, CheckpointError, FolderError, ProcessError, NotFiniteError),
+    *(JudgeUnavailableError, BudgetError, KeyMissingError, PreflightError),
+    *(CacheError, CaptionError),
 )
 
 

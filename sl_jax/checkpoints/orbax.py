@@ -1,12 +1,18 @@
-"""Checkpoints of a run, by Orbax: asynchronous, atomic, the last n kept."""
+"""Checkpoints of a run, by Orbax: asynchronous, atomic, the last n and the best kept.
+
+Orbax takes an array for what it reads, whatever became of the bytes; checksums of all arrays are
+part of a checkpoint, and are compared when it is restored.
+"""
 
 import asyncio
 import json
 import logging
+import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,12 +20,19 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.checksums import checksums
 from sl_jax.checkpoints.errors import CheckpointError
+from sl_jax.parallel.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
 _TREE = "tree"
+_RECORD = "record/metadata"  # where Orbax keeps the JSON object
+_UNFINISHED = ".orbax-checkpoint-tmp"
+_NAMED = 3  # damaged arrays in a message
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
 
 
 def _require_text(folder: epath.Path) -> None:
@@ -42,31 +55,67 @@ class RunCheckpoints:
 
     Every checkpoint holds one pytree of arrays and a small JSON object (positions, counters).
     Saving returns at once and is finished in the background; a step appears when it is whole.
+
+    Args:
+        directory: made if missing; local or gs://.
+        keep: how many of the last are kept; that with the highest reward is kept as well.
+        processes: of the run, which save and restore together.
     """
 
-    def __init__(self, directory: epath.PathLike, keep: int = 3):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+    def __init__(self, directory: epath.PathLike, keep: int = 3, processes: Processes = ALONE):
         self.directory = epath.Path(directory).absolute()
+        self._processes = processes
+        self._rewards: dict[int, float] = {}
         _require_text(self.directory)
+        with processes.together("clearing up"):
+            if processes.is_main:
+                _clear_up(self.directory)
+        options = ocp.CheckpointManagerOptions(
+            create=True, preservation_policy=_LastAndBest(keep, self._best_of)
+        )
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        for step in self._manager.all_steps():
+            self._note(step, _reward(self.directory / str(step)))
 
     @property
     def latest(self) -> int | None:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, tree: Any, record: Mapping[str, Any] | None = None) -> None:
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step with the highest reward, the newest of equal ones, and the reward; or None."""
+        step = self._best_of(self._manager.all_steps())
+        return None if step is None else (step, self._rewards[step])
+
+    def save(
+        self,
+        step: int,
+        tree: Any,
+        record: Mapping[str, Any] | None = None,
+        reward: float | None = None,
+    ) -> None:
         """Starts saving `tree` and `record` as `step`; a step that exists is left as it is.
+
+        Args:
+            step: number.
+            tree: arrays.
+            record: JSON values.
+            reward: of an evaluation, where there was one; not finite counts as none.
 
         Raises:
             CheckpointError: the disk has no room for it, or the save before this one failed.
         """
         with self._explained():
             self._require_room(tree)
+            known = reward if reward is not None and math.isfinite(reward) else None
+            content = {"record": dict(record or {}), "reward": known, "checksums": checksums(tree)}
+            self._note(step, known)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    tree=ocp.args.StandardSave(tree), record=ocp.args.JsonSave(dict(record or {}))
+                    tree=ocp.args.StandardSave(tree),
+                    record=ocp.args.JsonSave({**content, "checksum": _checksum(content)}),
                 ),
             )
 
@@ -74,7 +123,8 @@ class RunCheckpoints:
         """Step, tree and record of the newest checkpoint that can be read, or of `step`.
 
         Damaged checkpoints that are newer are passed over with an error in the log, and set aside
-        as `damaged-STEP`, so that those steps can be saved again.
+        as `damaged-STEP`, so that those steps can be saved again. What one process cannot read,
+        all pass over.
 
         Args:
             like: a tree with the shapes, dtypes and shardings to restore to.
@@ -85,36 +135,56 @@ class RunCheckpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
         for number in steps:
-            try:
-                found = self._manager.restore(
-                    number,
-                    args=ocp.args.Composite(
-                        tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-                    ),
-                )
-            except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+            tree, record, damage = self._read(number, abstract)
+            told = self._processes.all_gather("reading a checkpoint", damage)
+            damage = next((text for text in told if text is not None), None)
+            if damage is None:
+                damage = _damage(checksums(tree), record["checksums"])
+            if damage is not None:
                 _log.error(
-                    "Checkpoint %s of %s is damaged and is passed over: %s",
-                    number,
-                    self.directory,
-                    error,
+                    "Checkpoint %s of %s is damaged and is passed over: %s. What came after the "
+                    "one before it is done again.",
+                    *(number, self.directory, damage),
                 )
                 continue
             self._set_aside([damaged for damaged in steps if damaged > number])
-            return number, found["tree"], found["record"]
+            return number, tree, record["record"]
         raise CheckpointError(
             f"{self.directory} holds no readable checkpoint among {steps}; please restore one from "
             "a copy, or delete the folder to begin anew"
         )
 
+    def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
+        """Tree and record as they are there, or what keeps this process from reading them."""
+        try:
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
+                ),
+            )
+            return found["tree"], _content(found["record"]), None
+        except _UNREADABLE as error:
+            return None, {}, " ".join(str(error).split()) or type(error).__name__
+
     def _set_aside(self, steps: Sequence[int]) -> None:
-        for step in steps:
-            aside = self.directory / f"damaged-{step}"
-            if aside.exists():
-                aside.rmtree()
-            (self.directory / str(step)).rename(aside)
+        with self._processes.together("setting damaged checkpoints aside"):
+            for step in steps if self._processes.is_main else ():
+                aside = self.directory / f"damaged-{step}"
+                if aside.exists():
+                    aside.rmtree()
+                (self.directory / str(step)).rename(aside)
         if steps:
             self._manager.reload()
+
+    def _note(self, step: int, reward: float | None) -> None:
+        self._rewards.pop(step, None)
+        if reward is not None:
+            self._rewards[step] = reward
+
+    def _best_of(self, steps: Sequence[int]) -> int | None:
+        judged = [step for step in steps if step in self._rewards]
+        return max(judged, key=lambda step: (self._rewards[step], step), default=None)
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk.
@@ -152,6 +222,63 @@ class RunCheckpoints:
                 f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
                 "are whole. Please make room or allow writing there; the same command then goes on"
             ) from error
+
+
+class _LastAndBest(preservation_policy.PreservationPolicy):
+    def __init__(self, keep: int, best_of: Callable[[Sequence[int]], int | None]):
+        self._keep, self._best_of = keep, best_of
+
+    def should_preserve(self, checkpoints: Sequence[Any], **_: Any) -> Sequence[bool]:
+        """For each checkpoint, oldest first."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        kept = {*steps[-self._keep :], self._best_of(steps)}
+        return [step in kept for step in steps]
+
+
+def _clear_up(folder: epath.Path) -> None:
+    """Removes what a save that was killed left half written, which would stay for ever."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if _UNFINISHED in path.name:
+            path.rmtree()
+
+
+def _checksum(content: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def _content(found: Any) -> dict[str, Any]:
+    """What was saved beside the arrays, once it is known to be that.
+
+    Raises:
+        ValueError: it is not.
+        KeyError: likewise.
+    """
+    content = dict(found)
+    if "checksum" not in content:  # of a version that made none
+        _log.warning("A checkpoint has no checksums: it is taken as it is.")
+        return {"record": content, "reward": None, "checksums": None}
+    if content.pop("checksum") != _checksum(content):
+        raise ValueError("its record differs from what was saved")
+    return content
+
+
+def _damage(found: Mapping[str, str], saved: Mapping[str, str] | None) -> str | None:
+    """Which arrays are not what was saved; None if all are, or if nobody knows."""
+    if saved is None:
+        return None
+    differing = [name for name, value in found.items() if saved.get(name) != value]
+    if not differing:
+        return None
+    others = f" and {len(differing) - _NAMED} more" if len(differing) > _NAMED else ""
+    return f"{', '.join(differing[:_NAMED])}{others} differ from what was saved (checksums)"
+
+
+def _reward(step: epath.Path) -> float | None:
+    """Of a checkpoint; None if it has none, or cannot be read."""
+    try:
+        return _content(json.loads((step / _RECORD).read_text()))["reward"]
+    except _UNREADABLE:
+        return None  # `restore`, which needs it whole, says why
 
 
 def _silence_remains() -> None:
@@ -208,6 +335,10 @@ def read_entry(step: epath.PathLike, names: Sequence[str]) -> Any:
             path,
             args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
         )
+        content = _content(json.loads((epath.Path(step) / _RECORD).read_text()))
+        damage = _damage(checksums(restored), content["checksums"])
+        if damage is not None:
+            raise CheckpointError(f"{step} is damaged: {damage}")
     except (OSError, KeyError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):
             raise

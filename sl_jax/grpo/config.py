@@ -281,6 +281,26 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class HealthConfig:
+    """When a run is not well, and says so or stops.
+
+    Attributes:
+        not_finite: updates in a row that are not finite, after which it stops with a checkpoint.
+        tied_epochs: epochs in a row in which no group's rewards differ, after which it warns.
+        kl: of the KL per latent scalar between the policy that rolled out and that of an epoch's
+            last update, beyond which it warns.
+        clip_fraction: of the share of samples there whose ratio has left the clip range, likewise.
+        kept: groups with numbers that are not finite that are kept as files, in all.
+    """
+
+    not_finite: int = 5
+    tied_epochs: int = 3
+    kl: float = 1e-3
+    clip_fraction: float = 0.5
+    kept: int = 8
+
+
+@dataclass(frozen=True)
 class GrpoConfig:
     """A whole run. `configs/grpo.py` documents where each default comes from.
 
@@ -311,6 +331,7 @@ class GrpoConfig:
     rewards: tuple[Spec, ...] = DEFAULT_REWARDS
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    health: HealthConfig = field(default_factory=HealthConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -406,6 +427,8 @@ _RULES = {
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
     "rollout.shift": POSITIVE_OR_NONE,
+    **dict.fromkeys(("health.not_finite", "health.tied_epochs"), AT_LEAST_ONE),
+    **dict.fromkeys(("health.kl", "health.clip_fraction", "health.kept"), NOT_NEGATIVE),
     **{f"learner.stop.{bound.name}": POSITIVE_OR_NONE for bound in fields(StopConfig)},
     "rollout.guidance": Rule(lambda scale: 1 <= scale < math.inf, "a number from 1, which is none"),
     "judge.min_valid": SHARE,

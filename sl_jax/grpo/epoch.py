@@ -11,6 +11,7 @@ from jaxtyping import Bool
 from sl_jax.flow.sampler import window_starts
 from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.config import GrpoConfig, StopConfig
+from sl_jax.grpo.health import Health, Spoiled, keep_spoiled
 from sl_jax.grpo.judging import judged_advantages
 from sl_jax.grpo.learner import LearnerState, Scored, StepReport, UpdateReport
 from sl_jax.grpo.metrics import beyond, learner_metrics, warn_of_mismatch, warn_of_spoiled
@@ -31,6 +32,7 @@ class _Learned(NamedTuple):
         judged: scores of every group, in the order of `rolled`'s rows.
         finite: [groups, G], see `Rolled`.
         report: None where the epoch's updates had been stopped.
+        updated: whether the update was finite; None where there was nothing to update by.
     """
 
     rolled: list[Rolled]
@@ -38,6 +40,7 @@ class _Learned(NamedTuple):
     finite: Bool[np.ndarray, "groups candidates"]
     advantages: Advantages
     report: UpdateReport | None
+    updated: bool | None
 
 
 class Epochs:
@@ -52,6 +55,7 @@ class Epochs:
 
     def __init__(self, parts: Parts):
         self._parts = parts
+        self._health = Health(parts.config.health)
         self._ahead: list[Rolled] = []  # of the next epoch
         self._before: dict[str, Any] | None = None  # where the stream stood before they were drawn
         self._quarantined: dict[str, str] = {}  # after they were drawn, before the run went on
@@ -60,14 +64,21 @@ class Epochs:
         """Where the next epoch begins, for a checkpoint: JSON-able, the same in all processes."""
         stream = self._parts.stream
         if self._before is None:
-            return {"stream": stream.state(), "quarantined": self._quarantined}
-        return {"stream": self._before, "quarantined": dict(stream.quarantined)}
+            drawn = {"stream": stream.state(), "quarantined": self._quarantined}
+        else:
+            drawn = {"stream": self._before, "quarantined": dict(stream.quarantined)}
+        return drawn | {"health": self._health.position()}
 
     def restore(self, position: Mapping[str, Any]) -> None:
         """Goes on from what `position` gave."""
         self._parts.stream.restore(position["stream"])
         self._ahead, self._before = [], None
         self._quarantined = dict(position.get("quarantined", {}))
+        self._health.restore(position.get("health", {}))
+
+    def require_health(self) -> None:
+        """As `Health.require`; at the end of an epoch."""
+        self._health.require()
 
     def run(
         self, state: LearnerState, epoch: int, phases: Phases
@@ -85,7 +96,15 @@ class Epochs:
         phases.begin("recording")
         judged = [scores for entry in done for scores in entry.judged]
         record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
-        return state, _metrics(parts, state, done) | {
+        with parts.processes.together("keeping samples that are not finite"):
+            for entry in done:
+                update = Spoiled(entry.rolled, entry.advantages, entry.updated is False)
+                keep_spoiled(parts, epoch + 1, update)
+        metrics = _metrics(parts, state, done)
+        metrics |= self._health.look([e.updated for e in done], [e.advantages for e in done])
+        if parts.processes.is_main:
+            self._health.warn(metrics)
+        return state, metrics | {
             "rollout/window_start": window_start(parts.config, epoch),
             "rollout/staleness": min(epoch, parts.config.rollout.max_staleness),
         }
@@ -121,7 +140,7 @@ def _learn(
         part, judged, finite = await_scores(parts, part, sampler, start, phases)
         phases.begin("learning")  # while the groups of later updates are judged
         scored, worth = _scored(parts, part, judged)
-        report = None
+        report, skipped = None, int(state.skipped)
         if not stopped:
             old = None if state.adapter is sampler else sampler
             how = {"donate": state.adapter is not begun, "too_far": _too_far(parts)}
@@ -129,8 +148,16 @@ def _learn(
             stopped = report.stopped
             jax.block_until_ready(state.updates)
             phases.computed(parts.learner.work(scored, old))
-        done.append(_Learned(part, judged, finite, worth, report))
+        updated = _updated(int(state.skipped) - skipped, report, finite)
+        done.append(_Learned(part, judged, finite, worth, report, updated))
     return state, done
+
+
+def _updated(skipped: int, report: UpdateReport | None, finite: np.ndarray) -> bool | None:
+    """See `_Learned`; where no candidate is finite, neither is the update."""
+    if skipped or not finite.any():
+        return False
+    return None if report is None or report.gradient_norm is None else True
 
 
 def _too_far(parts: Parts) -> Callable[[Sequence[StepReport]], bool] | None:

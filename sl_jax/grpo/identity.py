@@ -9,7 +9,7 @@ from sl_jax.training.workdir import Identity
 _FREE = frozenset(
     {
         *("workdir", "epochs", "checkpoint", "evaluation", "mesh", "learner.micro_batch"),
-        *("distributed", "log"),
+        *("distributed", "health", "log"),
         *("compute.attention", "compute.remat", "compute.cache"),
         *(
             "judge.concurrency",

@@ -51,6 +51,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
     Args:
         parts: of the run.
         adapter: makes the adapter to start from; called once, and nobody else holds the result.
+
+    Raises:
+        NotFiniteError: too many updates in a row were not finite; the last epoch is checkpointed.
     """
     config, evaluator, processes = parts.config, parts.evaluator, parts.processes
     epochs = Epochs(parts)
@@ -87,10 +90,11 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     writer.scalars(done, metrics)
                     # From here on the epoch counts as done; cut short before, it is repeated.
                     state, epoch, position = changed, done, epochs.position()
-                    if epoch % config.checkpoint.every == 0 or epoch == config.epochs:
+                    if epoch % config.checkpoint.every == 0 or scheduled:
                         phases.begin("checkpointing")  # in the next epoch's sums
-                        _save(parts, state, epoch, position)
+                        _save(parts, state, epoch, position, metrics.get("evaluation/reward"))
                 writer.tell(epoch, metrics, scheduled)
+                epochs.require_health()
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
         except BaseException as error:
@@ -217,5 +221,7 @@ def _mean_reward(results: Sequence[Evaluated]) -> float:
     return float(np.mean(known)) if known else np.nan
 
 
-def _save(parts: Parts, state: LearnerState, epoch: int, position: dict) -> None:
-    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position)
+def _save(
+    parts: Parts, state: LearnerState, epoch: int, position: dict, reward: float | None = None
+) -> None:
+    parts.checkpoints.save(epoch, state, {"epoch": epoch} | position, reward)

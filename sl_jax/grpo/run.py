@@ -46,7 +46,8 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
     folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
     profiler = Profiler(profiled, folder)
-    with closing(RunCheckpoints(folder / "checkpoints", config.checkpoint.keep)) as checkpoints:
+    keep = config.checkpoint.keep
+    with closing(RunCheckpoints(folder / "checkpoints", keep, processes)) as checkpoints:
         done = checkpoints.latest or 0
         if processes.from_main("looking for a report", done >= config.epochs and report.exists()):
             if processes.is_main:
@@ -70,6 +71,17 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
                     save_peft(adapter, average, config.model)
                     write_html(run_report(config, folder, outcome.before, outcome.after), report)
                     print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
+                    _tell_of_the_best(checkpoints)
+
+
+def _tell_of_the_best(checkpoints: RunCheckpoints) -> None:
+    """Says so where another epoch's evaluation was better than the last one's."""
+    best = checkpoints.best
+    if best and best[0] != checkpoints.latest:
+        step = checkpoints.directory / str(best[0])
+        print(
+            f"The best evaluation, {best[1]:.4f}, was that of epoch {best[0]}; it is kept: {step}"
+        )
 
 
 @contextmanager

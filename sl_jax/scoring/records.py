@@ -23,6 +23,9 @@ from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
 RECORDS = "judge"
 """Folder of the records in a work directory."""
 
+# Of a row, what the clock and the judge's servers decide; all else a repeated run repeats.
+CLOCKED_FIELDS = ("endpoints", "asks", "tokens", "seconds", "calls")
+
 _SHOWN = Prompts("$keys", "$keys")  # the pictures alone are wanted
 
 

@@ -16,8 +16,12 @@ from tensorboardX import SummaryWriter
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.parallel.processes import ALONE, Processes
 
-# How the names begin of what the clock and the hardware decide; all else a repeated run repeats.
-CLOCKED = ("seconds/", "share/", "device/")
+# How the names begin of what the clock, the hardware and the judge's servers decide; all else a
+# repeated run repeats, and so does one that was killed and went on.
+CLOCKED = (
+    *("seconds/", "share/", "device/", "pool/"),
+    *("judge/asks_per_answer", "judge/seconds", "judge/tokens"),
+)
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,11 @@ def _wandb_run(folder: epath.Path, project: str) -> Any:
         resume="allow",
         dir=None if is_remote(folder) else os.fspath(folder),  # None: the current one
     )
+
+
+def repeatable(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a record a repeated run repeats, to the last bit."""
+    return {name: value for name, value in record.items() if not name.startswith(CLOCKED)}
 
 
 def read_metrics(directory: epath.PathLike) -> Iterator[dict[str, Any]]:

@@ -217,7 +217,7 @@ class StatusFile(Unwatched):
 
     def begin_epochs(self, epoch: int) -> None:
         self._clock.start(epoch)
-        self._change(epoch=epoch, last_checkpoint=_newest(self._folder))
+        self._change(epoch=epoch)
 
     def end_epoch(self, metrics: Mapping[str, float]) -> None:
         self._clock.tick()
@@ -233,7 +233,6 @@ class StatusFile(Unwatched):
             seconds_per_epoch=round(per_epoch, 3),
             seconds_left=round(left, 1),
             judge=pool,
-            last_checkpoint=_newest(self._folder),
         )
 
     @property
@@ -244,7 +243,7 @@ class StatusFile(Unwatched):
         """Writes the end, and nothing after it."""
         logging.getLogger("sl_jax").removeHandler(self._handler)
         done = {"phase": "", "phase_since": None} if state == "finished" else {}
-        self._change(state=state, reason=reason, last_checkpoint=_newest(self._folder), **done)
+        self._change(state=state, reason=reason, **done)
         self._closing.set()
         self._changed.set()
         self._thread.join()
@@ -272,10 +271,12 @@ class StatusFile(Unwatched):
 
     def _write(self) -> None:
         with self._lock:
-            status = dataclasses.replace(self._status, updated=_now())
+            status = self._status
         path = self._folder / FILE
         partial = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
         try:
+            newest = newest_checkpoint(self._folder)
+            status = dataclasses.replace(status, updated=_now(), last_checkpoint=newest)
             partial.write_text(json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
             partial.replace(path)  # so that nobody reads half of it
         except OSError as error:
@@ -346,8 +347,8 @@ class _Warnings(logging.Handler):
         self._told(record.getMessage())
 
 
-def _newest(folder: epath.Path) -> int | None:
-    """The epoch of the newest complete checkpoint."""
+def newest_checkpoint(folder: epath.Path) -> int | None:
+    """The epoch of the newest complete checkpoint in a work directory."""
     found = find_step(folder)
     return None if found is None else int(found.name)
 

@@ -1,5 +1,6 @@
 """A run's status on one screen of a terminal, and as an exit code."""
 
+import dataclasses
 import datetime
 import shutil
 import sys
@@ -7,7 +8,7 @@ import unicodedata
 
 from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.imaging.words import printable, time_span
-from sl_jax.training.status import Status, age, looks_dead, read_status
+from sl_jax.training.status import Status, age, looks_dead, newest_checkpoint, read_status
 
 EXIT_CODES = {"running": 0, "finished": 0, "waiting": 2, "stopped": 3, "dead": 4}
 """Of `--status`; 1 where there is no status to read."""
@@ -25,7 +26,9 @@ def show(workdir: str) -> int:
         StatusError: there is none.
         CheckpointError: the store of `workdir` cannot be reached.
     """
-    status = read_status(reachable(workdir))
+    folder = reachable(workdir)
+    # What a process that was killed was too late to tell.
+    status = dataclasses.replace(read_status(folder), last_checkpoint=newest_checkpoint(folder))
     now = datetime.datetime.now(datetime.UTC)
     width = shutil.get_terminal_size((_WIDTH, 0)).columns
     text, code = screen(status, workdir, now, width)

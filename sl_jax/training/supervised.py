@@ -325,11 +325,12 @@ def open_stage(
         log: where else metrics go.
         kept_as: gives checkpoints another form on disk.
     """
-    with closing(RunCheckpoints(epath.Path(folder) / "checkpoints", keep=2)) as checkpoints:
+    kept = RunCheckpoints(epath.Path(folder) / "checkpoints", 2, processes)
+    with closing(kept) as checkpoints:
         resume = 0 if checkpoints.latest is None else checkpoints.latest + 1
         with open_metrics(folder, resume, log, processes) as writer:
-            kept = kept_as(checkpoints)
-            yield Stage(config, losses, kept, writer, seed, mesh=mesh, processes=processes)
+            chosen = kept_as(checkpoints)
+            yield Stage(config, losses, chosen, writer, seed, mesh=mesh, processes=processes)
 
 
 def _is_whole(state: StageState) -> bool:

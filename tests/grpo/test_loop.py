@@ -16,11 +16,12 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.grpo import loop, rolling
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
 from sl_jax.grpo.epoch import window_start
+from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import train
 from sl_jax.grpo.parts import Parts
 from sl_jax.parallel.processes import Processes
-from sl_jax.training.metrics import CLOCKED, read_metrics
+from sl_jax.training.metrics import read_metrics, repeatable
 from sl_jax.training.profiling import Profiler
 
 
@@ -116,10 +117,7 @@ class Run:
             checkpoints.close()
 
     def records(self):
-        return [
-            {name: value for name, value in record.items() if not name.startswith(CLOCKED)}
-            for record in read_metrics(self.folder)
-        ]
+        return [repeatable(record) for record in read_metrics(self.folder)]
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +191,19 @@ def test_a_judge_that_is_gone_leaves_a_checkpoint(tmp_path, monkeypatch, whole):
     assert run.records() == whole[1]
 
 
+def test_too_many_updates_that_are_not_finite_leave_a_checkpoint(tmp_path, monkeypatch):
+    run = Run(tmp_path, monkeypatch, every=100)
+
+    def require(epochs):
+        if run.seen == [0, 1, 2, 3]:
+            raise NotFiniteError("5 updates in a row")
+
+    monkeypatch.setattr(loop.Epochs, "require_health", require)
+    with pytest.raises(NotFiniteError):
+        run.start()
+    assert (tmp_path / "checkpoints" / "4").is_dir()  # with the epoch that ended it
+
+
 def test_killed_between_checkpoints(tmp_path, monkeypatch, whole):
     """What was recorded after the checkpoint that a run goes on from is recorded anew."""
     run = Run(tmp_path, monkeypatch)
@@ -241,10 +252,10 @@ def test_an_interrupt_waits_for_what_belongs_together(tmp_path, monkeypatch, who
     run = Run(tmp_path, monkeypatch)
     save = loop._save
 
-    def interrupted(parts, state, epoch, position):
+    def interrupted(parts, state, epoch, position, *reward):
         if epoch == 4:
             os.kill(os.getpid(), signal.SIGINT)
-        save(parts, state, epoch, position)
+        save(parts, state, epoch, position, *reward)
 
     monkeypatch.setattr(loop, "_save", interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -105,6 +105,8 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
         epoch, "roll_out", lambda *args: epoch.Rolled(None, told, None, None, next(batches), {})
     )
     monkeypatch.setattr(epoch, "record", lambda *args: None)
+    kept = []
+    monkeypatch.setattr(epoch, "keep_spoiled", lambda parts, number, update: kept.append(update))
     state = SimpleNamespace(
         adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
     )
@@ -115,6 +117,8 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
     assert metrics["rollout/not_finite"] == 4 - left
     assert metrics["judge/valid_share"] == finite.mean()
     assert ("not finite" in caplog.text) == (left < 4)
+    assert [update.skipped for update in kept] == [False]
+    assert metrics["learner/not_finite_in_a_row"] == 0  # of updates
 
 
 def _judged():

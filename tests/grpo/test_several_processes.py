@@ -3,29 +3,18 @@
 They do so with judges of their own, of which some fail; and where one cannot go on, both stop.
 """
 
-import json
-import os
 import random
-import runpy
 import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
+from runner import LIMIT, Runner
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
-from sl_jax.data import write_designs
 from sl_jax.scoring.records import read_records
 from sl_jax.training.metrics import read_metrics
 
-ROOT = Path(__file__).parents[2]
-PROGRAM = Path(__file__).with_name("one_process.py")
-DEVICES = 8
-LIMIT = 900  # seconds, on a busy machine
 SETTINGS = {
     "epochs": 2,
     "data.buckets": ((32, 32),),
@@ -57,97 +46,11 @@ SETTINGS = {
 }
 
 
-class Runner:
-    """Starts runs of one checkpoint on one folder of pictures, as one or several processes."""
-
-    def __init__(self, model, folder, token):
-        self.model, self.pictures, self.token = model, folder / "pictures", token
-        self.programs = folder / "programs"
-        write_designs(self.pictures, "B", range(24), 32, 3)
-
-    def configuration(self, workdir, servers, fields):
-        config = runpy.run_path(str(ROOT / "configs" / "grpo.py"))["get_config"]("tiny").to_dict()
-        settings = {
-            "model": str(self.model),
-            "data.path": str(self.pictures),
-            "workdir": str(workdir),
-            "judge.endpoints": [served.url for served in servers],
-            **SETTINGS,
-            **fields,
-        }
-        for path, value in settings.items():
-            *parents, name = path.split(".")
-            here = config
-            for parent in parents:
-                here = here[parent]
-            here[name] = value
-        return config
-
-    def __call__(self, folder, servers, fields=None, own=({}, {}), code=0, meanwhile=None):
-        """One process per list of servers: what each printed, and the adapters that they leave.
-
-        Args:
-            folder: which gets the work directory "run".
-            fields: of the configuration of all processes.
-            own: fields of each.
-            code: with which all end.
-            meanwhile: is called with the processes once they are started.
-        """
-        folder.mkdir(exist_ok=True)
-        count = len(servers)
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{found.getsockname()[1]}"
-        started, printed = [], [folder / f"printed_{index}.txt" for index in range(count)]
-        for index, text in enumerate(printed):
-            distributed = {"join": "off"}
-            if count > 1:
-                distributed = {"coordinator": address, "processes": count, "process": index}
-            changed = {**(fields or {}), **own[index]}
-            given = {
-                "folder": str(folder),
-                "devices": DEVICES // count,
-                "distributed": distributed,
-                "config": self.configuration(folder / "run", servers[index], changed),
-            }
-            arguments = folder / f"arguments_{index}.json"
-            arguments.write_text(json.dumps(given))
-            with text.open("w") as file:
-                command = [sys.executable, str(PROGRAM), str(arguments)]
-                started.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=self.environment(count), stdout=file, stderr=file
-                    )
-                )
-        try:
-            if meanwhile:
-                meanwhile(started)
-            codes = [process.wait(LIMIT) for process in started]
-        finally:
-            for process in started:
-                process.kill()
-        said = [text.read_text() for text in printed]
-        assert codes == [code] * count, "\n\n".join(text[-5000:] for text in said)
-        return said, [np.load(path) for path in sorted(folder.glob("adapter_*.npz"))]
-
-    def environment(self, count):
-        return os.environ | {
-            "JAX_PLATFORMS": "cpu",
-            "HF_HUB_OFFLINE": "1",
-            "PYTHONPATH": str(ROOT),
-            "TEST_JUDGE_TOKEN": self.token,
-            "JAX_COMPILATION_CACHE_DIR": str(self.programs / str(count)),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            # On a busy machine devices wait for each other longer than XLA's 40 s.
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // count} "
-            f"--xla_cpu_collective_call_terminate_timeout_seconds={LIMIT}",
-        }
-
-
 @pytest.fixture(scope="module")
 def runner(random_checkpoint, judge_token, tmp_path_factory):
-    return Runner(random_checkpoint, tmp_path_factory.mktemp("processes"), judge_token)
+    folder = tmp_path_factory.mktemp("processes")
+    options = {"devices": 8, "pictures": 24, "token": judge_token}
+    return Runner(random_checkpoint, folder, SETTINGS, **options)
 
 
 @pytest.fixture(scope="module")

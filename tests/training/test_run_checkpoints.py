@@ -1,5 +1,7 @@
 """Checkpoints of a run: whole or absent, the newest readable one first."""
 
+import contextlib
+import json
 import logging
 import resource
 import shutil
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sl_jax.checkpoints import orbax
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
 
@@ -104,6 +107,91 @@ def test_a_damaged_one_is_passed_over_with_an_error(folder, how, caplog):
         step, tree, record = _restored(folder)
     assert (step, int(tree["n"]), record) == (2, 2, {"position": 20})
     assert "Checkpoint 3" in caplog.text and "damaged" in caplog.text
+
+
+def test_no_flipped_bit_goes_unnoticed(tmp_path):
+    """Orbax itself takes the numbers for what they are not."""
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=(50, 40)).astype(np.float32)  # compression leaves it as it is
+    checkpoints = RunCheckpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, {"a": jnp.asarray(noise * step), "n": jnp.int32(step)})
+    checkpoints.wait()
+    files = [path for path in (tmp_path / "2").rglob("*") if path.is_file()]
+    sizes = np.array([path.stat().st_size for path in files])
+    passed_over = 0
+    for place in (sizes.sum() * rng.random(12)).astype(int):
+        number = int(np.searchsorted(np.cumsum(sizes), place, "right"))
+        whole = files[number].read_bytes()
+        flipped = bytearray(whole)
+        flipped[place - sizes[:number].sum()] ^= 1 << rng.integers(8)
+        files[number].write_bytes(flipped)
+        step, tree, _ = checkpoints.restore({"a": jnp.asarray(noise), "n": jnp.int32(0)})
+        assert np.array_equal(tree["a"], noise * step) and int(tree["n"]) == step
+        if step == 1:
+            passed_over += 1
+            (tmp_path / "damaged-2").rename(tmp_path / "2")
+            checkpoints._manager.reload()
+        files[number].write_bytes(whole)
+    checkpoints.close()
+    assert passed_over >= 8  # the rest hit what nobody reads, such as notes of Orbax
+
+
+def test_a_tensor_that_differs_is_named(folder, monkeypatch, caplog):
+    made = orbax.checksums
+    monkeypatch.setattr(orbax, "checksums", lambda tree: made(tree) | {"a": "0" * 16})
+    with pytest.raises(CheckpointError, match="no readable checkpoint"):
+        _restored(folder)
+    assert "Checkpoint 3" in caplog.text
+    assert "damaged and is passed over: a differ" in caplog.text.replace("\n", " ")
+
+
+def test_what_one_process_cannot_read_all_pass_over(folder):
+    """The other's disk, or its part of the arrays, is to blame."""
+    others = iter(["no such file", None])
+    processes = SimpleNamespace(
+        is_main=True,
+        all_gather=lambda what, mine: [mine, next(others)],
+        together=lambda what: contextlib.nullcontext(),
+    )
+    checkpoints = RunCheckpoints(folder, processes=processes)
+    assert checkpoints.restore(_tree(0))[0] == 2
+    checkpoints.close()
+    assert (folder / "damaged-3").is_dir()
+
+
+def test_checkpoints_without_checksums_are_taken_as_they_are(folder, caplog):
+    """Of a version that made none."""
+    path = folder / "3" / "record" / "metadata"
+    path.write_text(json.dumps({"position": 30}))
+    assert _restored(folder)[0] == 3
+    assert "has no checksums" in caplog.text
+
+
+def test_the_best_is_kept_beside_the_last(tmp_path):
+    checkpoints = RunCheckpoints(tmp_path, keep=2)
+    rewards = {1: 0.5, 2: 0.7, 3: None, 4: 0.6, 5: float("nan"), 6: 0.7, 7: None, 8: 0.1}
+    kept = []
+    for step, reward in rewards.items():
+        checkpoints.save(step, _tree(step), {"position": step}, reward)
+        checkpoints.wait()
+        kept.append(sorted(int(path.name) for path in tmp_path.iterdir()))
+        if step == 5:  # of which a new process knows what the old one did
+            checkpoints.close()
+            checkpoints = RunCheckpoints(tmp_path, keep=2)
+            assert checkpoints.best == (2, 0.7)
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [5, 6], [6, 7], [6, 7, 8]]
+    assert checkpoints.best == (6, 0.7) and checkpoints.latest == 8
+    assert checkpoints.restore(_tree(0), 6)[2] == {"position": 6}
+    checkpoints.close()
+    assert RunCheckpoints(tmp_path / "none").best is None
+
+
+def test_what_a_kill_left_half_written_is_removed(folder):
+    remains = folder / "4.orbax-checkpoint-tmp-123"
+    shutil.copytree(folder / "3", remains)
+    assert _restored(folder)[0] == 3
+    assert not remains.exists()
 
 
 def test_a_damaged_step_can_be_saved_again(folder):

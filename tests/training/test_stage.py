@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.parallel.mesh import MeshConfig, make_mesh
+from sl_jax.parallel.processes import ALONE
 from sl_jax.training.metrics import LogConfig, MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
@@ -56,7 +57,7 @@ def _run(folder, stop=None, batches=_batches):
         return batches(step)
 
     held_out = [("all", (INPUTS, TARGETS))]
-    with open_stage(config, {"all": _loss}, folder, 1, LogConfig()) as stage:
+    with ALONE.open(), open_stage(config, {"all": _loss}, folder, 1, LogConfig()) as stage:
         return stage.run(stage.start(_params()), read, held_out, "toy")
 
 
