@@ -154,7 +154,7 @@ def _learn(
             state, report = parts.learner.update(state, scored, old, kl_left, **how)
             stopped = report.stopped
             jax.block_until_ready(state.updates)
-            phases.computed(parts.learner.flops(scored, old))
+            phases.computed(parts.learner.work(scored, old))
         updated = _updated(int(state.skipped) - skipped, report, finite)
         done.append(_Learned(part, judged, finite, worth, report, updated))
     return state, done
@@ -191,6 +191,7 @@ def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dic
         "judge/quarantined": len(parts.stream.quarantined),
         **learned,
         **_advantage_metrics([entry.advantages for entry in done]),
+        "learner/micro_batch": config.learner.micro_batch,
         "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
