@@ -62,15 +62,15 @@ def ending_in_a_line(
     """
     try:
         yield
+    except OthersGoneError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(TERMINATED)
     except expected as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = folder or None
         sys.exit(f"{type(error).__name__}: {error}")
-    except OthersGoneError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(TERMINATED)
     except Terminated:
         print(f"\nTerminated. The same command goes on after the last complete {unit}.", flush=True)
         sys.exit(TERMINATED)
