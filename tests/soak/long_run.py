@@ -16,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[1] / "grpo"))
 
+import jax
 import numpy as np
 from random_base import write_random_base
 from runner import MINIMAL, Runner
@@ -69,6 +70,7 @@ def main():
     parser.add_argument("--out", type=Path)
     parser.add_argument("--epochs", type=int, default=2000)
     arguments = parser.parse_args()
+    jax.config.update("jax_disable_most_optimizations", True)  # what runs once here, costs less so
     settings = MINIMAL | {"evaluation.every": 50, "checkpoint.every": 10}
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
