@@ -203,6 +203,7 @@ def _production() -> ConfigDict:
     evaluation.batch = 8  # unmeasured: as rollout.batch_groups
     evaluation.seed = 42  # release
     evaluation.judge = ()  # yours: the judge of training
+    evaluation.window_share = False  # ours: for who chooses rollout.group_noise or noise_level
 
     checkpoint = config.checkpoint = ConfigDict()
     checkpoint.every = 5  # unmeasured

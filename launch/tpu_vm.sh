@@ -36,9 +36,14 @@ END_OF_USAGE
 command="" name="" type="" version="" zone="" project=""
 spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=60
 variables=() training=()
-started="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
 pause="${TPU_PAUSE:-30}"
-LIKELY_HOSTS=4 # chips of a host, but for single hosts of eight
+again="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
+
+SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
+CHIPS=4   # of a host, but for single hosts of eight
+TRIES=4   # of a command that needs a connection
+LOOKS=20  # at hosts that do not answer
+AGAIN=200 # the status of a training that is to start again
 
 bad() {
   fail "$@" "bash launch/tpu_vm.sh --help says more."
@@ -112,7 +117,7 @@ hosts() {
   esac
   case "$1" in
     v5litepod-8 | v6e-8) printf '1\n' ;;
-    *) printf '%d\n' $(((count + LIKELY_HOSTS - 1) / LIKELY_HOSTS)) ;;
+    *) printf '%d\n' $(((count + CHIPS - 1) / CHIPS)) ;;
   esac
 }
 
@@ -177,7 +182,7 @@ check_workdir() {
     return
   fi
   bad "config.workdir is '$workdir': a folder of each host, which is deleted with it." \
-      "Please give --config.workdir=gs://BUCKET/FOLDER, or the path of a disk that hosts share."
+    "Please give --config.workdir=gs://BUCKET/FOLDER, or the path of a disk that hosts share."
 }
 
 # here WORD...: runs a command, or prints its line if --dry-run.
@@ -218,7 +223,6 @@ persist() {
   done
   "$@"
 }
-TRIES=4
 
 # described GROUP FIELD: of the VM or its request; empty if it is not there.
 described() {
@@ -232,14 +236,15 @@ described() {
   printf '%s\n' "$said"
 }
 
-# vm_state: READY, PREEMPTED, …; for a request in the queue its state until it is ACTIVE; or empty.
+# vm_state: READY, PREEMPTED, …; where there is none, that of a request for it; or empty.
 vm_state() {
-  local state=""
-  [ "$queued" = no ] || state="$(described queued-resources state.state)"
-  case "$state" in
-    "" | ACTIVE) described tpu-vm state ;;
-    *) printf '%s\n' "$state" ;;
-  esac
+  local state
+  state="$(described tpu-vm state)" || return
+  if [ -n "$state" ]; then
+    printf '%s\n' "$state"
+  else
+    described queued-resources state.state
+  fi
 }
 
 request() {
@@ -308,7 +313,6 @@ install() {
   persist cloud tpu-vm scp "$archive" "$name:sl_jax.tar.gz" --worker=all
   persist shell all "mkdir -p sl_jax && tar -xzf sl_jax.tar.gz -C sl_jax && bash sl_jax/launch/tpu_host.sh install $extras"
 }
-SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
 
 # hand_over: the variables of --env, in a file that only its owner reads, here and there.
 hand_over() {
@@ -329,14 +333,14 @@ start() {
 }
 
 # training_state: that of all hosts together, as launch/tpu_host.sh tells it, or "unreachable". Of
-# several states the first of another, running, lost, never; of statuses the highest.
+# several the first of another, running, lost, never, stopped; of statuses the highest.
 training_state() {
-  local lines state
-  if ! lines="$(remotely all state "${training[@]}")"; then
+  local lines state host=sl_jax/launch/tpu_host.sh
+  if ! lines="$(shell all "[ ! -f $host ] && echo never || bash $host state$(printf ' %q' "${training[@]}")")"; then
     printf 'unreachable\n'
     return
   fi
-  for state in another running lost never; do
+  for state in another running lost never stopped; do
     if grep -qxF "$state" <<<"$lines"; then
       printf '%s\n' "$state"
       return
@@ -370,6 +374,10 @@ attend() {
         ! goes_on "${state#* }" || return "$AGAIN"
         return "${state#* }"
         ;;
+      stopped)
+        say "The training was stopped."
+        return 143
+        ;;
       lost | never) # the hosts were started again
         say "The training is gone."
         return "$AGAIN"
@@ -382,22 +390,27 @@ attend() {
           *) return "$AGAIN" ;;
         esac
         [ "$looks" -lt "$LOOKS" ] || fail "$name has not answered $looks times; what runs there goes on." \
-          "To follow it again: $started"
+          "To follow it again: $again"
         ;;
       *) looks=0 ;;
     esac
     sleep "$pause"
   done
 }
-AGAIN=200 LOOKS=20
 
 run() {
-  local state status count=0
+  local state status count=0 looks=0
   while :; do
     create
     state=never
     [ "$dry" = yes ] || state="$(training_state)"
     case "$state" in
+      unreachable) # as hosts are at first
+        looks=$((looks + 1))
+        [ "$looks" -lt "$LOOKS" ] || fail "The hosts of $name have not answered $looks times."
+        sleep "$pause"
+        continue
+        ;;
       running) say "The training runs already." ;;
       another)
         fail "Another training runs on $name; please stop it first: bash launch/tpu_vm.sh stop $name"
@@ -426,8 +439,12 @@ logs() {
 }
 
 status() {
-  printf '%s: %s\n' "$name" "$(vm_state)"
-  remotely all state
+  local state
+  state="$(vm_state)"
+  printf '%s: %s\n' "$name" "${state:-not there}"
+  case "$dry$state" in
+    yes | noREADY) remotely all state ;;
+  esac
 }
 
 stop() {
@@ -439,8 +456,10 @@ delete() {
 }
 
 interrupted() {
-  printf '\n%s\n' "The training goes on without this command. To follow it: $started" \
-    "To stop it: bash launch/tpu_vm.sh stop $name; and to pay no more: bash launch/tpu_vm.sh delete $name" >&2
+  printf '\n%s\n' "Interrupted. What was started on $name goes on, and costs." \
+    "To follow it: $again" \
+    "To stop the training: bash launch/tpu_vm.sh stop $name" \
+    "To delete the TPU VM: bash launch/tpu_vm.sh delete $name" >&2
   exit 130
 }
 
@@ -453,6 +472,6 @@ if [ "$dry" = no ]; then
   trap 'rm -rf "$scratch"' EXIT
 fi
 case "$command" in
-  run | logs) trap interrupted INT ;;
+  run | create | install | start | logs) trap interrupted INT ;;
 esac
 "$command"

@@ -212,6 +212,7 @@ def test_cut_short_and_started_again_it_ends_the_same(trainer, finished, tmp_pat
 
 VARIANTS = {
     "advantage__scale": "criterion",
+    "evaluation__window_share": True,
     "learner__reference": "init",
     "learner__stop__kl": 1.0,
     "objective__inverse_dt_weight": True,
@@ -254,6 +255,9 @@ def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
     assert all(record["learner/kl_old/all"] > 0 for record in records)
     assert all(record["learner/kl_reference/all"] > 0 for record in records)
     assert all(record["learner/mismatch_log_ratio/all"] < 1e-3 for record in records)
+    assert all(0 < record["learner/truncated_share"] < 1 for record in records)
+    shares = [record.get("rollout/window_share") for record in _records(whole)]
+    assert shares[1] is None and all(0 < shares[step] <= 1 for step in (0, 2, 3)), shares
 
 
 @pytest.mark.slow

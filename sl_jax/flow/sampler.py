@@ -121,32 +121,9 @@ def rollout_prefix(
     """The ODE steps before the window, from initial noise to x at σ_{window_start}.
 
     A group whose candidates share their initial noise computes this once, with one sample, repeats
-    the result for its candidates and goes on with `rollout_window`.
+    the result for its candidates and goes on with `rollout` from there.
     """
     return integrate(velocity_fn, x, sigmas, 0, window_start, ode_method)
-
-
-def rollout_window(
-    velocity_fn: VelocityFn,
-    x: Latents,
-    sigmas: Float32[Array, "steps+1"],
-    *,
-    dynamics: Dynamics,
-    noise_level: Float[Array, ""] | float,
-    window_start: Index,
-    window_size: int,
-    keys: PRNGKeyArray,
-    ode_method: OdeMethod = "euler",
-) -> Trajectory:
-    """The stochastic window from x at σ_{window_start}, then the ODE down to x₀.
-
-    `keys` is one per sample, [B]; step i draws from fold_in(key, i). `window_size` is static,
-    `window_start` may be traced. Ask `validate_window` first: nothing here checks the range.
-    """
-    noise = _Noise(dynamics, noise_level, window_start, window_size, keys)
-    steps = jnp.shape(sigmas)[0] - 1
-    state = _run(velocity_fn, x, sigmas, window_start, steps, ode_method, noise)
-    return Trajectory(state.x, state.window)
 
 
 def rollout(
@@ -160,11 +137,21 @@ def rollout(
     window_size: int,
     keys: PRNGKeyArray,
     ode_method: OdeMethod = "euler",
+    first: Index = 0,
+    stop: Index | None = None,
 ) -> Trajectory:
-    """ODE steps, the stochastic window, ODE steps: `rollout_prefix`, then `rollout_window`."""
+    """ODE steps, the stochastic window, ODE steps.
+
+    `keys` is one per sample, [B]; step i draws from fold_in(key, i). `window_size` is static,
+    `window_start` may be traced. Ask `validate_window` first: nothing here checks the range.
+
+    Steps may be left to another call: this one takes steps first … stop − 1, to the last by
+    default, from x at σ_first; both bounds may be traced. Of stochastic steps that it does not
+    take, the trajectory's window holds nothing of use.
+    """
     noise = _Noise(dynamics, noise_level, window_start, window_size, keys)
-    steps = jnp.shape(sigmas)[0] - 1
-    state = _run(velocity_fn, x, sigmas, 0, steps, ode_method, noise)
+    stop = jnp.shape(sigmas)[0] - 1 if stop is None else stop
+    state = _run(velocity_fn, x, sigmas, first, stop, ode_method, noise)
     return Trajectory(state.x, state.window)
 
 

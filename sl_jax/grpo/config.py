@@ -97,8 +97,9 @@ class RolloutConfig:
             follows as well. It doubles what the transformer computes.
         negative_prompt: that guidance leads away from.
         max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
-            out before the updates of the epoch before theirs, so that their judge has that long,
-            and what is beyond the clip range in a step is cut, whatever its sign.
+            out before the updates of the epoch before theirs, which leaves their judge that long.
+            Steps whose ratio is outside the clip range are then truncated: they have no gradient,
+            whichever way their advantage points.
     """
 
     groups: int = 32
@@ -255,6 +256,8 @@ class EvaluationConfig:
         batch: pictures sampled together.
         seed: of the initial noise, the same at every evaluation.
         judge: servers that judge held-out pictures; empty for the judge of training.
+        window_share: whether to measure as well, by two rollout batches of held-out pictures, what
+            share of the variance of scores within a group of independent noise is the window's.
     """
 
     every: int = 10
@@ -265,6 +268,12 @@ class EvaluationConfig:
     batch: int = 8
     seed: int = 0
     judge: tuple[EndpointConfig, ...] = ()
+    window_share: bool = False
+
+    @property
+    def spread_draws(self) -> int:
+        """Rollout batches of an evaluation that measures `window_share`."""
+        return 2 if self.window_share else 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,13 @@ from sl_jax.grpo.config import GrpoConfig, StopConfig
 from sl_jax.grpo.health import Health, Spoiled, keep_spoiled
 from sl_jax.grpo.judging import judged_advantages
 from sl_jax.grpo.learner import LearnerState, Scored, StepReport, UpdateReport
-from sl_jax.grpo.metrics import beyond, learner_metrics, warn_of_mismatch, warn_of_spoiled
+from sl_jax.grpo.metrics import (
+    beyond,
+    learner_metrics,
+    warn_of_mismatch,
+    warn_of_spoiled,
+    warn_of_standstill,
+)
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.rolling import Rolled, await_scores, record, roll_out
@@ -177,6 +183,7 @@ def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dic
     if parts.processes.is_main:
         warn_of_mismatch(learned, parts.config.objective)
         warn_of_spoiled(finite)
+        warn_of_standstill(reports)
     return {
         **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
         **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},

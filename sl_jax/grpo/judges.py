@@ -114,7 +114,9 @@ def open_judges(
         )
         graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
         if judge.preflight:
-            graded = held_out * evaluations(config.evaluation, epochs) // processes.count
+            rollout, times = config.rollout, evaluations(config.evaluation, epochs)
+            spread = config.evaluation.spread_draws * rollout.batch_groups * rollout.group_size
+            graded = (held_out + spread) * times // processes.count
             groups = config.rollout.groups // processes.count
             asked = captions if processes.is_main else 0
             _try_out(config, worker, training, other, epochs, groups, graded, asked)

@@ -68,7 +68,8 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         before = after = None
         if epoch == 0:
             before = evaluator(state.initial)
-            writer.scalars(0, evaluation_metrics(before) | _sampler_gap(parts, state, before))
+            metrics = evaluation_metrics(before) | _sampler_gap(parts, state, before)
+            writer.scalars(0, metrics | _window_share(parts, state, epoch))
             writer.pictures(0, before)
         phases.finish()
         position = epochs.position()
@@ -81,7 +82,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                 if scheduled:
                     phases.begin("evaluating")
                     after = evaluator(changed.ema)
-                    metrics |= evaluation_metrics(after)
+                    metrics |= evaluation_metrics(after) | _window_share(parts, changed, epoch)
                 metrics |= _memory()
                 with processes.uninterrupted():
                     writer.scalars(done, metrics | phases.finish())
@@ -195,6 +196,16 @@ def _sampler_gap(
         evaluated,
     )
     return {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled}
+
+
+def _window_share(parts: Parts, state: LearnerState, epoch: int) -> dict[str, float]:
+    """Where the spread within a group comes from, if that is to be measured."""
+    config = parts.config
+    if not config.evaluation.window_share:
+        return {}
+    where = (window_start(config, epoch), config.rollout.batch_groups)
+    share = parts.evaluator.window_share(parts.rollout, state.adapter, *where)
+    return {"rollout/window_share": share}
 
 
 def _mean_reward(results: Sequence[Evaluated]) -> float:

@@ -24,14 +24,14 @@ _NEAR = 0.5  # of the clip range
 def learner_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
     """Averages over samples, by position in the σ grid and over all, from the reports of updates.
 
-    Samples count by their weight in the loss. The mismatch between rollout and learner is taken at
-    the first update, where both use the same adapter; everything else at the last one, where
-    policies differ most. An update that had nothing to learn from reports nothing.
+    Samples count by their weight in the loss. The mismatch between rollout and learner, with the
+    adapter that sampled in both, is taken at the first update, the share of what was truncated over
+    all, and everything else at the last one, where policies differ most. An update that had nothing
+    to learn from reports nothing.
     """
     first, last = (jax.device_get(updates[i]) for i in (0, -1))
-    return (
-        _by_step(last.steps, _objective) | _by_step(first.steps, _mismatch) | _gradient_norms(last)
-    )
+    metrics = _by_step(last.steps, _objective) | _by_step(first.steps, _mismatch)
+    return metrics | _gradient_norms(last) | _truncated(updates)
 
 
 def beyond(bounds: StopConfig, reports: Sequence[StepReport]) -> bool:
@@ -66,6 +66,16 @@ def warn_of_mismatch(metrics: Mapping[str, float], objective: ObjectiveConfig) -
             "group_size, or a wider objective.clip_low and clip_high.",
             *("s" if len(near) > 1 else "", ", ".join(map(str, sorted(near))), near[worst]),
             *(worst, clip),
+        )
+
+
+def warn_of_standstill(updates: Sequence[UpdateReport]) -> None:
+    """Says so where not even the first update of an epoch was within its bounds."""
+    if updates and updates[0].stopped:
+        _log.warning(
+            "Before the first update of the epoch the policy is already beyond a bound of "
+            "learner.stop, and nothing was learned; if it goes on, please raise the bound, or set "
+            "rollout.max_staleness=0."
         )
 
 
@@ -126,6 +136,14 @@ def _gradient_norms(report: UpdateReport) -> dict[str, float]:
     norms = {f"step_{index}": norm for index, norm in report.gradient_norms}
     norms["all"] = report.gradient_norm
     return {f"learner/gradient_norm/{where}": float(norm) for where, norm in norms.items()}
+
+
+def _truncated(updates: Sequence[UpdateReport]) -> dict[str, float]:
+    reports = [step for update in jax.device_get(updates) for step in update.steps]
+    if not reports:
+        return {}
+    share = _mean(reports, [report.objective.truncated for report in reports])
+    return {"learner/truncated_share": share}
 
 
 def _mismatch(reports: Sequence[StepReport]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from sl_jax.data.buckets import make_buckets
 from sl_jax.flow.sampler import WindowSteps, evaluations, window_starts
 from sl_jax.grpo.config import GrpoConfig
 from sl_jax.grpo.learner import Learner, LearnerState, Step
-from sl_jax.grpo.rollout import Candidates, Pictures, Rollout
+from sl_jax.grpo.rollout import Candidates, Rollout
 from sl_jax.inference.modulation import abstract_table
 from sl_jax.inference.sampling import GUIDANCE_SCOPE, Condition, Guidance
 from sl_jax.models.lora import Adapter
@@ -22,7 +22,8 @@ from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 from sl_jax.planning.phases import Phase, Phases, Workload
 from sl_jax.training.adapter import first_adapter
 
-_LOOPS = ("/prefix/while/body", "/window/while/body")  # of `Rollout`
+_LOOPS = ("/prefix/while/body", "/window/while/body")  # of `Rollout` with all candidates together
+_TURNS = "/candidates/while/body"  # with one at a time: the sampler's loop is in that of the turns
 
 
 class Programs:
@@ -72,15 +73,18 @@ class Programs:
         return self._learner_phases(), self._rollout_phases(), self._small_phases()
 
     def _rollout_phases(self) -> Phases:
-        batches, trips = self._batches, self._sampler_trips()
+        batches = self._batches
+        trips, loops, passes = self._sampling()
+        rows, key = self._config.rollout.batch_groups, jax.eval_shape(jax.random.key, 0)
+        groups, keys = self._condition(rows), self._array((rows,), key.dtype)
         yield Phase(
             "rollout",
-            self._rollout.trace(self.adapter, self._pictures(), self._table(), self.grid),
+            self._rollout.trace(self.adapter, groups, keys, self._table(), self.grid),
             len(batches),
             trips,
-            (*zip(_LOOPS[-len(trips) :], trips, strict=True), *self._loops),
-            (self._learning, batches[1:], self._waiting),
-            self._weights(sum(trips)),
+            (*loops, *self._loops),
+            (self.pipeline.vae_params, self._learning, batches[1:], self._waiting),
+            self._weights(passes),
         )
 
     def _small_phases(self) -> Phases:
@@ -94,6 +98,19 @@ class Programs:
             (),
             (params, self.adapter, self._learning, others, kept, self._waiting),
             0.0,
+            quick=True,
+        )
+        height, width = (PACKED_PIXELS * side for side in self.grid[1:])
+        pixels = (self._config.rollout.batch_groups, height, width, 3)
+        yield Phase(
+            "encode",
+            self._rollout.trace_encode(self._array(pixels, jnp.uint8)),
+            len(self._batches),
+            (),
+            (),
+            (params, self.adapter, self._learning, others, self._waiting),
+            0.0,
+            quick=True,
         )
         begun = (self._before, self._batches, self._waiting)
         rest = (state.initial.lora, state.adapter.lora_scale, begun)
@@ -194,17 +211,24 @@ class Programs:
         later = 1 if self._stale else (config.learner.updates - 1) / config.learner.updates
         return 1 + later + (1 if config.objective.kl_weight else 0)
 
-    def _sampler_trips(self) -> tuple[float, ...]:
-        """Evaluations before the window, and from it on, on average over its positions.
+    def _sampling(self) -> tuple[tuple[float, ...], tuple[tuple[str, float], ...], float]:
+        """Trips of the sampler's loops, how often what lies in them runs, passes of the model.
 
-        One number where one loop does both, as candidates have nothing in common.
+        On average over the positions of the window.
         """
         rollout = self._config.rollout
         starts = window_starts(rollout.window_range, rollout.window_size)
         before, after = evaluations(
             rollout.steps, sum(starts) / len(starts), rollout.window_size, rollout.ode_method
         )
-        return (before, after) if rollout.group_noise == "shared" else (before + after,)
+        shared = rollout.group_noise == "shared"
+        if self._rollout.one_by_one(self.grid):
+            turns = rollout.group_size + shared
+            passes = before if shared else before * rollout.group_size
+            passes += after * rollout.group_size
+            return (passes / turns,), ((_TURNS, passes),), passes
+        trips = (before, after) if shared else (before + after,)
+        return trips, tuple(zip(_LOOPS[-len(trips) :], trips, strict=True)), before + after
 
     def _array(self, shape: tuple[int, ...], dtype: Any, leading: int = 0) -> Any:
         sharding = batch_sharding(self._layout.mesh, leading)
@@ -216,17 +240,6 @@ class Programs:
     def _table(self) -> ModulationTable:
         table = abstract_table(self.pipeline.model, self._config.rollout.steps, self._layout)
         return table._replace(rows=None) if time_modules(self.adapter.lora) else table
-
-    def _pictures(self) -> Pictures:
-        groups, data = self._config.rollout.batch_groups, self._config.data
-        height, width = (PACKED_PIXELS * side for side in self.grid[1:])
-        key = jax.eval_shape(jax.random.key, 0)
-        return Pictures(
-            self._array((groups, height, width, 3), jnp.uint8),
-            self._text(groups, data.max_text_tokens),
-            self._array((groups,), jnp.int32),
-            self._array((groups,), key.dtype),
-        )
 
     def _text(self, rows: int, tokens: int) -> Any:
         channels = self.pipeline.model.config.joint_attention_dim
@@ -288,12 +301,14 @@ def workload(config: GrpoConfig) -> Workload:
     judge, rollout, evaluation = config.judge, config.rollout, config.evaluation
     heun = evaluation.method == "heun"
     per_picture = 2 * evaluation.steps - 1 if heun else evaluation.steps
+    candidates = evaluation.spread_draws * rollout.batch_groups * rollout.group_size
+    passes = evaluation.pictures * per_picture + candidates * rollout.steps
     return Workload(
         epochs=config.epochs,
         updates=config.learner.updates,
         groups=rollout.groups,
         group_size=rollout.group_size,
         judge_calls=rollout.group_size + (judge.grids if judge.two_stage else 0),
-        evaluations=evaluation.pictures * per_picture / evaluation.every,
+        evaluations=passes / evaluation.every,
         rollouts=rollout.groups * rollout.group_size * rollout.steps,
     )

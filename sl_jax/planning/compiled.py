@@ -8,6 +8,7 @@ from jax.errors import JaxRuntimeError
 
 from sl_jax.planning.topologies import PlanError
 
+_LEAST_EFFORT = {"exec_time_optimization_effort": -1.0}
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SIZE = r"([\d.]+)([KMGT]?)"
 
@@ -45,14 +46,20 @@ class OutOfMemory(NamedTuple):
     message: str
 
 
-def compile_program(traced: jax.stages.Traced) -> jax.stages.Compiled | OutOfMemory:
+def compile_program(
+    traced: jax.stages.Traced, quick: bool = False
+) -> jax.stages.Compiled | OutOfMemory:
     """Compiles for the devices of the arguments' shardings.
+
+    Args:
+        traced: the program.
+        quick: with the least effort to make it fast.
 
     Raises:
         PlanError: the compiler failed, and not for want of memory.
     """
     try:
-        return traced.lower().compile()
+        return traced.lower().compile(_LEAST_EFFORT if quick else None)
     except JaxRuntimeError as error:
         found = out_of_memory(str(error))
         if found is None:

@@ -3,14 +3,14 @@
 XLA counts the body of a loop once. Here it counts as often as it runs: every instruction carries
 the path of the JAX program that it comes from, and the loops of that path are known. One transfer
 may stand in the text several times, as XLA spreads it over computations that it overlaps with; such
-copies share a channel. A product whose operand arrives in parts while it runs (a loop that passes
-them on by `collective-permute`) counts as the transfer of the whole operand.
+copies share a channel. An operand that arrives in parts while its product runs (a loop that passes
+them on by `collective-permute`) counts as one transfer of the whole.
 """
 
 import math
 import re
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 _TYPES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _ARRAY = re.compile(r"\b(pred|bf16|f\d+|[su]\d+)\[([\d,]*)\]")
@@ -54,19 +54,21 @@ def sent_bytes(text: str, trips: Trips) -> dict[str, float]:
 
 
 def _transfers(text: str) -> Iterator[_Transfer]:
-    seen: set[tuple[str, str]] = set()
+    seen: set[tuple[str, Any]] = set()
     for line in text.splitlines():
         if not (found := _COLLECTIVE.search(line)):
             continue
         shapes, kind, _ = found.groups()
         path = match[1] if (match := _PATH.search(line)) else ""
         channel = match[1] if (match := _CHANNEL.search(line)) else line
-        # The parts of one operand are passed on by several instructions of one product.
-        identity = (kind, path if kind == "collective-permute" else channel)
-        if identity in seen:
+        arrays = _ARRAY.findall(shapes)
+        # The parts of one operand are passed on by several instructions of one product, under whose
+        # path are those of its adapter, too: they differ in shape.
+        parts = (path, arrays[0]) if kind == "collective-permute" else channel
+        if (kind, parts) in seen:
             continue
-        seen.add(identity)
-        sizes = [_bytes(kind, dimensions) for kind, dimensions in _ARRAY.findall(shapes)]
+        seen.add((kind, parts))
+        sizes = [_bytes(kind, dimensions) for kind, dimensions in arrays]
         if kind == "collective-permute":
             members = pairs.count("{") if (pairs := _group(_PAIRS, line)) else 1
             yield _Transfer(kind, max(sizes) * members, members, path)

@@ -22,6 +22,8 @@ class Phase(NamedTuple):
             but its arguments.
         weights: bytes of the base's weights that every chip's products read, all runs of loops
             together: each chip reads them whole, though it keeps a part.
+        quick: whether the compiler may save itself the search for the fastest instructions, which
+            for convolutions takes it minutes and moves memory by little.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Phase(NamedTuple):
     loops: tuple[tuple[str, float], ...]
     held: Any
     weights: float
+    quick: bool = False
 
     def times(self, path: str) -> float:
         """How often an instruction of this path runs."""

@@ -135,7 +135,7 @@ def _planned_chain(phases: Phases, slice_: Topology) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     phase = next(phases, None)
     while phase is not None:
-        found = compile_program(phase.traced)
+        found = compile_program(phase.traced, phase.quick)
         refused = found if isinstance(found, OutOfMemory) else None
         compiled = None if refused else found
         plans.append(_planned(phase, compiled, refused, slice_))

@@ -21,14 +21,14 @@ def traces():
 @pytest.fixture(scope="module")
 def rollout(bench, traces):
     """A rollout that notes each time that its program is traced."""
-    encode = module.picture_latents
+    rows = module.modulation_rows
 
     def noted(*args):
         traces.append(args)
-        return encode(*args)
+        return rows(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "picture_latents", noted)
+        patch.setattr(module, "modulation_rows", noted)
         yield Rollout(bench.pipeline, bench.config, bench.layout)
 
 
@@ -98,6 +98,15 @@ def test_independent_candidates_share_nothing(bench):
     assert abs(np.corrcoef(x[:, 0].ravel(), x[:, 1].ravel())[0, 1]) < 0.05
 
 
+def test_a_measurement_may_share_noise_where_the_run_does_not(bench):
+    """And by the run's own program where it does."""
+    shared = Rollout(bench.pipeline, bench.config, bench.layout)
+    assert shared.with_shared_noise is shared
+    config = dataclasses.replace(bench.config, group_noise="independent")
+    other = Rollout(bench.pipeline, config, bench.layout).with_shared_noise
+    assert other._config == bench.config and other.group_size == bench.config.group_size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group_noise", ["shared", "independent"])
 def test_the_size_of_a_batch_changes_nothing(bench, group_noise):
@@ -111,6 +120,29 @@ def test_the_size_of_a_batch_changes_nothing(bench, group_noise):
     ]
     _close(whole.latents, jnp.concatenate([half.latents for half in halves]))
     _close(whole.window.x, jnp.concatenate([half.window.x for half in halves], axis=1))
+
+
+@pytest.mark.parametrize(
+    ("group_noise", "wide"),
+    [("shared", False), pytest.param("independent", True, marks=pytest.mark.slow)],
+)
+def test_large_candidates_one_by_one_are_those_of_all_together(
+    bench, wide_bench, group_noise, wide
+):
+    """One at a time, of every group, as those of large pictures are."""
+    chosen = wide_bench if wide else bench
+    config = dataclasses.replace(chosen.config, group_noise=group_noise, ode_method="heun")
+    together, apart = (Rollout(chosen.pipeline, config, chosen.layout) for _ in range(2))
+    assert not together.one_by_one(bench.grid)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_MOST_TOKENS", 0)
+        assert apart.one_by_one(bench.grid)
+        found = apart(chosen.adapter, chosen.pictures(), 1, chosen.grid)
+    wanted = together(chosen.adapter, chosen.pictures(), 1, chosen.grid)
+    _close(found.latents, wanted.latents)
+    _close(found.window, wanted.window)
+    _close(found.condition, wanted.condition)
+    assert found.finite.all() and found.latents.sharding == wanted.latents.sharding
 
 
 def test_layers_come_in_order_without_frame_zero(bench, rollout):

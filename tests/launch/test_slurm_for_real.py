@@ -198,6 +198,15 @@ class Slurm:
     def ended(self, job: int) -> bool:
         return self.shown(job)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT")
 
+    def goes_on(self, job: int) -> None:
+        """Returns when a job that is being requeued has come to its end."""
+        wait_for("the requeue", lambda: self.shown(job)["Restarts"] == "1" or self.ended(job))
+        # Slurm lets it wait for two minutes, to be sure that its script has ended, and knows it.
+        wait_for("the end of the script", lambda: not self.processes(job))
+        time.sleep(2)
+        self.call("scontrol", "update", f"jobid={job}", "StartTime=now")
+        wait_for("the end", lambda: self.ended(job))
+
     def processes(self, job: int) -> dict[int, tuple[str, dict[str, str]]]:
         """Command and environment of what runs for a job."""
         found = {}
@@ -261,13 +270,7 @@ def test_a_killed_task_requeues_the_job_which_gives_the_adapter_of_one_process(s
     tasks = slurm.tasks(job)
     assert set(tasks) == {0, 1}, slurm.said(job)
     os.kill(tasks[1], signal.SIGKILL)
-    wait_for("the requeue", lambda: slurm.shown(job)["Restarts"] == "1" or slurm.ended(job))
-    # Slurm lets a requeued job wait for two minutes, to be sure of its end.
-    wait_for("the end of the script", lambda: not slurm.processes(job))
-    assert not (run / "adapter").exists()
-    time.sleep(2)  # Slurm is told of the end
-    slurm.call("scontrol", "update", f"jobid={job}", "StartTime=now")
-    wait_for("the end", lambda: slurm.ended(job))
+    slurm.goes_on(job)
     said = slurm.said(job)
     assert slurm.shown(job)["JobState"] == "COMPLETED", said
     assert "The tasks ended with status 137: requeued" in said
@@ -318,3 +321,63 @@ def test_what_cannot_run_is_not_requeued(slurm, tmp_path):
         shown = slurm.shown(number)
         assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "0"), slurm.said(number)
         assert words in slurm.said(number)
+
+
+@pytest.fixture
+def stub(slurm, tmp_path) -> Callable[[str], dict[str, str]]:
+    """Makes an environment whose Python is a script: variables for a job that trains with it."""
+
+    def made(script: str) -> dict[str, str]:
+        python = tmp_path / "venv" / "bin" / "python"
+        python.parent.mkdir(parents=True, exist_ok=True)
+        python.write_text(f"#!/bin/bash\n{script}\n")
+        python.chmod(0o755)
+        return {"VENV": str(python.parents[1])}
+
+    return made
+
+
+# The first start trains until it is told to stop, the second one ends.
+TRAINS = """
+trap "echo saved; exit 143" TERM
+trap "echo saved; exit 130" INT
+echo "trains $* from ${SLURM_RESTART_COUNT:-0}"
+[ -n "$SLURM_RESTART_COUNT" ] || while :; do sleep 0.1; done
+"""
+
+
+@pytest.mark.parametrize(
+    ("stop", "saved", "state"),
+    [
+        (("--signal=TERM",), 2, "COMPLETED"),  # as the end of the time limit sends it
+        (("--full", "--signal=TERM"), 0, "COMPLETED"),  # srun is told as well, and kills them
+        (("--signal=INT",), 2, "FAILED"),
+        ((), None, "CANCELLED"),  # they may save, but need not come to it
+    ],
+)
+def test_who_stops_a_job_decides_whether_it_goes_on(slurm, stub, stop, saved, state):
+    words = ("--ntasks-per-node=2", "launch/slurm.sbatch", "--config=a file", "--config.epochs=2")
+    job = slurm.submit(*words, **stub(TRAINS))
+    told = "trains -m sl_jax.train --config=a file --config.epochs=2 --config.distributed.grace=110"
+    wait_for("both tasks", lambda: slurm.said(job).count(f"{told} from 0") == 2)
+    slurm.call("scancel", *stop, str(job))
+    if state == "COMPLETED":
+        slurm.goes_on(job)
+    wait_for("the end", lambda: slurm.ended(job) and not slurm.processes(job))
+    time.sleep(2)  # in which it could be requeued
+    said, shown = slurm.said(job), slurm.shown(job)
+    again = state == "COMPLETED"
+    assert saved is None or said.count("saved") == saved
+    assert said.count(f"{told} from 1") == 2 * again
+    assert (shown["JobState"], shown["Restarts"]) == (state, str(int(again)))
+
+
+def test_a_job_that_is_killed_too_often_fails(slurm, stub):
+    job = slurm.submit(
+        *("--ntasks-per-node=2", "launch/slurm.sbatch", "--config=x"),
+        **stub("kill -9 $$"),
+        RESTARTS="0",
+    )
+    wait_for("the end", lambda: slurm.ended(job))
+    assert slurm.shown(job)["JobState"] == "FAILED"
+    assert "status 137; requeued 0 times already, so not again" in slurm.said(job)

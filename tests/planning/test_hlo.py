@@ -58,6 +58,14 @@ def test_a_product_that_passes_its_operand_on_counts_as_the_whole_operand():
     assert found == {"collective-permute": pytest.approx(WHOLE * 7 / 8)}
 
 
+def test_operands_of_one_product_count_each():
+    """An adapter's, before or after the kernel's, stand under the same path."""
+    kernel, adapter = PERMUTE.format(n=1), PERMUTE.format(n=2).replace("384,64", "48,64")
+    for lines in ((kernel, adapter), (adapter, kernel)):
+        found = sent_bytes("\n".join(lines), _once)
+        assert found == {"collective-permute": pytest.approx((1 + 1 / 8) * WHOLE * 7 / 8)}
+
+
 def test_what_lies_in_loops_counts_as_often_as_it_runs():
     text = GATHER.format(n=1, channel=5, groups="[1,8]<=[8]")
 
