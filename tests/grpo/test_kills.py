@@ -65,8 +65,7 @@ def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_no
             since.append(time.monotonic())
             code = started[1 - killed].wait(LIMIT)
             since.append(time.monotonic())
-            # Without process 0 JAX itself ends the others.
-            assert code == 143 or (killed == 0 and code == -signal.SIGABRT)
+            assert code in (143, -signal.SIGABRT)  # JAX itself may be the first to notice
             raise _Ended
 
         with pytest.raises(_Ended):
