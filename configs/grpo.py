@@ -127,7 +127,7 @@ def _production() -> ConfigDict:
 
     learner = config.learner = ConfigDict()
     learner.updates = 2  # paper: Flow-GRPO
-    learner.micro_batch = 8  # ours: fits eight v5e chips by plan
+    learner.micro_batch = placeholder(int)  # ours: derived from the devices' memory
     learner.ema = 0.9  # peer: flow_grpo
     learner.reference = "base"  # peer: flow_grpo
 
@@ -284,10 +284,7 @@ def _tiny() -> ConfigDict:
 def _gpu1() -> ConfigDict:
     """One card of 80 GB, such as an H100."""
     config = _production()
-    # ours: by plan 56.3 of 74.5 GiB, tests/benchmarks/results/plan_table.json
-    config.rollout.batch_groups = 2
-    config.learner.micro_batch = 1
-    config.evaluation.batch = 2
+    # ours: by plan, tests/benchmarks/results/plan_table.json
     config.mesh.fsdp = 1
     return config
 

@@ -81,7 +81,11 @@ start() {
   [ ! -f "$RUN/log" ] || mv "$RUN/log" "$RUN/log.before"
   printf '%q ' "$@" >"$RUN/command"
   setsid nohup bash "$ROOT/launch/tpu_host.sh" _train "$@" >"$RUN/log" 2>&1 </dev/null &
-  while [ ! -s "$RUN/pid" ]; do sleep 0.1; done
+  for _ in {1..100}; do
+    [ ! -s "$RUN/pid" ] || break
+    sleep 0.1
+  done
+  [ -s "$RUN/pid" ] || fail "The training does not start on $(hostname):" "$(cat "$RUN/log")"
   printf 'Started on %s.\n' "$(hostname)"
 }
 

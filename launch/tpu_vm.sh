@@ -39,6 +39,7 @@ variables=() training=()
 pause="${TPU_PAUSE:-30}"
 again="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
 
+HOST_SCRIPT=sl_jax/launch/tpu_host.sh # on a host
 SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
 CHIPS=4   # of a host, but for single hosts of eight
 TRIES=4   # of a command that needs a connection
@@ -155,7 +156,7 @@ check() {
     version="${version:-$(software "$type")}"
   fi
   case "$command" in
-    run | create) [ -n "$type" ] || bad "Please give the type of the TPU, such as --type=v5litepod-8" ;;
+    run | create) [ -n "$type" ] || bad "Please give the type of the TPU, as in --type=v5litepod-8" ;;
   esac
   case "$command" in
     run | start)
@@ -165,7 +166,7 @@ check() {
     *) [ ${#training[@]} -eq 0 ] || bad "$command takes no arguments of sl_jax.train." ;;
   esac
   [ "$dry" = yes ] || command -v gcloud >/dev/null || fail "gcloud is not found." \
-    "Please install the Google Cloud CLI, then: gcloud auth login && gcloud config set project PROJECT"
+    "Please install the Google Cloud CLI, then: gcloud auth login; gcloud config set project NAME"
 }
 
 # check_workdir: that it outlives the VM and is one for all hosts. An absolute path may be that of a
@@ -210,7 +211,7 @@ shell() {
 
 # remotely WORKER WORD...: launch/tpu_host.sh WORD... on a host, or on all.
 remotely() {
-  shell "$1" "bash sl_jax/launch/tpu_host.sh$(printf ' %q' "${@:2}")"
+  shell "$1" "bash $HOST_SCRIPT$(printf ' %q' "${@:2}")"
 }
 
 # persist WORD...: again if it fails, as connections do.
@@ -251,14 +252,19 @@ request() {
   local flags=("--accelerator-type=$type")
   [ "$spot" = no ] || flags+=(--spot)
   if [ "$queued" = yes ]; then
-    cloud queued-resources create "$name" "--node-id=$name" "${flags[@]}" "--runtime-version=$version"
+    cloud queued-resources create "$name" "--node-id=$name" "${flags[@]}" \
+      "--runtime-version=$version"
   else
     cloud tpu-vm create "$name" "${flags[@]}" "--version=$version"
   fi
 }
 
 remove() {
-  if [ "$queued" = yes ] || { [ "$dry" = no ] && [ -n "$(described queued-resources name)" ]; }; then
+  local requested="$queued"
+  if [ "$dry$queued" = nono ] && [ -n "$(described queued-resources name)" ]; then
+    requested=yes
+  fi
+  if [ "$requested" = yes ]; then
     cloud queued-resources delete "$name" --force
   else
     cloud tpu-vm delete "$name"
@@ -295,8 +301,11 @@ create() {
         say "$name is stopped: it is started."
         cloud tpu-vm start "$name"
         ;;
-      FAILED) fail "The request for $name has failed; gcloud compute tpus queued-resources describe" \
-        "$name says why. Please delete it: bash launch/tpu_vm.sh delete $name" ;;
+      FAILED)
+        fail "The request for $name has failed. To see why:" \
+          "  gcloud compute tpus queued-resources describe $name" \
+          "Then please delete it: bash launch/tpu_vm.sh delete $name"
+        ;;
       *)
         [ "$state" = "$said" ] || say "$name is $state."
         sleep "$pause"
@@ -307,11 +316,11 @@ create() {
 }
 
 install() {
-  local archive="$scratch/sl_jax.tar.gz"
+  local archive="$scratch/sl_jax.tar.gz" unpack="mkdir -p sl_jax && tar -xzf sl_jax.tar.gz -C sl_jax"
   say "Installing on all hosts of $name."
   here tar -C "$ROOT" --exclude=__pycache__ -czf "$archive" "${SENT[@]}"
   persist cloud tpu-vm scp "$archive" "$name:sl_jax.tar.gz" --worker=all
-  persist shell all "mkdir -p sl_jax && tar -xzf sl_jax.tar.gz -C sl_jax && bash sl_jax/launch/tpu_host.sh install $extras"
+  persist shell all "$unpack && bash $HOST_SCRIPT install $extras"
 }
 
 # hand_over: the variables of --env, in a file that only its owner reads, here and there.
@@ -335,8 +344,9 @@ start() {
 # training_state: that of all hosts together, as launch/tpu_host.sh tells it, or "unreachable". Of
 # several the first of another, running, lost, never, stopped; of statuses the highest.
 training_state() {
-  local lines state host=sl_jax/launch/tpu_host.sh
-  if ! lines="$(shell all "[ ! -f $host ] && echo never || bash $host state$(printf ' %q' "${training[@]}")")"; then
+  local lines state told
+  told="bash $HOST_SCRIPT state$(printf ' %q' "${training[@]}")"
+  if ! lines="$(shell all "if [ -f $HOST_SCRIPT ]; then $told; else echo never; fi")"; then
     printf 'unreachable\n'
     return
   fi

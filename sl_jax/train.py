@@ -82,7 +82,7 @@ def _short(folder: epath.Path) -> GrpoConfig:
     config.update(model="tiny", workdir=str(folder / "run"), epochs=1)
     config.data.path = str(folder / "pictures")
     config.rollout.update(groups=2 * groups, batch_groups=groups)
-    config.learner.micro_batch = groups * config.rollout.group_size
+    config.learner.micro_batch = None  # derived
     config.evaluation.update(pictures=4, batch=evaluated, steps=4)
     config.compute.dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return from_mapping(config.to_dict(), count)

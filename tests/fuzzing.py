@@ -348,7 +348,7 @@ def _read_reply(content: bytes, folder: Path) -> None:
 
 
 def _chat_cases() -> st.SearchStrategy[bytes]:
-    bodies = [_chat(1, "sheet"), _chat(1, "separate"), _chat(2, "sheet")]
+    bodies = [chat(1, "sheet"), chat(1, "separate"), chat(2, "sheet")]
 
     def changed(body: dict[str, Any]) -> st.SearchStrategy[bytes]:
         parts = body["messages"][0]["content"]
@@ -362,7 +362,8 @@ def _chat_cases() -> st.SearchStrategy[bytes]:
     return st.one_of(*map(changed, bodies))
 
 
-def _chat(stage: int, layout: str) -> dict[str, Any]:
+def chat(stage: int, layout: str) -> dict[str, Any]:
+    """A body that the server judges."""
     case = cases.built_cases(32)[0]
     config = rendering.RenderConfig(layout)
     request = (

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,8 @@ def parse_named(where: str | os.PathLike[str]) -> Named | None:
         return None
     if kind == TFDS and not name:
         raise FolderError(f"{shown(text)} names no dataset; {_WANTED}")
+    if kind == TFDS and ":" in name:
+        raise FolderError(f"{shown(text)}: TFDS would run the code of others; {_WANTED}")
     return Named(kind, name, split or "train")
 
 
@@ -181,7 +184,9 @@ def _builder(named: Named) -> Any:
     import tensorflow_datasets as tfds
 
     if named.kind == CRELLO:
-        return tfds.builder_from_directory(_crello_folder(named.name))
+        folder = _crello_folder(named.name)
+        _check_features(folder)
+        return tfds.builder_from_directory(folder)
     try:
         builder = tfds.builder(named.name, try_gcs=False, file_format="array_record")
         builder.download_and_prepare()
@@ -189,6 +194,21 @@ def _builder(named: Named) -> Any:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(f"{named} cannot be opened ({first}); {_WANTED}") from error
     return builder
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Of features that are not its own, TFDS imports the modules that the folder names.
+
+    Raises:
+      FolderError: there are such, or they cannot be read.
+    """
+    try:
+        text = (folder / "features.json").read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise FolderError(f"{shown(folder)} holds no dataset: {error}; {_WANTED}") from error
+    for name in re.findall(r'"(?:pythonClassName|type)"\s*:\s*"([^"]*)"', text):
+        if not name.startswith("tensorflow_datasets."):
+            raise FolderError(f"{shown(folder)} asks for the code of {shown(name)}; {_WANTED}")
 
 
 @functools.lru_cache(maxsize=8)

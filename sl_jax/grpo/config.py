@@ -161,14 +161,15 @@ class LearnerConfig:
 
     Attributes:
         updates: per epoch; the epoch's pictures are split among them.
-        micro_batch: samples per forward and backward pass, over all devices.
+        micro_batch: samples per forward and backward pass, over all devices; None derives it from
+            their memory, see `grpo.micro_batch`.
         ema: decay per update of the average that is exported and evaluated.
         reference: of the KL term: "base", without adapter, or "init", the adapter at the start.
         stop: when an epoch's remaining updates are left out.
     """
 
     updates: int = 2
-    micro_batch: int = 8
+    micro_batch: int | None = None
     ema: float = 0.9
     reference: Literal["base", "init"] = "base"
     stop: StopConfig = field(default_factory=StopConfig)
@@ -405,7 +406,6 @@ _AT_LEAST_ONE = (
     "rollout.steps",
     "rollout.window_epochs",
     "learner.updates",
-    "learner.micro_batch",
     "judge.grids",
     "judge.asks",
     "judge.tries",
@@ -435,6 +435,7 @@ _RULES = {
     "data.path": given("a folder of pictures to train on, crello#train, or tfds:NAME#train"),
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
+    "learner.micro_batch": Rule(lambda size: size is None or size >= 1, "None or at least 1"),
     "rollout.shift": POSITIVE_OR_NONE,
     **dict.fromkeys(("health.not_finite", "health.tied_epochs"), AT_LEAST_ONE),
     **dict.fromkeys(("health.kl", "health.clip_fraction", "health.kept"), NOT_NEGATIVE),
@@ -551,13 +552,14 @@ def _spending_problems(config: GrpoConfig) -> Iterator[str]:
 def _mesh_problems(config: GrpoConfig, devices: int) -> Iterator[str]:
     batches = {
         "rollout.batch_groups": config.rollout.batch_groups,
-        "learner.micro_batch": config.learner.micro_batch,
         "evaluation.batch": config.evaluation.batch,
     }
+    if (size := config.learner.micro_batch) is not None:
+        batches["learner.micro_batch"] = size
     yield from split_problems(config.mesh, devices, batches)
     samples = config.rollout.batch_groups * config.rollout.group_size
-    if config.learner.micro_batch > 0 and samples % config.learner.micro_batch:
+    if size and samples % size:
         yield (
-            f"config.learner.micro_batch is {config.learner.micro_batch}; please use a divisor of "
+            f"config.learner.micro_batch is {size}; please use None, or a divisor of "
             f"batch_groups × group_size = {samples}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from urllib.parse import quote, quote_plus
 
 _SHORTEST = 8
 _HIDDEN = "[key]"
@@ -32,8 +33,12 @@ def read_key(variable: str) -> str:
 
 
 def redacted(text: str, key: str) -> str:
-    """The text with the key hidden, wherever it came from."""
-    return text.replace(key, _HIDDEN) if key else text
+    """The text with the key hidden, wherever it came from, as it is or as JSON and URLs have it."""
+    if not key:
+        return text
+    for form in (key, json.dumps(key)[1:-1], quote(key), quote_plus(key)):
+        text = text.replace(form, _HIDDEN)
+    return text
 
 
 def redacted_json(text: str, key: str) -> str:
@@ -43,4 +48,4 @@ def redacted_json(text: str, key: str) -> str:
         return hidden
     plain = json.dumps(json.loads(hidden), ensure_ascii=False)
     told = json.dumps(key, ensure_ascii=False)[1:-1]
-    return redacted(plain, told) if told in plain else hidden
+    return plain.replace(told, _HIDDEN) if told in plain else hidden
