@@ -124,9 +124,15 @@ class MetricsWriter:
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Shows a uint8 [H, W, 3] picture in TensorBoard."""
+    def picture(self, step: int, name: str, pixels: np.ndarray, text: str = "") -> None:
+        """Shows a uint8 [H, W, 3] picture, and under its name a text (Markdown) about it."""
         self._board.add_image(name, pixels, step, dataformats="HWC")
+        if text:
+            self._board.add_text(name, text, step)
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels, caption=text or None)}, step=step)
 
     def close(self) -> None:
         """Flushes everything."""
