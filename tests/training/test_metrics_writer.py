@@ -8,9 +8,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from bucket import Bucket
 from event_files import read_events
 
 from sl_jax.parallel.processes import ALONE
+from sl_jax.training import metrics
 from sl_jax.training.configuration import LOG, broken
 from sl_jax.training.metrics import LogConfig, MetricsWriter, open_metrics, read_metrics
 
@@ -61,6 +63,16 @@ def test_what_is_not_finite_is_null(tmp_path, caplog):
     assert list(read_metrics(tmp_path)) == [{"step": 1, "a": None, "b": None, "c": 1.0}]
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     assert caplog.text == ""  # TensorBoard complains of every one that it is given
+
+
+def test_records_in_a_bucket_whose_objects_cannot_be_appended_to(tmp_path, monkeypatch):
+    Bucket.install(tmp_path, monkeypatch)
+    board = SimpleNamespace(add_scalar=lambda *args: None, close=lambda: None)
+    monkeypatch.setattr(metrics, "SummaryWriter", lambda *args, **kwargs: board)
+    _write("gs://bucket/run", 0, [1, 2, 3])
+    _write("gs://bucket/run", 3, [3, 4])
+    assert [record["step"] for record in read_metrics("gs://bucket/run")] == [1, 2, 3, 4]
+    assert (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().count("\n") == 4
 
 
 def test_no_records(tmp_path):
