@@ -2,9 +2,9 @@
 
     python tests/soak/long_run.py --out tests/soak/results/long_run.json
 
-Every two seconds the run's memory, file handles, threads and CPU time are noted, and the files of its
-work directory. Ten parts of the run are compared: medians, and CPU time per epoch, which other work
-on the machine stretches less than the clock.
+Every two seconds the run's memory, file handles, threads and CPU time are noted, and the files of
+its work directory. Ten parts of the run are compared: medians, and CPU time per epoch, which other
+work on the machine stretches less than the clock.
 """
 
 import argparse
