@@ -153,7 +153,7 @@ def _learn(
             state, report = parts.learner.update(state, scored, old, kl_left, **how)
             stopped = report.stopped
             jax.block_until_ready(state.updates)
-            phases.computed(parts.learner.flops(scored, old))
+            phases.computed(parts.learner.work(scored, old))
         updated = _updated(int(state.skipped) - skipped, report, finite)
         done.append(_Learned(part, judged, finite, worth, report, updated))
     return state, done
