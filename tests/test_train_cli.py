@@ -267,9 +267,12 @@ def test_cut_short_and_started_again_it_ends_the_same(trainer, finished, tmp_pat
 
 VARIANTS = {
     "advantage__scale": "criterion",
+    "epochs": 2,
     "evaluation__window_share": True,
     "learner__reference": "init",
     "learner__stop__kl": 1.0,
+    "objective__clip_high": 2e-5,  # of the size that ratios have here
+    "objective__clip_low": 2e-5,
     "objective__inverse_dt_weight": True,
     "objective__kl_half_life": 2.0,
     "objective__kl_weight": 0.1,
@@ -302,9 +305,9 @@ def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
     assert "Going on after epoch" in printed
     _assert_same_run(cut, whole)
     records = _records(whole)[1:]
-    assert [record["rollout/staleness"] for record in records] == [0, 1, 1]
-    assert [record["rollout/window_start"] for record in records] == [0, 1, 1]
-    assert [record["learner/updates"] for record in records] == [2, 4, 6]
+    assert [record["rollout/staleness"] for record in records] == [0, 1]
+    assert [record["rollout/window_start"] for record in records] == [0, 1]
+    assert [record["learner/updates"] for record in records] == [2, 4]
     assert all(record["learner/stopped_updates"] == 0 for record in records)
     # The first update of a later epoch already finds another policy than the one that sampled.
     assert all(record["learner/kl_old/all"] > 0 for record in records)
@@ -312,7 +315,7 @@ def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
     assert all(record["learner/mismatch_log_ratio/all"] < 1e-3 for record in records)
     assert all(0 < record["learner/truncated_share"] < 1 for record in records)
     shares = [record.get("rollout/window_share") for record in _records(whole)]
-    assert shares[1] is None and all(0 < shares[step] <= 1 for step in (0, 2, 3)), shares
+    assert shares[1] is None and all(0 < shares[step] <= 1 for step in (0, 2)), shares
 
 
 @pytest.mark.slow
