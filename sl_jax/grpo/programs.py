@@ -77,7 +77,8 @@ class Programs:
     def learning(self) -> Any:
         """What is on the devices while the learner works, but for one micro-batch's passes."""
         gradients = (self.state.adapter.lora, self.state.adapter.lora)
-        return self.resident(), self._before, self._batches, self._waiting, gradients
+        waiting = self._waiting[1:]  # The sampling adapter is among what is always there.
+        return self.resident(), self._before, self._batches, waiting, gradients
 
     def kept_bytes(self, samples: int) -> int:
         """Of all devices: what a forward pass of so many samples keeps for the backward pass."""

@@ -84,7 +84,7 @@ class Run:
         self.shown.append((step, float(results)))
 
     def _warn(self, records, said):
-        self.warned.append(records[-1]["step"])
+        self.warned.append(list(records)[-1]["step"])
 
     def _evaluated(self, value):
         self.fault("evaluating", len(self.seen))
