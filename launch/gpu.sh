@@ -36,7 +36,7 @@ esac
 for argument in "$@"; do
   case "$argument" in
     --*) ;;
-    *) fail "'$argument' is not an argument of sl_jax.train; please give --config=FILE and the like." ;;
+    *) fail "'$argument' is not an argument of sl_jax.train; please give such as --config=FILE." ;;
   esac
 done
 
@@ -50,14 +50,15 @@ trap interrupted INT
 # gpus: a line for each with its name, driver and memory.
 gpus() {
   local listed driver
-  command -v nvidia-smi >/dev/null || fail "nvidia-smi is not found: this node has no NVIDIA driver." \
-    "Please install one of version $OLDEST_DRIVER or newer. On a node without GPUs: bash $0 --install"
+  command -v nvidia-smi >/dev/null ||
+    fail "nvidia-smi is not found: this node has no NVIDIA driver." \
+      "Please install version $OLDEST_DRIVER or newer. On a node without GPUs: bash $0 --install"
   listed="$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader 2>&1)" ||
     fail "nvidia-smi fails, so that no GPU can be used:" "$listed"
   [ -n "$listed" ] || fail "nvidia-smi lists no GPU."
   driver="$(head -n 1 <<<"$listed" | cut -d, -f2 | tr -d ' ')"
   [ "${driver%%.*}" -ge "$OLDEST_DRIVER" ] 2>/dev/null ||
-    fail "The driver is $driver; please install version $OLDEST_DRIVER or newer, which CUDA 12 needs."
+    fail "The driver is $driver; CUDA 12 needs $OLDEST_DRIVER or newer, please install that."
   printf '%s\n' "$listed"
 }
 

@@ -13,7 +13,7 @@ Usage: bash launch/tpu_host.sh COMMAND
   state ARGUMENT…   one line on the training with these arguments: "running", "ended STATUS",
                     "lost" with its host, "never"; "another" if one with others runs
   follow BYTES      prints the log from there on, until the training ends
-  stop SECONDS      SIGTERM, and after so many seconds SIGKILL
+  stop SECONDS      SIGTERM, and after so many seconds SIGKILL; its state is then "stopped"
 END_OF_USAGE
 }
 
@@ -58,6 +58,8 @@ state() {
     if [ "$same" = yes ]; then printf 'running\n'; else printf 'another\n'; fi
   elif [ ! -d "$RUN" ] || [ "$same" = no ]; then
     printf 'never\n'
+  elif [ -f "$RUN/stopped" ]; then
+    printf 'stopped\n'
   elif [ -f "$RUN/status" ]; then
     printf 'ended %s\n' "$(cat "$RUN/status")"
   else
@@ -75,11 +77,15 @@ start() {
   esac
   [ -x "$VENV/bin/python" ] || fail "$VENV is missing; please install first."
   mkdir -p "$RUN"
-  rm -f "$RUN/pid" "$RUN/status"
+  rm -f "$RUN/pid" "$RUN/status" "$RUN/stopped"
   [ ! -f "$RUN/log" ] || mv "$RUN/log" "$RUN/log.before"
   printf '%q ' "$@" >"$RUN/command"
   setsid nohup bash "$ROOT/launch/tpu_host.sh" _train "$@" >"$RUN/log" 2>&1 </dev/null &
-  while [ ! -s "$RUN/pid" ]; do sleep 0.1; done
+  for _ in {1..100}; do
+    [ ! -s "$RUN/pid" ] || break
+    sleep 0.1
+  done
+  [ -s "$RUN/pid" ] || fail "The training does not start on $(hostname):" "$(cat "$RUN/log")"
   printf 'Started on %s.\n' "$(hostname)"
 }
 
@@ -116,6 +122,7 @@ stop() {
     printf 'Nothing runs on %s.\n' "$(hostname)"
     return
   fi
+  : >"$RUN/stopped"
   kill -TERM -- "-$id"
   while session >/dev/null && [ "$left" -gt 0 ]; do
     sleep 1
@@ -125,7 +132,7 @@ stop() {
     kill -KILL -- "-$id"
     printf 'Killed on %s, after %s s.\n' "$(hostname)" "$1"
   else
-    printf 'Stopped on %s: %s.\n' "$(hostname)" "$(state)"
+    printf 'Stopped on %s, with status %s.\n' "$(hostname)" "$(cat "$RUN/status")"
   fi
 }
 

@@ -36,9 +36,15 @@ END_OF_USAGE
 command="" name="" type="" version="" zone="" project=""
 spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=60
 variables=() training=()
-started="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
 pause="${TPU_PAUSE:-30}"
-LIKELY_HOSTS=4 # chips of a host, but for single hosts of eight
+again="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
+
+HOST_SCRIPT=sl_jax/launch/tpu_host.sh # on a host
+SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
+CHIPS=4   # of a host, but for single hosts of eight
+TRIES=4   # of a command that needs a connection
+LOOKS=20  # at hosts that do not answer
+AGAIN=200 # the status of a training that is to start again
 
 bad() {
   fail "$@" "bash launch/tpu_vm.sh --help says more."
@@ -112,7 +118,7 @@ hosts() {
   esac
   case "$1" in
     v5litepod-8 | v6e-8) printf '1\n' ;;
-    *) printf '%d\n' $(((count + LIKELY_HOSTS - 1) / LIKELY_HOSTS)) ;;
+    *) printf '%d\n' $(((count + CHIPS - 1) / CHIPS)) ;;
   esac
 }
 
@@ -150,7 +156,7 @@ check() {
     version="${version:-$(software "$type")}"
   fi
   case "$command" in
-    run | create) [ -n "$type" ] || bad "Please give the type of the TPU, such as --type=v5litepod-8" ;;
+    run | create) [ -n "$type" ] || bad "Please give the type of the TPU, as in --type=v5litepod-8" ;;
   esac
   case "$command" in
     run | start)
@@ -160,7 +166,7 @@ check() {
     *) [ ${#training[@]} -eq 0 ] || bad "$command takes no arguments of sl_jax.train." ;;
   esac
   [ "$dry" = yes ] || command -v gcloud >/dev/null || fail "gcloud is not found." \
-    "Please install the Google Cloud CLI, then: gcloud auth login && gcloud config set project PROJECT"
+    "Please install the Google Cloud CLI, then: gcloud auth login; gcloud config set project NAME"
 }
 
 # check_workdir: that it outlives the VM and is one for all hosts. An absolute path may be that of a
@@ -177,7 +183,7 @@ check_workdir() {
     return
   fi
   bad "config.workdir is '$workdir': a folder of each host, which is deleted with it." \
-      "Please give --config.workdir=gs://BUCKET/FOLDER, or the path of a disk that hosts share."
+    "Please give --config.workdir=gs://BUCKET/FOLDER, or the path of a disk that hosts share."
 }
 
 # here WORD...: runs a command, or prints its line if --dry-run.
@@ -205,7 +211,7 @@ shell() {
 
 # remotely WORKER WORD...: launch/tpu_host.sh WORD... on a host, or on all.
 remotely() {
-  shell "$1" "bash sl_jax/launch/tpu_host.sh$(printf ' %q' "${@:2}")"
+  shell "$1" "bash $HOST_SCRIPT$(printf ' %q' "${@:2}")"
 }
 
 # persist WORD...: again if it fails, as connections do.
@@ -218,7 +224,6 @@ persist() {
   done
   "$@"
 }
-TRIES=4
 
 # described GROUP FIELD: of the VM or its request; empty if it is not there.
 described() {
@@ -247,14 +252,19 @@ request() {
   local flags=("--accelerator-type=$type")
   [ "$spot" = no ] || flags+=(--spot)
   if [ "$queued" = yes ]; then
-    cloud queued-resources create "$name" "--node-id=$name" "${flags[@]}" "--runtime-version=$version"
+    cloud queued-resources create "$name" "--node-id=$name" "${flags[@]}" \
+      "--runtime-version=$version"
   else
     cloud tpu-vm create "$name" "${flags[@]}" "--version=$version"
   fi
 }
 
 remove() {
-  if [ "$queued" = yes ] || { [ "$dry" = no ] && [ -n "$(described queued-resources name)" ]; }; then
+  local requested="$queued"
+  if [ "$dry$queued" = nono ] && [ -n "$(described queued-resources name)" ]; then
+    requested=yes
+  fi
+  if [ "$requested" = yes ]; then
     cloud queued-resources delete "$name" --force
   else
     cloud tpu-vm delete "$name"
@@ -291,8 +301,11 @@ create() {
         say "$name is stopped: it is started."
         cloud tpu-vm start "$name"
         ;;
-      FAILED) fail "The request for $name has failed; gcloud compute tpus queued-resources describe" \
-        "$name says why. Please delete it: bash launch/tpu_vm.sh delete $name" ;;
+      FAILED)
+        fail "The request for $name has failed. To see why:" \
+          "  gcloud compute tpus queued-resources describe $name" \
+          "Then please delete it: bash launch/tpu_vm.sh delete $name"
+        ;;
       *)
         [ "$state" = "$said" ] || say "$name is $state."
         sleep "$pause"
@@ -303,13 +316,12 @@ create() {
 }
 
 install() {
-  local archive="$scratch/sl_jax.tar.gz"
+  local archive="$scratch/sl_jax.tar.gz" unpack="mkdir -p sl_jax && tar -xzf sl_jax.tar.gz -C sl_jax"
   say "Installing on all hosts of $name."
   here tar -C "$ROOT" --exclude=__pycache__ -czf "$archive" "${SENT[@]}"
   persist cloud tpu-vm scp "$archive" "$name:sl_jax.tar.gz" --worker=all
-  persist shell all "mkdir -p sl_jax && tar -xzf sl_jax.tar.gz -C sl_jax && bash sl_jax/launch/tpu_host.sh install $extras"
+  persist shell all "$unpack && bash $HOST_SCRIPT install $extras"
 }
-SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
 
 # hand_over: the variables of --env, in a file that only its owner reads, here and there.
 hand_over() {
@@ -330,14 +342,15 @@ start() {
 }
 
 # training_state: that of all hosts together, as launch/tpu_host.sh tells it, or "unreachable". Of
-# several states the first of another, running, lost, never; of statuses the highest.
+# several the first of another, running, lost, never, stopped; of statuses the highest.
 training_state() {
-  local lines state
-  if ! lines="$(remotely all state "${training[@]}")"; then
+  local lines state told
+  told="bash $HOST_SCRIPT state$(printf ' %q' "${training[@]}")"
+  if ! lines="$(shell all "if [ -f $HOST_SCRIPT ]; then $told; else echo never; fi")"; then
     printf 'unreachable\n'
     return
   fi
-  for state in another running lost never; do
+  for state in another running lost never stopped; do
     if grep -qxF "$state" <<<"$lines"; then
       printf '%s\n' "$state"
       return
@@ -371,6 +384,10 @@ attend() {
         ! goes_on "${state#* }" || return "$AGAIN"
         return "${state#* }"
         ;;
+      stopped)
+        say "The training was stopped."
+        return 143
+        ;;
       lost | never) # the hosts were started again
         say "The training is gone."
         return "$AGAIN"
@@ -383,22 +400,27 @@ attend() {
           *) return "$AGAIN" ;;
         esac
         [ "$looks" -lt "$LOOKS" ] || fail "$name has not answered $looks times; what runs there goes on." \
-          "To follow it again: $started"
+          "To follow it again: $again"
         ;;
       *) looks=0 ;;
     esac
     sleep "$pause"
   done
 }
-AGAIN=200 LOOKS=20
 
 run() {
-  local state status count=0
+  local state status count=0 looks=0
   while :; do
     create
     state=never
     [ "$dry" = yes ] || state="$(training_state)"
     case "$state" in
+      unreachable) # as hosts are at first
+        looks=$((looks + 1))
+        [ "$looks" -lt "$LOOKS" ] || fail "The hosts of $name have not answered $looks times."
+        sleep "$pause"
+        continue
+        ;;
       running) say "The training runs already." ;;
       another)
         fail "Another training runs on $name; please stop it first: bash launch/tpu_vm.sh stop $name"
@@ -444,8 +466,10 @@ delete() {
 }
 
 interrupted() {
-  printf '\n%s\n' "The training goes on without this command. To follow it: $started" \
-    "To stop it: bash launch/tpu_vm.sh stop $name; and to pay no more: bash launch/tpu_vm.sh delete $name" >&2
+  printf '\n%s\n' "Interrupted. What was started on $name goes on, and costs." \
+    "To follow it: $again" \
+    "To stop the training: bash launch/tpu_vm.sh stop $name" \
+    "To delete the TPU VM: bash launch/tpu_vm.sh delete $name" >&2
   exit 130
 }
 
@@ -458,6 +482,6 @@ if [ "$dry" = no ]; then
   trap 'rm -rf "$scratch"' EXIT
 fi
 case "$command" in
-  run | logs) trap interrupted INT ;;
+  run | create | install | start | logs) trap interrupted INT ;;
 esac
 "$command"

@@ -16,11 +16,12 @@ from ml_collections import config_flags
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.source import RELEASE_ID, release_shapes, resolve_model
 from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.grpo.micro_batch import with_micro_batch
 from sl_jax.grpo.programs import Programs, workload
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 from sl_jax.planning import suggestions, topologies
 from sl_jax.planning.phases import bytes_per_chip
-from sl_jax.planning.roofline import Plan, plan_phases
+from sl_jax.planning.roofline import JudgePool, Plan, plan_phases
 from sl_jax.planning.text import to_json, to_text
 from sl_jax.planning.topologies import PlanError, Topology
 from sl_jax.training.configuration import ConfigError
@@ -32,6 +33,16 @@ _log = logging.getLogger("sl_jax")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice of TPUs, such as v5e:2x4 or v5p:2x2x1.")
 _JSON = flags.DEFINE_boolean("json", False, "Print the plan as JSON.")
+_QUICK = flags.DEFINE_boolean(
+    "quick", False, "Compile with the least effort: in a fourth of the time, memory within 0.5 GiB."
+)
+_HBM = flags.DEFINE_float(
+    "hbm_gib", None, "Memory of a chip to plan with; by default what the compiler gives programs."
+)
+_JUDGE_SECONDS = flags.DEFINE_float("judge_seconds", None, "That a call to the judge takes.")
+_JUDGE_CONCURRENCY = flags.DEFINE_integer(
+    "judge_concurrency", 8, "Calls that one replica of the judge takes at a time."
+)
 _SUGGEST = flags.DEFINE_boolean("suggest", False, "Try up to three meshes; print the fastest.")
 
 
@@ -48,7 +59,7 @@ def main(argv: list[str]) -> None:
 
 def run() -> int:
     """The plan of the flags; the exit code."""
-    slice_ = topologies.topology(_TOPOLOGY.value)
+    slice_ = topologies.topology(_TOPOLOGY.value, _HBM.value)
     topologies.prepare_environment(slice_)
     chips = topologies.devices(slice_)
     settings = _CONFIG.value.to_dict()
@@ -67,10 +78,25 @@ def run() -> int:
 def make_plan(config: GrpoConfig, folder: epath.Path, slice_: Topology, chips: list) -> Plan:
     """The plan of one configuration on a slice."""
     mesh = make_mesh(config.mesh, chips)
-    programs = Programs(config, folder, Layout(mesh))
+    layout = Layout(mesh)
+    config = with_micro_batch(config, folder, layout, slice_.chip.hbm)
+    programs = Programs(config, folder, layout)
     resident = {name: bytes_per_chip(tree) for name, tree in programs.resident().items()}
-    phases = plan_phases(programs.chains(), slice_)
-    return Plan(slice_, dict(mesh.shape), resident, phases, workload(config))
+    phases = plan_phases(programs.chains(), slice_, _QUICK.value)
+    batch, judge = config.learner.micro_batch, _judge_pool()
+    return Plan(slice_, dict(mesh.shape), resident, phases, workload(config), batch, judge)
+
+
+def _judge_pool() -> JudgePool | None:
+    seconds, concurrency = _JUDGE_SECONDS.value, _JUDGE_CONCURRENCY.value
+    if seconds is None:
+        return None
+    if seconds <= 0 or concurrency < 1:
+        raise PlanError(
+            f"--judge_seconds is {seconds:g} and --judge_concurrency {concurrency}; please give "
+            "more than 0 seconds and at least 1 call"
+        )
+    return JudgePool(seconds, concurrency)
 
 
 def _suggested(settings: dict, folder: epath.Path, slice_: Topology, chips: list) -> Plan:

@@ -1,7 +1,11 @@
 """What reads strangers' files and answers ends in its own errors; more cases: soak/fuzz.py."""
 
+import base64
+import re
+
 import pytest
-from fuzzing import SETTINGS, dumped, lora_file, outcome, packed, subjects
+from fuzzing import SETTINGS, chat, dumped, lora_file, outcome, packed, subjects
+from hostile_files import good
 from hypothesis import HealthCheck, Phase, given, settings
 
 CASES = 500
@@ -12,6 +16,24 @@ def _told(shape, end=24, dtype="F32", begin=0):
     return {"a": {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}}
 
 
+def _legend(stage, pattern, other):
+    """A request whose legend says something else."""
+    body = chat(stage, "sheet")
+    for part in body["messages"][0]["content"]:
+        if "Cells" in part.get("text", ""):
+            part["text"] = re.sub(pattern, other, part["text"], count=1)
+    return "request to the server", dumped(body)
+
+
+def _one_picture_of_another_size(place):
+    body = chat(1, "separate")
+    pictures = [part for part in body["messages"][0]["content"] if "image_url" in part]
+    encoded = base64.b64encode(good(height=5, width=7)).decode()
+    pictures[place]["image_url"]["url"] = f"data:image/png;base64,{encoded}"
+    return "request to the server", dumped(body)
+
+
+_CELLS = "In each cell, 1 by 2 pictures of 1 wide and 1 high, 1 apart: "
 # What such cases found, and what is known to break other readers.
 MET = {
     "a header of brackets": ("safetensors", (10**5).to_bytes(8, "little") + b"[" * 10**5),
@@ -45,6 +67,16 @@ MET = {
     "an answer of brackets": ("judge's answer", (1, "[" * 10**5)),
     "a key twice": ("judge's answer", (0, '{"caption": "a", "caption": "b"}')),
     "a reply of brackets": ("chat completion", b"[" * 10**5),
+    "half a character": ("judge's answer", (0, '{"caption": "\\ud800"}')),
+    "a candidate called __base__": _legend(2, r"A \|", "__base__ |"),
+    "a candidate called model_config": _legend(2, r"A \|", "model_config |"),
+    "no columns": _legend(1, r"in \d+ columns", "in 0 columns"),
+    "cells without width": _legend(1, r"Cells: \d+", "Cells: 0"),
+    "squares without sides": _legend(2, r"of \d+ pixel squares", "of 0 pixel squares"),
+    "cells described without end": _legend(2, "In each cell.*", _CELLS * 30_000),
+    "a source of another size": _one_picture_of_another_size(0),
+    "a recomposition of another size": _one_picture_of_another_size(1),
+    "a layer of another size": _one_picture_of_another_size(2),
 }
 
 

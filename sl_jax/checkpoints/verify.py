@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float32, Int
 
-from sl_jax.checkpoints.adapters import AdapterSource, load_adapter, locate_adapter
+from sl_jax.checkpoints.adapters import AdapterSource, load_adapter, locate_adapter, read_adapter
 from sl_jax.checkpoints.huggingface import CheckpointError, load_params, local_path, read_config
 from sl_jax.checkpoints.lora_modules import find_prefix
 from sl_jax.checkpoints.naming import MMDIT
@@ -146,6 +146,7 @@ def _peer_adapter(name: epath.PathLike) -> AdapterSource | epath.Path:
         raise CheckpointError(
             f"PyTorch cannot load {source.path}; please pass also what to-peft or merge made of it"
         )
+    read_adapter(name)  # refuses pickles, which PyTorch would load
     return source
 
 
@@ -158,9 +159,10 @@ def _peer_output(
 
     kind = getattr(torch, dtype)
     place = folder if isinstance(adapter, AdapterSource) else adapter / "transformer"
-    model = QwenImageTransformer2DModel.from_pretrained(place, dtype=kind).eval()
+    model = QwenImageTransformer2DModel.from_pretrained(place, dtype=kind, use_safetensors=True)
     if isinstance(adapter, AdapterSource):
-        model = _with_adapter(model, adapter).eval()
+        model = _with_adapter(model, adapter)
+    model.eval()
     tokens = np.concatenate([inputs.latents, inputs.condition], axis=1)
     flag = torch.zeros(len(tokens), dtype=torch.long)
     valid = np.arange(max(_WORDS)) < inputs.lengths[:, None]

@@ -64,8 +64,12 @@ class Captions:
             except ValueError as error:
                 self.unused.append(Skipped(found.name, f"line {number}: {error}"))
                 continue
+            whole = caption.encode("utf-8", "replace").decode("utf-8")
+            if whole != caption:
+                note = f"line {number}: half a character; it was replaced"
+                self.unused.append(Skipped(found.name, note))
             if caption:
-                self._listed[posixpath.normpath(posixpath.join(folder, file_name))] = caption
+                self._listed[posixpath.normpath(posixpath.join(folder, file_name))] = whole
 
     def _read(self, found: Found, limit: int) -> bytes:
         """The file's bytes; empty, and noted, if it cannot be read or is too long."""

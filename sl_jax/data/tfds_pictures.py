@@ -6,8 +6,9 @@ They are read without TensorFlow, from array_record files, by position and from 
 from __future__ import annotations
 
 import functools
+import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,6 +26,7 @@ from sl_jax.data.threads import in_threads
 TFDS, CRELLO = "tfds", "crello"
 _IMAGE = "image"
 _DEFAULT_LIMITS = PictureLimits()
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # of JSON; the last of old files
 _CAPTIONS = ("caption", "text", "prompt", "title")
 _WANTED = (
     "please write crello, crello#SPLIT, crello:FOLDER#SPLIT (a folder of Crello's parquet files, "
@@ -181,14 +183,55 @@ def _builder(named: Named) -> Any:
     import tensorflow_datasets as tfds
 
     if named.kind == CRELLO:
-        return tfds.builder_from_directory(_crello_folder(named.name))
+        folder = _crello_folder(named.name)
+        _check_features(folder)
+        return tfds.builder_from_directory(folder)
     try:
+        if tfds.core.naming.parse_builder_name_kwargs(named.name)[0].namespace:
+            raise ValueError("TFDS would fetch and run the code of others")
         builder = tfds.builder(named.name, try_gcs=False, file_format="array_record")
         builder.download_and_prepare()
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError, OSError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FolderError(f"{named} cannot be opened ({first}); {_WANTED}") from error
     return builder
+
+
+def _check_features(folder: epath.Path) -> None:
+    """Of features that it does not know, TFDS imports the modules that the folder names.
+
+    Raises:
+      FolderError: there are others than Crello's, or they cannot be read.
+    """
+    try:
+        names = list(_class_names(json.loads((folder / "features.json").read_text("utf-8"))))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FolderError(f"{shown(folder)} holds no dataset: {error}; {_WANTED}") from error
+    own = _own_classes()
+    for name in names:
+        if name not in own:
+            raise FolderError(f"{shown(folder)} asks for the code of {shown(name)}; {_WANTED}")
+
+
+def _class_names(told: Any) -> Iterator[str]:
+    """All that TFDS may take for the name of a class in the JSON of features."""
+    if isinstance(told, list):
+        for part in told:
+            yield from _class_names(part)
+    elif isinstance(told, dict):
+        for key, part in told.items():
+            if key in _CLASS_KEYS and isinstance(part, str):
+                yield part
+            yield from _class_names(part)
+
+
+def _own_classes() -> frozenset[str]:
+    """Names of the classes of Crello's features."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features
+    used = (features.FeaturesDict, features.Text, features.Image, features.Sequence)
+    return frozenset(f"{kind.__module__}.{kind.__name__}" for kind in used)
 
 
 @functools.lru_cache(maxsize=8)

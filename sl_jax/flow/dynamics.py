@@ -17,7 +17,9 @@ denominator only. For `cps` c = √(t'² − s²) = t'·|cos(aπ/2)|. Rewriting 
 (x − (1−t)·x̂₀)/t² as (x + (1−t)·v)/t shows that it is `flow_sde` with another q.
 
 The two SDEs keep the ODE's marginals in the limit of many steps. `cps` keeps them at any number of
-steps if the data are one point, and narrows broader data.
+steps if the data are one point. Broader data it narrows, the more the noisier, and in the limit
+too: it mixes the mean of the data, given x, with that of the noise, and both vary less than what
+they are means of.
 
 All functions are float32, take traced or plain σ, either one for the batch (scalar) or one per
 sample ([B]), and run over latents [B, N, C]: N packed tokens of C channels. Those that average take

@@ -97,8 +97,9 @@ class RolloutConfig:
             follows as well. It doubles what the transformer computes.
         negative_prompt: that guidance leads away from.
         max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
-            out before the updates of the epoch before theirs, so that their judge has that long,
-            and what is beyond the clip range in a step is cut, whatever its sign.
+            out before the updates of the epoch before theirs, which leaves their judge that long.
+            Steps whose ratio is outside the clip range are then truncated: they have no gradient,
+            whichever way their advantage points.
     """
 
     groups: int = 32
@@ -160,14 +161,15 @@ class LearnerConfig:
 
     Attributes:
         updates: per epoch; the epoch's pictures are split among them.
-        micro_batch: samples per forward and backward pass, over all devices.
+        micro_batch: samples per forward and backward pass, over all devices; None derives it from
+            their memory, see `grpo.micro_batch`.
         ema: decay per update of the average that is exported and evaluated.
         reference: of the KL term: "base", without adapter, or "init", the adapter at the start.
         stop: when an epoch's remaining updates are left out.
     """
 
     updates: int = 2
-    micro_batch: int = 8
+    micro_batch: int | None = None
     ema: float = 0.9
     reference: Literal["base", "init"] = "base"
     stop: StopConfig = field(default_factory=StopConfig)
@@ -255,6 +257,8 @@ class EvaluationConfig:
         batch: pictures sampled together.
         seed: of the initial noise, the same at every evaluation.
         judge: servers that judge held-out pictures; empty for the judge of training.
+        window_share: whether to measure as well, by two rollout batches of held-out pictures, what
+            share of the variance of scores within a group of independent noise is the window's.
     """
 
     every: int = 10
@@ -265,6 +269,12 @@ class EvaluationConfig:
     batch: int = 8
     seed: int = 0
     judge: tuple[EndpointConfig, ...] = ()
+    window_share: bool = False
+
+    @property
+    def spread_draws(self) -> int:
+        """Rollout batches of an evaluation that measures `window_share`."""
+        return 2 if self.window_share else 0
 
 
 @dataclass(frozen=True)
@@ -276,7 +286,7 @@ class CheckpointConfig:
         keep: how many, the newest.
     """
 
-    every: int = 5
+    every: int = 1
     keep: int = 3
 
 
@@ -396,7 +406,6 @@ _AT_LEAST_ONE = (
     "rollout.steps",
     "rollout.window_epochs",
     "learner.updates",
-    "learner.micro_batch",
     "judge.grids",
     "judge.asks",
     "judge.tries",
@@ -426,6 +435,7 @@ _RULES = {
     "data.path": given("a folder of pictures to train on, crello#train, or tfds:NAME#train"),
     "data.layers": given("one or more numbers of layers, such as (3, 4)"),
     "learner.ema": DECAY,
+    "learner.micro_batch": Rule(lambda size: size is None or size >= 1, "None or at least 1"),
     "rollout.shift": POSITIVE_OR_NONE,
     **dict.fromkeys(("health.not_finite", "health.tied_epochs"), AT_LEAST_ONE),
     **dict.fromkeys(("health.kl", "health.clip_fraction", "health.kept"), NOT_NEGATIVE),
@@ -542,13 +552,14 @@ def _spending_problems(config: GrpoConfig) -> Iterator[str]:
 def _mesh_problems(config: GrpoConfig, devices: int) -> Iterator[str]:
     batches = {
         "rollout.batch_groups": config.rollout.batch_groups,
-        "learner.micro_batch": config.learner.micro_batch,
         "evaluation.batch": config.evaluation.batch,
     }
+    if (size := config.learner.micro_batch) is not None:
+        batches["learner.micro_batch"] = size
     yield from split_problems(config.mesh, devices, batches)
     samples = config.rollout.batch_groups * config.rollout.group_size
-    if config.learner.micro_batch > 0 and samples % config.learner.micro_batch:
+    if size and samples % size:
         yield (
-            f"config.learner.micro_batch is {config.learner.micro_batch}; please use a divisor of "
+            f"config.learner.micro_batch is {size}; please use None, or a divisor of "
             f"batch_groups × group_size = {samples}"
         )

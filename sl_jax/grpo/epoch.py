@@ -14,7 +14,13 @@ from sl_jax.grpo.config import GrpoConfig, StopConfig
 from sl_jax.grpo.health import Health, Spoiled, keep_spoiled
 from sl_jax.grpo.judging import judged_advantages
 from sl_jax.grpo.learner import LearnerState, Scored, StepReport, UpdateReport
-from sl_jax.grpo.metrics import beyond, learner_metrics, warn_of_mismatch, warn_of_spoiled
+from sl_jax.grpo.metrics import (
+    beyond,
+    learner_metrics,
+    warn_of_mismatch,
+    warn_of_spoiled,
+    warn_of_standstill,
+)
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.rolling import Rolled, await_scores, record, roll_out
@@ -143,11 +149,12 @@ def _learn(
         report, skipped = None, int(state.skipped)
         if not stopped:
             old = None if state.adapter is sampler else sampler
+            # An epoch that is cut short goes on from its beginning, whose adapter may sample, too.
             how = {"donate": state.adapter is not begun, "too_far": _too_far(parts)}
             state, report = parts.learner.update(state, scored, old, kl_left, **how)
             stopped = report.stopped
             jax.block_until_ready(state.updates)
-            phases.computed(parts.learner.flops(scored, old))
+            phases.computed(parts.learner.work(scored, old))
         updated = _updated(int(state.skipped) - skipped, report, finite)
         done.append(_Learned(part, judged, finite, worth, report, updated))
     return state, done
@@ -177,16 +184,18 @@ def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dic
     if parts.processes.is_main:
         warn_of_mismatch(learned, parts.config.objective)
         warn_of_spoiled(finite)
+        warn_of_standstill(reports)
     return {
         **{f"judge/{name}": value for name, value in summarize(judged).metrics().items()},
         **{f"pool/{name}": value for name, value in parts.judging.metrics().items()},
         "judge/quarantined": len(parts.stream.quarantined),
         **learned,
         **_advantage_metrics([entry.advantages for entry in done]),
+        "learner/micro_batch": parts.config.learner.micro_batch,
         "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
-        "learner/stopped_updates": len(done) - sum(not report.stopped for report in reports),
+        "learner/stopped_updates": sum(e.report is None or e.report.stopped for e in done),
         "rollout/not_finite": int((~finite).sum()),
     }
 

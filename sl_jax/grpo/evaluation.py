@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, UInt8, UInt32
 
 from sl_jax import imaging
 from sl_jax.data import EvalSet, Example, FolderError
@@ -23,6 +23,7 @@ from sl_jax.grpo.config import EvaluationConfig
 from sl_jax.grpo.judging import Judging, Submitted
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Rollout
+from sl_jax.grpo.spread import window_share
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.inference.sampling import Guidance
 from sl_jax.models.lora import Adapter
@@ -89,7 +90,7 @@ class Evaluator:
         pending = [
             entry
             for batch in self.examples.batches(self.config.batch, rows.held)
-            for entry in self._submitted(batch, self._sampled(batch, adapter), rows.judged)
+            for entry in self._submitted(batch, self._sampled(batch, adapter)[:, None], rows.judged)
         ]
         results = self._finished(pending)
         if not results:
@@ -106,14 +107,49 @@ class Evaluator:
         """
         rows = self._rows(groups)
         batch = next(self.examples.batches(groups, rows.held))
+        layers = self._candidates(rollout, adapter, window_start, groups, batch, self._keys(batch))
+        return self._finished(self._submitted(batch, layers[:, :1], rows.judged))
+
+    def window_share(
+        self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
+    ) -> float:
+        """The share of the scores' variance within a group that the window's noise explains.
+
+        Of two groups with initial noises of their own, for each picture of the first batch of at
+        most `groups`; see `grpo.spread`.
+        """
+        rows, shared = self._rows(groups), rollout.with_shared_noise
+        draws = self.config.spread_draws
+        batch = next(self.examples.batches(groups, rows.held))
+        pending = []
+        for draw in range(draws):
+            keys = self._keys(batch, 1 + draw)
+            layers = self._candidates(shared, adapter, window_start, groups, batch, keys)
+            pending.append(self._submitted(batch, layers, rows.judged))
+        scores = self.judging.collect([entry.submitted for draw in pending for entry in draw])
+        slots = [entry.example.slot for entry in pending[0]]
+        places = [draws * slot + draw for draw in range(draws) for slot in slots]
+        told = self.judging.share(places, scores)
+        stage1 = [told[place].stage1 for place in sorted(told)]
+        return window_share(np.reshape(stage1, (-1, draws, rollout.group_size)))
+
+    def _candidates(
+        self,
+        rollout: Rollout,
+        adapter: Adapter,
+        window_start: int,
+        groups: int,
+        batch: EvalBatch,
+        keys: UInt32[np.ndarray, "n words"],
+    ) -> UInt8[np.ndarray, "n g l h w 4"]:
+        """Of the rows that this process holds."""
         grid = LatentGrid(
             batch.layers, batch.bucket.height // PACKED_PIXELS, batch.bucket.width // PACKED_PIXELS
         )
-        pictures = laid_out(self.layout, batch.examples, self.prompts, self._keys(batch), groups)
+        pictures = laid_out(self.layout, batch.examples, self.prompts, keys, groups)
         latents = rollout(adapter, pictures, window_start, grid).latents
         layers = to_local(rollout.decode(latents, grid).layers)
-        first = layers[:: len(layers) // len(batch.examples)]
-        return self._finished(self._submitted(batch, first, rows.judged))
+        return layers.reshape(len(batch.examples), -1, *layers.shape[1:])
 
     def _rows(self, size: int) -> BatchRows:
         return batch_rows(self.layout.mesh, size, self.judging.processes.index)
@@ -141,13 +177,18 @@ class Evaluator:
     def _split_by_rows(self) -> Any:
         return jax.jit(lambda x: x, out_shardings=batch_sharding(self.layout.mesh))
 
-    def _keys(self, batch: EvalBatch) -> np.ndarray:
-        return group_keys(jax.random.key(self.config.seed), [e.slot for e in batch.examples])
+    def _keys(self, batch: EvalBatch, draw: int = 0) -> UInt32[np.ndarray, "n words"]:
+        root = jax.random.key(self.config.seed)
+        root = jax.random.fold_in(root, draw) if draw else root
+        return group_keys(root, [e.slot for e in batch.examples])
 
     def _submitted(
-        self, batch: EvalBatch, layers: np.ndarray, judged: Sequence[int]
+        self, batch: EvalBatch, stacks: UInt8[np.ndarray, "n g l h w 4"], judged: Sequence[int]
     ) -> list[_Pending]:
-        """Sends to the judge what this process judges, if all that hold it could read it."""
+        """Sends to the judge what this process judges, if all that hold it could read it.
+
+        What waits has the layers of each picture's first candidate.
+        """
         unread = self.judging.processes.all_gather(
             "reading held-out pictures",
             [r for r, e in zip(batch.rows, batch.examples, strict=True) if e.is_blank],
@@ -156,9 +197,10 @@ class Evaluator:
         places = [
             place for place, row in enumerate(batch.rows) if row in judged and row not in blank
         ]
-        examples = [batch.examples[place] for place in places]
-        submitted = self.judging.submit(examples, layers[places], [e.picture_id for e in examples])
-        return [_Pending(*entry) for entry in zip(examples, layers[places], submitted, strict=True)]
+        examples, chosen = [batch.examples[place] for place in places], stacks[places]
+        names = [e.picture_id for e in examples]
+        submitted = self.judging.submit(examples, chosen.reshape(-1, *stacks.shape[2:]), names)
+        return [_Pending(*entry) for entry in zip(examples, chosen[:, 0], submitted, strict=True)]
 
     def _finished(self, pending: Sequence[_Pending]) -> list[Evaluated]:
         """Everyone's results in order; layers of this process's own."""

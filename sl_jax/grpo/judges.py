@@ -24,7 +24,7 @@ from sl_jax.scoring import (
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
 from sl_jax.scoring.endpoint_config import EndpointConfig
-from sl_jax.scoring.records import JudgeRecords
+from sl_jax.scoring.records import RECORDS, JudgeRecords
 
 if TYPE_CHECKING:
     from sl_jax.scoring.pool import JudgePool
@@ -114,7 +114,9 @@ def open_judges(
         )
         graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
         if judge.preflight:
-            graded = held_out * evaluations(config.evaluation, epochs) // processes.count
+            rollout, times = config.rollout, evaluations(config.evaluation, epochs)
+            spread = config.evaluation.spread_draws * rollout.batch_groups * rollout.group_size
+            graded = (held_out + spread) * times // processes.count
             groups = config.rollout.groups // processes.count
             asked = captions if processes.is_main else 0
             _try_out(config, worker, training, other, epochs, groups, graded, asked)
@@ -127,7 +129,7 @@ def judgings(
 ) -> tuple[Judging, Judging]:
     """How training is rewarded, on record; and how held-out pictures are, by the judge alone."""
     judge = config.judge
-    records = JudgeRecords(folder / "judge", judge.recorded_pictures, judge.render)
+    records = JudgeRecords(folder / RECORDS, judge.recorded_pictures, judge.render)
     training = Judging(judges.training, Rewards(config.rewards), judge, records, processes)
     alone = Rewards((("judge", 1.0),))
     return training, Judging(judges.evaluation, alone, judge, processes=processes)

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from sl_jax.eval.divergence import divergence
 from sl_jax.grpo.config import StopConfig
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.objective import ObjectiveConfig, ObjectiveMetrics
+from sl_jax.imaging.words import counted, time_span
 
 _log = logging.getLogger(__name__)
 
@@ -24,14 +25,14 @@ _NEAR = 0.5  # of the clip range
 def learner_metrics(updates: Sequence[UpdateReport]) -> dict[str, float]:
     """Averages over samples, by position in the σ grid and over all, from the reports of updates.
 
-    Samples count by their weight in the loss. The mismatch between rollout and learner is taken at
-    the first update, where both use the same adapter; everything else at the last one, where
-    policies differ most. An update that had nothing to learn from reports nothing.
+    Samples count by their weight in the loss. The mismatch between rollout and learner, with the
+    adapter that sampled in both, is taken at the first update, the share of what was truncated over
+    all, and everything else at the last one, where policies differ most. An update that had nothing
+    to learn from reports nothing.
     """
     first, last = (jax.device_get(updates[i]) for i in (0, -1))
-    return (
-        _by_step(last.steps, _objective) | _by_step(first.steps, _mismatch) | _gradient_norms(last)
-    )
+    metrics = _by_step(last.steps, _objective) | _by_step(first.steps, _mismatch)
+    return metrics | _gradient_norms(last) | _truncated(updates)
 
 
 def beyond(bounds: StopConfig, reports: Sequence[StepReport]) -> bool:
@@ -69,6 +70,16 @@ def warn_of_mismatch(metrics: Mapping[str, float], objective: ObjectiveConfig) -
         )
 
 
+def warn_of_standstill(updates: Sequence[UpdateReport]) -> None:
+    """Says so where not even the first update of an epoch was within its bounds."""
+    if updates and updates[0].stopped:
+        _log.warning(
+            "Before the first update of the epoch the policy is already beyond a bound of "
+            "learner.stop, and nothing was learned; if it goes on, please raise the bound, or set "
+            "rollout.max_staleness=0."
+        )
+
+
 def warn_of_spoiled(finite: np.ndarray) -> None:
     """Says so where candidates were not finite; they take no part in the update."""
     if not finite.all():
@@ -79,7 +90,7 @@ def warn_of_spoiled(finite: np.ndarray) -> None:
         )
 
 
-def warn_of_divergence(records: Sequence[Mapping[str, Any]], said: set[str]) -> None:
+def warn_of_divergence(records: Iterable[Mapping[str, Any]], said: set[str]) -> None:
     """Says what falls on held-out pictures while the training reward rises.
 
     Args:
@@ -91,6 +102,36 @@ def warn_of_divergence(records: Sequence[Mapping[str, Any]], said: set[str]) -> 
         if kind not in said:
             said.add(kind)
             _log.warning("In this run %s.", finding)
+
+
+def epoch_line(
+    epoch: int, of: int, metrics: Mapping[str, float], pace: tuple[float, float] | None
+) -> str:
+    """An epoch in one line of the log.
+
+    Args:
+        epoch: counted from 1.
+        of: epochs of the run.
+        metrics: of the epoch.
+        pace: seconds per epoch, and to the end of the run, where they are known.
+    """
+    said = [f"reward {metrics['judge/reward_mean']:.3f}"]
+    if "evaluation/reward" in metrics:
+        said.append(f"held out {metrics['evaluation/reward']:.3f}")
+    if "advantage/effective_groups" in metrics:
+        said.append(counted(int(metrics["advantage/effective_groups"]), "group") + " to learn from")
+    sides = [metrics.get(f"learner/clipped_{side}/all") for side in ("low", "high")]
+    if None not in sides:
+        said.append(f"{sum(sides):.0%} clipped")
+    shares = [
+        f"{name} {metrics[f'share/{name}']:.0%}"
+        for name in ("rollout", "judging", "learning", "evaluating")
+        if f"share/{name}" in metrics
+    ]
+    said.append(f"{time_span(metrics['seconds/all'])} ({', '.join(shares)})")
+    if pace and epoch < of:
+        said.append(f"{time_span(pace[1])} left")
+    return f"Epoch {epoch} of {of}: {', '.join(said)}."
 
 
 def _by_step(
@@ -126,6 +167,14 @@ def _gradient_norms(report: UpdateReport) -> dict[str, float]:
     norms = {f"step_{index}": norm for index, norm in report.gradient_norms}
     norms["all"] = report.gradient_norm
     return {f"learner/gradient_norm/{where}": float(norm) for where, norm in norms.items()}
+
+
+def _truncated(updates: Sequence[UpdateReport]) -> dict[str, float]:
+    reports = [step for update in jax.device_get(updates) for step in update.steps]
+    if not reports:
+        return {}
+    share = _mean(reports, [report.objective.truncated for report in reports])
+    return {"learner/truncated_share": share}
 
 
 def _mismatch(reports: Sequence[StepReport]) -> dict[str, float]:

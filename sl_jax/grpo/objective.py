@@ -89,8 +89,7 @@ class ObjectiveMetrics(NamedTuple):
     Fractions are 0 or 1 per sample. The mean ratio is 1 + the mean of `ratio_excess`, and its std
     is the excess's, both without the rounding that 1 would bring. `surrogate_gain` is the clipped
     objective without its constant −A: 0 at the first update, below 0 where the policy improves.
-    `truncated` is 1 where clipping took the gradient though the advantage would have kept it, or
-    might have: outside the range, if `truncate` was asked for.
+    `truncated` is 1 outside the clip range, where truncation takes the gradient away.
     `kl_old` is the exact KL of this Gaussian step from the policy that rolled out, `kl_approx`
     half the squared log ratio, as public code logs it; `kl_reference` is 0 without a reference.
     """

@@ -68,6 +68,24 @@ class Programs:
             "optimizer": state.optimizer,
         } | sampler
 
+    @property
+    def tokens(self) -> int:
+        """Of one sample: of all frames, and of the longest prompt."""
+        image = self.grid.generated_tokens + self.grid.frame_tokens
+        return image + self._config.data.max_text_tokens
+
+    def learning(self) -> Any:
+        """What is on the devices while the learner works, but for one micro-batch's passes."""
+        gradients = (self.state.adapter.lora, self.state.adapter.lora)
+        waiting = self._waiting[1:]  # The sampling adapter is among what is always there.
+        return self.resident(), self._before, self._batches, waiting, gradients
+
+    def kept_bytes(self, samples: int) -> int:
+        """Of all devices: what a forward pass of so many samples keeps for the backward pass."""
+        step, table = self._step(samples), self._table()
+        traced = self._learner.trace_forward(self.adapter, step, table, self.grid)
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(traced.out_info))
+
     def chains(self) -> tuple[Phases, ...]:
         """The programs of an epoch, in chains that can be compiled side by side."""
         return self._learner_phases(), self._rollout_phases(), self._small_phases()
@@ -158,7 +176,11 @@ class Programs:
         gradients = (self.state.adapter.lora, self.state.adapter.lora)
         samples = config.rollout.groups * config.rollout.group_size
         steps = config.rollout.window_size * samples // config.learner.micro_batch
-        step, table, vae = self._step(), self._table(), self.pipeline.vae_params
+        step, table, vae = (
+            self._step(config.learner.micro_batch),
+            self._table(),
+            self.pipeline.vae_params,
+        )
         traced = self._learner.trace_forward(self.adapter, step, table, self.grid)
         velocities = self._velocities_per_step()
         rest = (step.x_next, step.mean, step.advantage, step.weight)
@@ -267,8 +289,7 @@ class Programs:
         condition = self._condition(rows)
         return Candidates(self._latents(rows), window, condition, self._whole((rows,), np.bool_))
 
-    def _step(self) -> Step:
-        rows = self._config.learner.micro_batch
+    def _step(self, rows: int) -> Step:
         x, number = self._latents(rows), self._array((rows,), jnp.float32)
         return Step(x, x, x, self._whole((), jnp.int32), self._condition(rows), number, number)
 
@@ -301,12 +322,14 @@ def workload(config: GrpoConfig) -> Workload:
     judge, rollout, evaluation = config.judge, config.rollout, config.evaluation
     heun = evaluation.method == "heun"
     per_picture = 2 * evaluation.steps - 1 if heun else evaluation.steps
+    candidates = evaluation.spread_draws * rollout.batch_groups * rollout.group_size
+    passes = evaluation.pictures * per_picture + candidates * rollout.steps
     return Workload(
         epochs=config.epochs,
         updates=config.learner.updates,
         groups=rollout.groups,
         group_size=rollout.group_size,
         judge_calls=rollout.group_size + (judge.grids if judge.two_stage else 0),
-        evaluations=evaluation.pictures * per_picture / evaluation.every,
+        evaluations=passes / evaluation.every,
         rollouts=rollout.groups * rollout.group_size * rollout.steps,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 
+import jax
 from etils import epath
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
@@ -21,6 +22,7 @@ from sl_jax.grpo.identity import IDENTITY
 from sl_jax.grpo.judges import judgings, open_judges
 from sl_jax.grpo.learner import Learner
 from sl_jax.grpo.loop import train
+from sl_jax.grpo.micro_batch import with_micro_batch
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.report import run_report
@@ -29,11 +31,13 @@ from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.parallel.peaks import memory_limit
 from sl_jax.parallel.processes import ALONE, Processes, to_everywhere
 from sl_jax.training import workdir as work
 from sl_jax.training.adapter import first_adapter
 from sl_jax.training.compilation import compilation_cache
 from sl_jax.training.profiling import Profiler, Span
+from sl_jax.training.status import watched
 
 _log = logging.getLogger(__name__)
 
@@ -53,21 +57,24 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
                 print(f"This run is finished: {counted(done, 'epoch')}. Report: {report}")
             return
         with (
+            watched(folder, config.epochs, processes) as status,
             compilation_cache(config.compute.cache, folder),
-            _parts(config, folder, checkpoints, processes, profiler) as (parts, first),
+            _parts(config, folder, checkpoints, processes, profiler) as (made, first),
         ):
+            parts = made._replace(status=status)
             with processes.together("recording the configuration"):
                 if processes.is_main:
-                    work.record(config)
+                    work.record(parts.config)
                     report.unlink(missing_ok=True)  # of a run with fewer epochs
             outcome = train(parts, first)
             average = to_everywhere(outcome.state.ema, parts.layout.mesh)
-        with processes.together("writing adapter and report"):
-            if processes.is_main:
-                save_peft(adapter, average, config.model)
-                write_html(run_report(config, folder, outcome.before, outcome.after), report)
-                print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
-                _tell_of_the_best(checkpoints)
+            status.begin("reporting")
+            with processes.together("writing adapter and report"):
+                if processes.is_main:
+                    save_peft(adapter, average, config.model)
+                    write_html(run_report(config, folder, outcome.before, outcome.after), report)
+                    print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
+                    _tell_of_the_best(checkpoints)
 
 
 def _tell_of_the_best(checkpoints: RunCheckpoints) -> None:
@@ -78,6 +85,13 @@ def _tell_of_the_best(checkpoints: RunCheckpoints) -> None:
         print(
             f"The best evaluation, {best[1]:.4f}, was that of epoch {best[0]}; it is kept: {step}"
         )
+
+
+def _memory(processes: Processes) -> float | None:
+    """Bytes that programs may use on the smallest device of all processes, if all say."""
+    limit = memory_limit(jax.local_devices())
+    limits = processes.all_gather("comparing the devices' memory", limit)
+    return None if None in limits else min(limits)
 
 
 @contextmanager
@@ -93,8 +107,9 @@ def _parts(
     What needs no weights comes first, so that its errors do.
     """
     data, rollout = config.data, config.rollout
-    layout = Layout(make_mesh(config.mesh))
-    first = first_adapter(config, resolve_model(config.model, _SETTINGS), layout)
+    layout, settings = Layout(make_mesh(config.mesh)), resolve_model(config.model, _SETTINGS)
+    first = first_adapter(config, settings, layout)
+    config = with_micro_batch(config, settings, layout, _memory(processes))
     if config.model == TINY:
         _log.warning("The tiny base knows procedural designs only: expect little of others.")
     index, held_out = pictures_of(data, processes)

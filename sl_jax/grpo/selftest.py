@@ -96,6 +96,7 @@ def selftest(
     say(f"{len(devices)} × {devices[0].device_kind} ({devices[0].platform}), JAX {jax.__version__}")
     checks: dict[str, Callable[[], Numbers]] = {
         **{f"attention {name}": partial(check_attention, name) for name in implementations()},
+        **_sharded_attention(devices),
         **{f"on policy, {dtype}": partial(check_on_policy, dtype) for dtype in _dtypes()},
         "sharded": check_sharded,
         "epoch": partial(check_epoch, epoch),
@@ -107,7 +108,7 @@ def selftest(
         told = ", ".join(f"{key} {value:.4g}" for key, value in result.numbers.items())
         verdict = "ok" if result.ok else "FAILED"
         why = f" {result.error}" if result.error else ""
-        say(f"{name:<22} {verdict:<6} {result.seconds:6.1f} s  {told}{why}")
+        say(f"{name:<25} {verdict:<6} {result.seconds:6.1f} s  {told}{why}")
     record = {
         "devices": [device.device_kind for device in devices],
         "jax": jax.__version__,
@@ -170,6 +171,24 @@ def check_attention(name: Implementation, attention: Callable[..., Any] | None =
         for n, a, b in zip(names, found, wanted, strict=True)
     }
     return _below(numbers, _BF16)
+
+
+def _sharded_attention(devices: Sequence[Any]) -> dict[str, Callable[[], Numbers]]:
+    """The same checks on all devices together; none for one device."""
+    if len(devices) == 1:
+        return {}
+    layout = Layout(make_mesh(attention_mesh(len(devices)), devices))
+    return {
+        f"attention {name}, sharded": partial(check_attention, name, Attention(name, layout))
+        for name in implementations()
+    }
+
+
+def attention_mesh(devices: int) -> MeshConfig:
+    """Splits the two samples, the two heads, and queries over the devices that are left."""
+    data = 2 if devices % 2 == 0 else 1
+    tensor = 2 if devices % 4 == 0 else 1
+    return MeshConfig(data=data, fsdp=1, tensor=tensor, sequence=-1)
 
 
 def _reference_attention(
@@ -321,6 +340,7 @@ def _of_run(workdir: epath.Path) -> Numbers:
         "reward": records[-1]["judge/reward_mean"],
         "gradient_norm": records[-1]["learner/gradient_norm/all"],
         "seconds": records[-1]["seconds/all"],
+        "micro_batch": records[-1]["learner/micro_batch"],
     }
     wrong = [name for name, value in numbers.items() if value is None or not np.isfinite(value)]
     wrong += [name for name in ("report.html", "adapter") if not (workdir / name).exists()]
@@ -332,6 +352,7 @@ def _of_run(workdir: epath.Path) -> Numbers:
 def check_speed() -> Numbers:
     """TFLOP/s of a matrix product and of two blocks of the 20 B model, on one device.
 
+    `product_slowest` is that of the host's slowest device.
     On accelerators with the shapes of 640 pixels and four layers in bfloat16, one sample; on CPUs
     with small ones. `…_share` is of the device's peak; backward counts as much as forward.
     """
@@ -340,7 +361,8 @@ def check_speed() -> Numbers:
     dtype, side = (jnp.float32, 1024) if small else (jnp.bfloat16, 8192)
     config = MMDiTConfig(2, 128, 4 if small else 24, 64 if small else 3584)
     grid, words = (LatentGrid(1, 8, 8), 16) if small else (LatentGrid(4, 40, 40), 512)
-    numbers = {"product": _product_rate(side, dtype, device)}
+    products = [_product_rate(side, dtype, device) for device in jax.local_devices()]
+    numbers = {"product": products[0], "product_slowest": min(products)}
     numbers |= _block_rates(config, grid, words, dtype, device)
     if peak := peak_flops([device]):
         shares = {f"{name}_share": rate * 1e12 / peak for name, rate in numbers.items()}

@@ -42,3 +42,9 @@ def memory_use(devices: Sequence[Any]) -> dict[str, float]:
         for name, told in names.items()
         if stats and all(name in found for found in stats)
     }
+
+
+def memory_limit(devices: Sequence[Any]) -> float | None:
+    """Bytes that programs may use on each of the devices; None where one does not say (CPUs)."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in devices]
+    return None if None in limits else float(min(limits))

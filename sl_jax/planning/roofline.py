@@ -4,6 +4,7 @@ The time is a roofline: arithmetic, memory and links each at their peak rate, th
 counts. A run takes longer; how much longer is what a measurement on the hardware tells.
 """
 
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
@@ -85,11 +86,29 @@ class Forecast(NamedTuple):
     calls_per_second: float
 
 
+class JudgePool(NamedTuple):
+    """How fast a replica of the judge is.
+
+    Attributes:
+        seconds: that a call takes, as a run's preflight measures it, with as many at a time as
+        concurrency: a replica takes.
+    """
+
+    seconds: float
+    concurrency: int
+
+    def replicas(self, calls_per_second: float) -> int:
+        """How many keep up with so many calls."""
+        return max(1, math.ceil(calls_per_second * self.seconds / self.concurrency))
+
+
 class Plan(NamedTuple):
     """What a configuration takes on a slice.
 
     Attributes:
         resident: bytes per chip that are there all the time, by name.
+        micro_batch: samples that the learner takes at a time, over all chips.
+        pool: the judge, if it is known.
     """
 
     slice: Topology
@@ -97,6 +116,8 @@ class Plan(NamedTuple):
     resident: dict[str, int]
     phases: tuple[PhasePlan, ...]
     workload: Workload
+    micro_batch: int
+    pool: JudgePool | None = None
 
     @property
     def most(self) -> PhasePlan:
@@ -124,18 +145,26 @@ class Plan(NamedTuple):
         )
 
 
-def plan_phases(chains: Sequence[Phases], slice_: Topology) -> tuple[PhasePlan, ...]:
-    """Compiles all phases for the slice, chains beside each other; in the chains' order."""
+def plan_phases(
+    chains: Sequence[Phases], slice_: Topology, quick: bool = False
+) -> tuple[PhasePlan, ...]:
+    """Compiles all phases for the slice, chains beside each other; in the chains' order.
+
+    Args:
+        chains: of phases.
+        slice_: the chips.
+        quick: whether all may be compiled with the least effort, as `Phase.quick` says of one.
+    """
     with ThreadPoolExecutor(_COMPILERS) as pool:
-        plans = list(pool.map(lambda chain: _planned_chain(chain, slice_), chains))
+        plans = list(pool.map(lambda chain: _planned_chain(chain, slice_, quick), chains))
     return tuple(plan for chain in plans for plan in chain)
 
 
-def _planned_chain(phases: Phases, slice_: Topology) -> list[PhasePlan]:
+def _planned_chain(phases: Phases, slice_: Topology, quick: bool) -> list[PhasePlan]:
     plans: list[PhasePlan] = []
     phase = next(phases, None)
     while phase is not None:
-        found = compile_program(phase.traced, phase.quick)
+        found = compile_program(phase.traced, quick or phase.quick)
         refused = found if isinstance(found, OutOfMemory) else None
         compiled = None if refused else found
         plans.append(_planned(phase, compiled, refused, slice_))

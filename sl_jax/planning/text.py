@@ -16,12 +16,14 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "chips": slice_.chips,
         "chip": slice_.chip._asdict(),
         "mesh": plan.mesh,
+        "micro_batch": plan.micro_batch,
         "fits": plan.fits,
         "needed": plan.most.needed,
         "resident": plan.resident,
         "phases": [_phase(phase, plan) for phase in plan.phases],
         "workload": plan.workload._asdict(),
         "forecast": plan.forecast()._asdict(),
+        "judge_replicas": plan.pool and plan.pool.replicas(plan.forecast().calls_per_second),
     }
 
 
@@ -64,7 +66,7 @@ def _verdict(plan: Plan) -> str:
     )
     return (
         f"{plan.slice.name} ({plan.slice.accelerator_type}, {plan.slice.chips} chips of "
-        f"{_gib(hbm)} GiB), {mesh}: {verdict}."
+        f"{_gib(hbm)} GiB), {mesh}, micro-batch {plan.micro_batch}: {verdict}."
     )
 
 
@@ -111,8 +113,18 @@ def _forecast(plan: Plan) -> list[str]:
         f"{forecast.hours:.1f} h, without the judge.",
         f"Judge: {forecast.judge_calls} calls; so that nobody waits for it, "
         f"{forecast.pictures_per_second:.2f} candidates and {forecast.calls_per_second:.2f} calls "
-        "per second.",
+        f"per second{_replicas(plan)}.",
     ]
+
+
+def _replicas(plan: Plan) -> str:
+    if plan.pool is None:
+        return " (--judge_seconds of a call tells how many replicas that is)"
+    count = plan.pool.replicas(plan.forecast().calls_per_second)
+    return (
+        f": {count} replica{'s' if count > 1 else ''} with {plan.pool.concurrency} calls at a "
+        f"time, of {plan.pool.seconds:g} s each"
+    )
 
 
 def advice(plan: Plan) -> list[str]:

@@ -89,11 +89,15 @@ class Topology(NamedTuple):
         return self.chip.link * (2 if self.chips > 2 else 1)
 
 
-def topology(name: str) -> Topology:
+def topology(name: str, hbm_gib: float | None = None) -> Topology:
     """The slice of a name: a generation and the chips along each axis, "v5e:2x4".
 
+    Args:
+        name: of the slice.
+        hbm_gib: memory of a chip to count with in place of its own.
+
     Raises:
-        PlanError: there is no such slice.
+        PlanError: there is no such slice, or no such memory.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if not match or match[1] not in CHIPS:
@@ -102,6 +106,13 @@ def topology(name: str) -> Topology:
             "along each axis, such as v5e:2x4 (eight v5e chips) or v5p:2x2x1 (four v5p chips)"
         )
     chip, sides = CHIPS[match[1]], tuple(int(side) for side in match[2].split("x"))
+    if hbm_gib is not None:
+        if not 0 < hbm_gib * _GIB <= chip.hbm:
+            raise PlanError(
+                f"--hbm_gib is {hbm_gib:g}; please give more than 0, and at most what the compiler "
+                f"gives a program on {chip.name}: {chip.hbm / _GIB:.2f}"
+            )
+        chip = chip._replace(hbm=hbm_gib * _GIB)
     found = Topology(name, chip, sides)
     if len(sides) != chip.dimensions:
         example = "x".join(["2"] * chip.dimensions)

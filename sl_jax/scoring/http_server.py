@@ -11,13 +11,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from sl_jax.scoring.server import JudgeServer
 
 _MOST_CONNECTIONS = 1000
+_LATER = 1.5  # the application tells clients before why it does not wait for their bodies
 
 
 def http_server(server: JudgeServer, **options: int) -> uvicorn.Server:
     """What runs a judge's application.
 
-    A request, its head and its body, is to arrive within `server.limits.seconds`; uvicorn itself
-    would wait for ever. Connections without a request are closed as soon.
+    A request, its head and its body, is to arrive within one and a half `server.limits.seconds`;
+    uvicorn itself would wait for ever. Connections without a request are closed as soon.
 
     Args:
       server: what is served.
@@ -25,7 +26,7 @@ def http_server(server: JudgeServer, **options: int) -> uvicorn.Server:
     """
 
     class Protocol(_Impatient):
-        seconds = server.limits.seconds
+        seconds = _LATER * server.limits.seconds
 
     config = uvicorn.Config(
         server.app,

@@ -301,6 +301,9 @@ def read_candidate(request: JudgeRequest) -> Seen:
         source, recomposition = pictures["source"], pictures["recomposition"]
     except (KeyError, ValueError) as error:
         raise UnreadableRequestError(f"stage-1 request lacks a picture: {error}") from error
+    sizes = {picture.shape[:2] for picture in (source, recomposition, white[0])}
+    if len(sizes) > 1:
+        raise UnreadableRequestError(f"the pictures of a candidate have the sizes {sorted(sizes)}")
     alpha = alpha[..., 0]
     color = np.clip(white - (1 - alpha[..., None]), 0.0, alpha[..., None])
     return Seen(imaging.to_unit(source), imaging.to_unit(recomposition), color, alpha)

@@ -221,6 +221,7 @@ def parse_object(model: type[pydantic.BaseModel], text: str) -> Any:
     body = _unfenced(_THOUGHT.sub("", text).strip())
     try:
         content = json.loads(body, object_pairs_hook=_unique_keys)
+        json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a character is no text
         return model.model_validate(content)
     except (ValueError, RecursionError) as error:
         first = str(error).splitlines()

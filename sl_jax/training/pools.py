@@ -214,7 +214,7 @@ def cached_latents(
     name = f"{data.family}_{data.size}_{layers}_{first}_{count}_{kind}_{encode.fingerprint}"
     path = folder / f"{name}.npy"
     if path.exists():
-        return np.load(path)
+        return np.load(path, allow_pickle=False)
     designs = draw_designs(data.family, range(first, first + count), data.size, layers)
     if recolour:
         rng = np.random.default_rng((first, count, layers))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from scipy.stats import norm
 
 from sl_jax.flow import dynamics, sampler, schedule
 
@@ -220,6 +221,58 @@ def test_sde_marginals_approach_the_odes_as_steps_grow(name):
         return abs(mean - 0.4) + abs(std - 0.5)
 
     assert gap(6) > 0.03 and gap(96) < 0.004 and gap(96) < gap(6) / 10
+
+
+def test_cps_narrows_gaussian_data_at_any_number_of_steps():
+    """It mixes the model's mean of the data with its mean of the noise, which vary too little."""
+    for steps in (6, 96, 960):
+        grid = schedule.sigma_grid(steps, 1.0)
+        _, plain = _gaussian_marginal("cps", grid, 0.0)
+        mean, std = _gaussian_marginal("cps", grid, 0.7)
+        _, wilder = _gaussian_marginal("cps", grid, 0.9)
+        assert abs(mean - 0.4) < 1e-3
+        assert wilder < std - 0.01 and std < plain - 0.02 and plain < 0.5 + 1e-3
+
+
+MIXTURE = ((0.3, -1.0, 0.15), (0.7, 0.8, 0.3))  # weight, mean, std
+
+
+def _mixture_velocity(sigmas, x, index):
+    """The exact flow for a mixture of Gaussians: E[ε − x₀ | x], each part by its odds."""
+    t = sigmas[index]
+    odds, velocities = [], []
+    for weight, mean, std in MIXTURE:
+        variance = ((1 - t) * std) ** 2 + t**2
+        off = x - (1 - t) * mean
+        odds.append(jnp.log(weight / jnp.sqrt(variance)) - off**2 / (2 * variance))
+        velocities.append((t - (1 - t) * std**2) / variance * off - mean)
+    return jnp.sum(jax.nn.softmax(jnp.stack(odds), axis=0) * jnp.stack(velocities), axis=0)
+
+
+def _distance_to_the_mixture(name, level, steps):
+    """Mean distance of the sorted scalars of a simulation to the data's quantiles, and its std."""
+    grid = jnp.asarray(schedule.sigma_grid(steps, 1.0))
+    velocity = functools.partial(_mixture_velocity, grid)
+    x = jax.random.normal(jax.random.key(9), (32, 32, 32))
+    settings = {"dynamics": name, "noise_level": level, "window_start": 0, "window_size": steps - 1}
+    run = functools.partial(sampler.rollout, velocity, sigmas=grid, **settings)
+    found = np.sort(np.ravel(jax.jit(run)(x=x, keys=_keys(32, seed=10)).final))
+    axis = np.linspace(-3, 3, 6001)
+    below = sum(weight * norm.cdf(axis, mean, std) for weight, mean, std in MIXTURE)
+    wanted = np.interp((np.arange(found.size) + 0.5) / found.size, below, axis)
+    return np.abs(found - wanted).mean(), found.std() / wanted.std()
+
+
+@pytest.mark.parametrize(("name", "level"), [("flow_sde", 0.7), ("dance_sde", 0.5)])
+def test_simulated_sdes_end_in_the_data_as_steps_grow(name, level):
+    """Of two modes: both their weights and their widths are right only in the limit."""
+    coarse, fine = (_distance_to_the_mixture(name, level, steps)[0] for steps in (8, 96))
+    assert coarse > 0.03 and fine < 0.012 and fine < coarse / 4
+
+
+def test_simulated_cps_stays_narrower_than_the_data():
+    found = [_distance_to_the_mixture("cps", 0.6, steps) for steps in (8, 96)]
+    assert all(distance > 0.05 and spread < 0.97 for distance, spread in found)
 
 
 def test_rollouts_have_the_marginal_that_their_steps_imply():

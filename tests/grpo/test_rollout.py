@@ -98,6 +98,15 @@ def test_independent_candidates_share_nothing(bench):
     assert abs(np.corrcoef(x[:, 0].ravel(), x[:, 1].ravel())[0, 1]) < 0.05
 
 
+def test_a_measurement_may_share_noise_where_the_run_does_not(bench):
+    """And by the run's own program where it does."""
+    shared = Rollout(bench.pipeline, bench.config, bench.layout)
+    assert shared.with_shared_noise is shared
+    config = dataclasses.replace(bench.config, group_noise="independent")
+    other = Rollout(bench.pipeline, config, bench.layout).with_shared_noise
+    assert other._config == bench.config and other.group_size == bench.config.group_size
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("group_noise", ["shared", "independent"])
 def test_the_size_of_a_batch_changes_nothing(bench, group_noise):

@@ -17,6 +17,7 @@ from sl_jax.grpo import selftest
 from sl_jax.grpo.learner import Learner
 from sl_jax.grpo.selftest import SelfTestError
 from sl_jax.models.attention import Attention
+from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.training.metrics import MetricsWriter
 
 ROOT = Path(__file__).parents[2]
@@ -26,6 +27,20 @@ def test_attention_of_this_platform():
     numbers = selftest.check_attention("xla")
     assert set(numbers) == {"result", "gradient_query", "gradient_key", "gradient_value"}
     assert all(0 < value < 2e-2 for value in numbers.values())
+
+
+@pytest.mark.parametrize("name", ["xla", "splash"])
+def test_attention_of_all_devices_together(name):
+    """Splash by its definition, on each device's own part; what TPUs run."""
+    layout = Layout(make_mesh(selftest.attention_mesh(8)))
+    assert dict(layout.mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 2, "sequence": 2}
+    selftest.check_attention(name, Attention(name, layout, interpret=True))
+
+    def wrong_lengths(query, key, value, lengths):
+        return Attention(name, layout, interpret=True)(query, key, value, lengths[::-1])
+
+    with pytest.raises(SelfTestError, match=r"is above 0\.02"):
+        selftest.check_attention(name, wrong_lengths)
 
 
 def _unscaled(query, key, value, lengths):
@@ -186,7 +201,8 @@ def test_the_command_on_two_devices(tmp_path):
     assert "All is well: selftest.json" in done.stdout
     checks = json.loads((tmp_path / "selftest.json").read_text())["checks"]
     wanted = {"attention xla", "on policy, float32", "on policy, bfloat16", "sharded", "epoch"}
-    assert set(checks) == wanted | {"speed"}
+    assert set(checks) == wanted | {"attention xla, sharded", "speed"}
+    assert checks["epoch"]["numbers"]["micro_batch"] > 0
     assert all(found["ok"] for found in checks.values())
     assert checks["sharded"]["numbers"]["devices"] == 2
     assert checks["on policy, float32"]["numbers"]["mismatch_per_clip"] > 0

@@ -181,7 +181,7 @@ def test_an_interrupt_of_one_stops_all_with_the_last_complete_epoch(runner, tmp_
     assert all("goes on after the last complete epoch" in text for text in said)
     assert _latest(workdir) == 1
     said, (first, second) = runner(tmp_path, ((), ()), VARIANTS)
-    assert all("Going on after epoch 1." in text for text in said)
+    assert "Going on after epoch 1." in said[0]
     assert all(first[name].tobytes() == second[name].tobytes() for name in first.files)
     _, *records = read_metrics(workdir)
     assert [r["rollout/staleness"] for r in records] == [0, 1]

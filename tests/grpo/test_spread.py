@@ -1,11 +1,24 @@
 """The share of a group's spread that the window's noise explains, in scores made to have one."""
 
 import math
+from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_refused_pictures import scores
 
+from sl_jax.data import EvalSet, make_buckets, scan_folder, write_designs
+from sl_jax.grpo.config import EvaluationConfig, JudgeSettings
+from sl_jax.grpo.evaluation import Evaluator
+from sl_jax.grpo.judging import Judging
+from sl_jax.grpo.rollout import Decoded
 from sl_jax.grpo.spread import window_share
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.scoring import JudgeWorker, Rewards
+
+CANDIDATES = 3
 
 
 def _scores(initial, window, pictures=4000, draws=2, candidates=8):
@@ -33,3 +46,57 @@ def test_scores_that_do_not_spread_have_no_share():
     spoiled[-1, 1, 3] = np.nan
     assert window_share(spoiled) == window_share(scores)
     assert math.isnan(window_share(spoiled[-1:]))
+
+
+class Sampler:
+    """Candidates of one grey, drawn from the group's key and, around that, from their number."""
+
+    group_size = CANDIDATES
+
+    def __init__(self):
+        self.drawn = []
+
+    @property
+    def with_shared_noise(self):
+        return self
+
+    def __call__(self, adapter, pictures, window_start, grid):
+        assert (adapter, window_start) == ("adapter", 1)
+        words = np.asarray(jax.random.key_data(pictures.keys)).sum(axis=1)
+        initial = 80 + words % 80
+        grey = initial[:, None] + np.arange(CANDIDATES) * (1 + words % 7)[:, None]
+        self.drawn.append(grey)
+        return SimpleNamespace(latents=grey.astype(np.uint8).ravel())
+
+    def decode(self, latents, grid):
+        layers = np.broadcast_to(latents[:, None, None, None, None], (len(latents), 2, 32, 32, 4))
+        return Decoded(jnp.asarray(layers), np.ones(len(latents), bool))
+
+
+class Judge:
+    """Scores candidates by their grey."""
+
+    endpoint = None
+
+    async def judge(self, group):
+        return scores(
+            group.group_id, np.array([layers.mean() / 255 for layers in group.candidates])
+        )
+
+
+def test_the_evaluator_draws_every_picture_twice_and_compares_all_candidates(tmp_path):
+    write_designs(tmp_path, "A", range(5), 32, 2)
+    index = scan_folder(tmp_path, make_buckets([(32, 32)]))
+    sampler = Sampler()
+    with JudgeWorker(Judge()) as worker:
+        evaluator = Evaluator(
+            *(None, EvalSet(index, layers=(2,)), lambda e: (np.zeros((len(e), 1, 4)), None)),
+            Judging(worker, Rewards((("judge", 1.0),)), JudgeSettings()),
+            *(EvaluationConfig(window_share=True), None),
+            Layout(make_mesh(MeshConfig(), jax.devices()[:1])),
+        )
+        share = evaluator.window_share(sampler, "adapter", 1, groups=8)
+    first, second = (grey[:5] for grey in sampler.drawn)  # of eight rows three are blank
+    assert not np.any(first == second)
+    assert share == pytest.approx(window_share(np.stack([first, second], axis=1) / 255), rel=1e-6)
+    assert 0 < share < 1

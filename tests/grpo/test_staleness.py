@@ -12,6 +12,7 @@ from test_refused_pictures import GROUPS, Phases, opened
 from sl_jax.grpo.config import LearnerConfig, RolloutConfig
 from sl_jax.grpo.epoch import Epochs
 from sl_jax.grpo.learner import Learner, Scored, StaleState, UpdateReport
+from sl_jax.grpo.metrics import learner_metrics
 from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.grpo.rollout import Rollout
 from sl_jax.training.optimizer import OptimizerConfig
@@ -59,7 +60,7 @@ class Watch:
     def decode(self, latents, grid):
         return self._rollout.decode(latents, grid)
 
-    def flops(self, *args):
+    def work(self, *args):
         return 1.0
 
     def table(self, grid):
@@ -163,4 +164,5 @@ def test_samples_outside_the_trust_region_have_no_say(bench):
     assert all(np.all(step.objective.log_ratio != 0) for step in report.steps)
     assert all(np.all(step.objective.truncated == 1) for step in report.steps)
     assert float(report.gradient_norm) == 0
+    assert learner_metrics([report])["learner/truncated_share"] == 1
     assert jax.tree.all(jax.tree.map(np.array_equal, state.sampler, bench.adapter))

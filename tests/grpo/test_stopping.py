@@ -60,7 +60,7 @@ class Learner:
         changed = SimpleNamespace(adapter=adapter, updates=state.updates + 1, skipped=0)
         return changed, UpdateReport([report], [], None)
 
-    def flops(self, scored, old):
+    def work(self, scored, old):
         return 1.0
 
 
@@ -116,8 +116,9 @@ class Follower(Processes):
 
 
 @pytest.mark.parametrize("decision", [True, False])
-def test_the_main_process_decides_for_all(monkeypatch, decision):
+def test_the_main_process_decides_for_all(monkeypatch, caplog, decision):
     processes = Follower(decision)
     state, _ = _epoch(monkeypatch, Learner(), StopConfig(log_ratio=0.03), processes)
     assert int(state.updates) == (0 if decision else UPDATES)
+    assert ("nothing was learned" in caplog.text) == decision
     assert [what for what, _ in processes.told] == ["bounds of an update"] * (1 if decision else 4)

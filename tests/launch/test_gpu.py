@@ -52,7 +52,7 @@ def test_a_login_node_only_installs(tmp_path):
 
 def test_what_is_wrong_with_a_node_is_said(node):
     for change, words in (
-        (lambda: node.cards(1, driver="470.82.01"), "The driver is 470.82.01; please install"),
+        (lambda: node.cards(1, driver="470.82.01"), "The driver is 470.82.01; CUDA 12 needs 525"),
         (lambda: node.nvidia_smi("echo 'no communication'; exit 9"), "no communication"),
         (lambda: node.nvidia_smi("true"), "lists no GPU"),
         (lambda: node.cards(8, seen=7), "JAX sees 7 of 8 GPUs"),

@@ -67,7 +67,7 @@ def test_slurm(tmp_path):
     sbatch.write_text(SBATCH)
     sbatch.chmod(0o755)
     done = subprocess.run(
-        ["bash", "-ec", block("sbatch launch/slurm.sbatch")],
+        ["bash", "-ec", block("launch/slurm.sbatch")],
         cwd=node.root,
         env=node.environment(),
         capture_output=True,
@@ -77,11 +77,25 @@ def test_slurm(tmp_path):
     assert node.calls() == [["pip", "install", "-e", ".[cuda]"]]
     judge, learner = map(shlex.split, (node.root / "called").read_text().splitlines())
     assert judge[-1] == "0.0.0.0" and "--wrap=bash launch/judge_pool/vllm.sh" in judge
-    script, *arguments, judged_by = learner
-    assert script == "launch/slurm.sbatch" and judged_by == "17"
+    dependency, script, *arguments, judged_by = learner
+    assert dependency == "--dependency=after:17" and judged_by == "17"
+    assert script == "launch/slurm.sbatch"
     tasks = re.search(r"--ntasks-per-node=(\d+)", (ROOT / script).read_text())
     run = configured([*arguments, f"--config.judge.endpoints={JUDGE}"], int(tasks.group(1)))
     assert run.judge.model == VLM and run.judge.key_env == "JUDGE_TOKEN"
+
+
+@pytest.mark.parametrize("folder", [None, ".", "launch"])
+def test_the_script_of_slurm_says_where_it_belongs(folder):
+    told = {} if folder is None else {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT / folder)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sbatch")],
+        env={"PATH": "/usr/bin:/bin", **told},
+        capture_output=True,
+        text=True,
+    )
+    words = {None: "Please submit it", ".": "nothing to train", "launch": "is not the repository"}
+    assert done.returncode == 1 and words[folder] in done.stderr
 
 
 @pytest.mark.parametrize("path", ["README.md", "launch/gke/README.md"])

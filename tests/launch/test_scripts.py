@@ -37,6 +37,19 @@ def test_syntax(script):
     subprocess.run(["bash", "-n", script], check=True)
 
 
+@pytest.mark.parametrize(
+    "script", [path for path in SCRIPTS if path.suffix == ".sh" and path.name != "_env.sh"]
+)
+def test_usage_needs_nothing(script):
+    done = subprocess.run(
+        [shutil.which("bash"), str(script), "--help"],
+        env={"PATH": str(Path(shutil.which("dirname")).parent), "HOME": "/nowhere"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0 and done.stdout.startswith("Usage: bash launch/")
+
+
 @pytest.mark.system
 def test_shellcheck():
     names = [str(script.relative_to(ROOT)) for script in SCRIPTS]

@@ -72,7 +72,7 @@ def test_from_nothing_to_the_end_on_two_hosts(cloud):
     assert len(cloud.calls()) == before
     told = [shlex.split(line) for line in printed.splitlines()]
     shown = [words[1:] for words in told if words[0] == "gcloud" and words[4] != "describe"]
-    made = [call for call in calls if call[3] != "describe" and " state " not in str(call)]
+    made = [call for call in calls if call[3] != "describe" and " state" not in str(call)]
     assert list(map(without_folders, shown)) == list(map(without_folders, made))
     (tar,) = [words for words in told if words[0] != "gcloud"]
     assert tar[0] == "tar" and {"setup.py", "configs", "sl_jax", "launch"} <= set(tar)
@@ -169,7 +169,7 @@ def test_a_host_whose_python_is_too_old_gets_one(cloud):
 
 @pytest.mark.slow
 def test_troubles_that_pass(cloud):
-    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "scp": 3}))
+    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 4, "scp": 3}))
     _, said = cloud.run(*run_words("--env=JUDGE_TOKEN"))
     assert "Try 3 of 4 has failed" in said and len(cloud.trained()) == 1
 
@@ -210,12 +210,25 @@ def test_ctrl_c_leaves_the_training_which_stop_stops(cloud):
     os.killpg(again.pid, signal.SIGINT)
     assert "The training runs already." in cloud.ended(again, 130)[1]
     printed, _ = cloud.run("stop", "my-tpu")
-    assert "Stopped on" in printed and "ended 143" in printed
+    assert "Stopped on" in printed and "with status 143" in printed
     printed, _ = cloud.run("logs", "my-tpu")
     assert printed == "first line\nsaved\n"
     assert len(cloud.trained()) == 1
     printed, _ = cloud.run("stop", "my-tpu")
     assert "Nothing runs on" in printed
+
+
+def test_stop_ends_it_also_for_who_follows_it(cloud):
+    cloud.plan("hang")
+    process = cloud.start(*run_words())
+    wait_for(lambda: tails(cloud) != [])
+    cloud.run("stop", "my-tpu")
+    printed, said = cloud.ended(process, 143)
+    assert "The training was stopped." in said and printed.endswith("saved\n")
+    assert len(cloud.trained()) == 1
+    cloud.plan("0")
+    cloud.run(*run_words())  # and goes on when it is wanted again
+    assert len(cloud.trained()) == 2
 
 
 def test_what_is_there_as_another_type_is_left_alone(cloud):

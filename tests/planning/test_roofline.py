@@ -8,7 +8,7 @@ from sl_jax.parallel.mesh import MeshConfig
 from sl_jax.planning import suggestions
 from sl_jax.planning.compiled import Memory, out_of_memory
 from sl_jax.planning.phases import Workload
-from sl_jax.planning.roofline import PhasePlan, Plan
+from sl_jax.planning.roofline import JudgePool, PhasePlan, Plan
 from sl_jax.planning.text import to_json, to_text
 from sl_jax.planning.topologies import PlanError, topology
 from sl_jax.training.configuration import ConfigError
@@ -44,9 +44,9 @@ def _phase(name, calls=1.0, memory=(4, 2, 1), held=1, flops=1e12, hbm=0.0, sent=
     )
 
 
-def _plan(*phases, resident=4 * GIB):
+def _plan(*phases, resident=4 * GIB, pool=None):
     mesh = {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
-    return Plan(SLICE, mesh, {"base": resident}, phases, WORK)
+    return Plan(SLICE, mesh, {"base": resident}, phases, WORK, 8, pool)
 
 
 def test_a_phase_takes_as_long_as_the_slowest_of_three():
@@ -106,6 +106,21 @@ def test_the_forecast_of_a_run():
     text = to_text(plan)
     assert "300 epochs (600 updates) 3.8 h" in text and "86400 calls" in text
     assert json.loads(json.dumps(to_json(plan)))["forecast"]["judge_calls"] == 86400
+
+
+@pytest.mark.parametrize(
+    ("seconds", "concurrency", "replicas"),
+    [(0.1, 8, "1 replica with"), (10.0, 8, "9 replicas with"), (10.0, 1, "72 replicas with")],
+)
+def test_the_judge_pool_that_keeps_up(seconds, concurrency, replicas):
+    """An epoch of 40 seconds asks for 288 calls, 7.2 a second."""
+    phase = _phase("rollout", calls=4, flops=10 * CHIP.flops)
+    plan = _plan(phase, pool=JudgePool(seconds, concurrency))
+    assert f"7.20 calls per second: {replicas} {concurrency} calls at a time" in to_text(plan)
+    assert to_json(plan)["judge_replicas"] == int(replicas.split()[0])
+    assert (
+        "--judge_seconds" in to_text(_plan(phase)) and not to_json(_plan(phase))["judge_replicas"]
+    )
 
 
 def test_suggestions_split_tensors_least_and_keep_copies_where_there_is_room():

@@ -37,3 +37,10 @@ def test_what_is_no_slice(name, said):
     with pytest.raises(PlanError) as caught:
         topology(name)
     assert said in str(caught.value)
+
+
+def test_the_memory_to_plan_with():
+    assert topology("v5p:1x1x1", 74.5).chip.hbm == 74.5 * 2**30
+    for size in (0, -1, 96):
+        with pytest.raises(PlanError, match=r"at most what the compiler gives .* v5p: 95\.73"):
+            topology("v5p:1x1x1", size)

@@ -2,10 +2,13 @@
 
 import asyncio
 import base64
+import contextlib
+import hmac
 import io
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -186,6 +189,79 @@ def test_too_many_pictures_and_too_many_clients():
         assert served.fetch("/v1/chat/completions", body())[0] == 429
         served.server._waiting = 0
         assert served.fetch("/v1/chat/completions", body())[0] == 200
+
+
+def raw(served, data=b""):
+    """A connection on which something was sent."""
+    host, port = served.root.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=30)
+    connection.sendall(data)
+    return connection
+
+
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100000\r\n"
+
+
+@pytest.mark.parametrize(
+    ("sent", "answer"),
+    [
+        (b"", b""),  # a connection and nothing
+        (HEAD, b""),  # half a head
+        (HEAD + b"\r\n{", b"408"),  # half a body
+        (b"GET /health HTTP/1.1\r\nhost: x\r\n\r\nGET /he", b"200"),  # a second one, half
+    ],
+)
+def test_clients_that_take_their_time_are_let_go(sent, answer):
+    """However they drip; nobody else waits for them."""
+    with Served(limits=Limits(waiting=1, seconds=1.5), threads=1) as served:
+        begun = time.monotonic()
+        slow = [raw(served, sent) for _ in range(8)]
+        dripping, first = slow[0], b""
+        assert served.fetch("/health")[0] == 200
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - begun < 20:
+                dripping.sendall(b"x" if sent else b"")
+                dripping.settimeout(0.2)
+                try:
+                    part = dripping.recv(4096)
+                except TimeoutError:
+                    continue
+                if not part:
+                    break
+                first += part
+        assert time.monotonic() - begun < 20
+        assert answer in first if answer else not first
+        for connection in slow[1:]:
+            with contextlib.suppress(ConnectionError):
+                while connection.recv(4096):
+                    pass
+        assert served.fetch("/v1/chat/completions", body())[0] == 200
+        assert served.server._waiting == served.server._held == 0
+
+
+def test_bodies_that_wait_are_bounded_together():
+    with Served(limits=Limits(held=50_000)) as served:
+        waiting = [raw(served, HEAD + b"\r\n" + b" " * 30_000) for _ in range(2)]
+        answers = [connection.recv(4096) for connection in waiting[1:]]
+        assert b"429" in answers[0] and b"connection: close" in answers[0].lower()
+        for connection in waiting:
+            connection.close()
+
+
+def test_tokens_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    original = hmac.compare_digest
+
+    def compare(shown, wanted):
+        compared.append((shown, wanted))
+        return original(shown, wanted)
+
+    monkeypatch.setattr(hmac, "compare_digest", compare)
+    with Served(token=TOKEN) as served:
+        for told in ("", "wrong", TOKEN[:-1], TOKEN + "x", "é"):
+            assert served.fetch("/v1/models", token=told or None)[0] == 401
+        assert served.fetch("/v1/models", token=TOKEN)[0] == 200
+    assert len(compared) == 6 and {wanted for _, wanted in compared} == {f"Bearer {TOKEN}".encode()}
 
 
 def test_the_door_serves_on_loopback_with_a_token_from_the_environment():
