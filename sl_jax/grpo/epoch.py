@@ -190,7 +190,7 @@ def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dic
         "judge/quarantined": len(parts.stream.quarantined),
         **learned,
         **_advantage_metrics([entry.advantages for entry in done]),
-        "learner/micro_batch": config.learner.micro_batch,
+        "learner/micro_batch": parts.config.learner.micro_batch,
         "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),

@@ -6,8 +6,8 @@ For the production run on a v5e:2x4, from parts that need no TPU: seconds of a c
 describe the run and to trace and lower its programs, measured here; bytes of its compiled
 programs, which the cache holds; bytes of the weights, and the seconds of a core that each takes to
 be read, from `tests/soak/results/load_checkpoint.json`. What the store delivers, and how many cores
-read, are assumptions, and stand in the result. Left out is what only the hardware tells: weights from the host
-to the chips, programs onto them, and the first table of the modulation.
+read, are assumptions, and stand in the result. Left out is what only the hardware tells: weights
+from the host to the chips, programs onto them, and the first table of the modulation.
 """
 
 import argparse
