@@ -17,7 +17,7 @@ CORE = [
     "numpy>=2",
     "pillow>=11",
     "pydantic>=2",
-    "scipy>=1.13",
+    "scipy>=1.14",
     "tqdm",
 ]
 JUDGE = [
@@ -29,17 +29,17 @@ JUDGE = [
 ]
 TRAINING = [
     *JUDGE,
-    "array_record>=0.8",
+    "array_record>=0.8.1",
     "flax>=0.12",
     "grain>=0.2.15",
-    "huggingface_hub>=1",
+    "huggingface_hub>=1.3",
     "importlib_resources",
     "jax>=0.10,<0.13",
     "jinja2",
     "markupsafe",
     "matplotlib",
     "optax>=0.2.8",
-    "orbax-checkpoint>=0.11",
+    "orbax-checkpoint>=0.11.33",
     "psd-tools>=1.26",
     "pyarrow",
     "safetensors",

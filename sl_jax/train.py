@@ -29,6 +29,8 @@ from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.explain import explained
 from sl_jax.training.flags import packaged, parse_config_flags
 from sl_jax.training.profiling import span
+from sl_jax.training.status import StatusError
+from sl_jax.training.status_screen import show
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
 _PROFILE = flags.DEFINE_string(
@@ -39,6 +41,9 @@ _SELFTEST = flags.DEFINE_boolean(
 )
 _EXPLAIN = flags.DEFINE_boolean(
     "explain", False, "Print every field of --config: value, meaning, origin; then end."
+)
+_STATUS = flags.DEFINE_string(
+    "status", "", "Print how the run in this work directory stands; needs no --config."
 )
 _FOUND = "selftest.json"  # in the current folder
 _EXPECTED = (
@@ -54,13 +59,9 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     if _SELFTEST.value:
-        try:
-            passed = selftest(_short, _FOUND)
-        except KeyboardInterrupt:
-            print("\nStopped.", flush=True)
-            sys.exit(130)
-        print(f"{'All is well' if passed else 'Something is wrong'}: {_FOUND}")
-        sys.exit(0 if passed else 1)
+        sys.exit(_check_hardware())
+    if _STATUS.value:
+        sys.exit(_show_status())
     if _CONFIG.value is None:
         raise app.UsageError("there is nothing to train; please use --config=FILE")
     config = _CONFIG.value.to_dict()
@@ -73,6 +74,23 @@ def main(argv: list[str]) -> None:
         joined(distributed_part(config)) as processes,
     ):
         run(from_mapping(config, jax.device_count()), processes, span(_PROFILE.value))
+
+
+def _show_status() -> int | str:
+    try:
+        return show(_STATUS.value)
+    except (StatusError, CheckpointError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _check_hardware() -> int:
+    try:
+        passed = selftest(_short, _FOUND)
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+        return 130
+    print(f"{'All is well' if passed else 'Something is wrong'}: {_FOUND}")
+    return 0 if passed else 1
 
 
 def _short(folder: epath.Path) -> GrpoConfig:

@@ -1,12 +1,17 @@
 """`python -m sl_jax.plan`: programs for TPUs that are not there."""
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from sl_jax.grpo.config import from_mapping
+from sl_jax.planning import topologies
+from sl_jax.training.flags import packaged
 
 ROOT = Path(__file__).parents[1]
 # A narrow model of two blocks; the rest is the production run, but for fewer and smaller samples.
@@ -35,9 +40,9 @@ def folder(tmp_path_factory):
     return folder
 
 
-def _plan(*flags):
+def _plan(*flags, variant="production"):
     done = subprocess.run(
-        [sys.executable, "-m", "sl_jax.plan", "--config=configs/grpo.py", *flags],
+        [sys.executable, "-m", "sl_jax.plan", f"--config=configs/grpo.py:{variant}", *flags],
         cwd=ROOT,
         env=os.environ | {"XLA_FLAGS": ""},
         capture_output=True,
@@ -79,3 +84,37 @@ def test_the_programs_of_a_run_are_compiled_for_a_slice(folder):
     # The forward pass again and one product back for each, but for what comes before any adapter.
     assert 1.5 < phases["learner backward"]["flops"] / forward["flops"] < 2.6
     assert plan["forecast"]["judge_calls"] == 300 * 8 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variant", "topology"),
+    [("tiny", "v5e:1x1"), ("gpu1", "v5p:1x1x1"), ("v5e8", "v5e:2x4"), ("v5p16", "v5p:2x2x4")],
+)
+def test_every_variant_is_planned(random_checkpoint, variant, topology):
+    """With its batches and mesh, on its number of devices; the model and its pictures are small.
+
+    Plans of the real one take minutes: tests/benchmarks/plan_table.py.
+    """
+    small = ("--config.data.buckets=((32, 32),)", f"--config.model={random_checkpoint}")
+    code, printed, errors = _plan(f"--topology={topology}", *small, "--json", variant=variant)
+    assert code == 0, errors
+    plan = json.loads(printed)
+    assert plan["fits"] and math.prod(plan["mesh"].values()) == topologies.topology(topology).chips
+
+
+def test_a_hosted_judge_changes_nothing_that_is_planned():
+    """Nor does a mesh that names its eight chips: what is planned for one is for all three."""
+    production, hosted, v5e8 = (
+        packaged("grpo", variant).to_dict() for variant in ("production", "hosted", "v5e8")
+    )
+    assert production.pop("judge") != hosted.pop("judge")
+    assert hosted == production
+    assert from_mapping(_given(v5e8), 8).mesh.shape(8) == from_mapping(
+        _given(hosted), 8
+    ).mesh.shape(8)
+    assert v5e8 | {"mesh": hosted["mesh"], "judge": None} == hosted | {"judge": None}
+
+
+def _given(settings):
+    return settings | {"data": settings["data"] | {"path": "pictures"}}

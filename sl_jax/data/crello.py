@@ -181,12 +181,12 @@ def designs(folder: epath.PathLike, split: str) -> Designs:
     path = epath.Path(folder) / _FACTS
     try:
         used, skipped = json.loads(path.read_text())[split]
-    except (OSError, ValueError, KeyError) as error:
+        return Designs(tuple(Facts(*one) for one in used), tuple(Skipped(*one) for one in skipped))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise FolderError(
             f"{shown(folder)} is not whole: {_FACTS} is missing or damaged; please delete the "
             "folder, so that it is made again"
         ) from error
-    return Designs(tuple(Facts(*one) for one in used), tuple(Skipped(*one) for one in skipped))
 
 
 def parquet_files(source: str | os.PathLike[str]) -> dict[str, list[epath.Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +22,7 @@ from sl_jax.imaging.decoding import DECODER_ERRORS
 
 _DEFAULT_LIMITS = PictureLimits()
 _PLAIN = (BlendMode.NORMAL, BlendMode.PASS_THROUGH)
+_MOST_PIXELS = 2**29  # of all layers together; two gigabytes
 
 
 class PsdInfo(NamedTuple):
@@ -86,7 +87,9 @@ def _layers(path: str | os.PathLike[str], content: bytes, limits: PictureLimits)
         document = PSDImage.open(io.BytesIO(content))
         _check_canvas(path, document, limits)
         size = document.height, document.width
-        drawn = [_drawn(layer, opacity, size) for layer, opacity in _leaves(document, 1.0)]
+        leaves = list(_leaves(document, 1.0))
+        _check_layers([layer for layer, _ in leaves], size, limits)
+        drawn = [_drawn(layer, opacity, size) for layer, opacity in leaves]
     except PictureError:
         raise
     except _Refused as error:
@@ -106,6 +109,15 @@ def _check_canvas(path: str | os.PathLike[str], document: Any, limits: PictureLi
     pixels, short = document.width * document.height, min(document.width, document.height)
     if pixels > limits.max_pixels or short < limits.min_side:
         raise PictureError(path, f"its canvas of {document.width}x{document.height} is no picture")
+
+
+def _check_layers(layers: Sequence[Any], size: tuple[int, int], limits: PictureLimits) -> None:
+    """Refuses, before anything is unpacked, what would take more memory than any use of it."""
+    if len(layers) * size[0] * size[1] > _MOST_PIXELS:
+        raise _Refused(f"its {len(layers)} layers have more than {_MOST_PIXELS} pixels together")
+    for layer in layers:
+        if layer.width * layer.height > limits.max_pixels:
+            raise _Refused(f"layer {layer.name!r} declares {layer.width}x{layer.height} pixels")
 
 
 def _leaves(group: Any, opacity: float) -> Iterator[tuple[Any, float]]:

@@ -64,8 +64,6 @@ def parse_named(where: str | os.PathLike[str]) -> Named | None:
         return None
     if kind == TFDS and not name:
         raise FolderError(f"{shown(text)} names no dataset; {_WANTED}")
-    if kind == TFDS and ":" in name:
-        raise FolderError(f"{shown(text)}: TFDS would run the code of others; {_WANTED}")
     return Named(kind, name, split or "train")
 
 
@@ -188,6 +186,8 @@ def _builder(named: Named) -> Any:
         _check_features(folder)
         return tfds.builder_from_directory(folder)
     try:
+        if tfds.core.naming.parse_builder_name_kwargs(named.name)[0].namespace:
+            raise ValueError("TFDS would fetch and run the code of others")
         builder = tfds.builder(named.name, try_gcs=False, file_format="array_record")
         builder.download_and_prepare()
     except (tfds.core.DatasetNotFoundError, ValueError, ImportError, OSError) as error:

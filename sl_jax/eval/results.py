@@ -138,7 +138,7 @@ class ResultFolder:
         try:
             record = self._known[system, picture] = Record(**json.loads(path.read_text()))
             return record
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             _log.warning("%s is damaged (%s); it is made again", path, error)
             return None
 
@@ -171,7 +171,7 @@ class ResultFolder:
     def _claimed(self, path: epath.Path) -> Any:
         try:
             return json.loads(path.read_text())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise EvaluationError(
                 f"{path} is damaged ({error}), so that it is unknown what its folder holds; "
                 "please choose another --output, or delete the folder"

@@ -149,11 +149,12 @@ def _learn(
         report, skipped = None, int(state.skipped)
         if not stopped:
             old = None if state.adapter is sampler else sampler
+            # An epoch that is cut short goes on from its beginning, whose adapter may sample, too.
             how = {"donate": state.adapter is not begun, "too_far": _too_far(parts)}
             state, report = parts.learner.update(state, scored, old, kl_left, **how)
             stopped = report.stopped
             jax.block_until_ready(state.updates)
-            phases.computed(parts.learner.flops(scored, old))
+            phases.computed(parts.learner.work(scored, old))
         updated = _updated(int(state.skipped) - skipped, report, finite)
         done.append(_Learned(part, judged, finite, worth, report, updated))
     return state, done
@@ -194,7 +195,7 @@ def _metrics(parts: Parts, state: LearnerState, done: Sequence[_Learned]) -> dic
         "learner/adapter_norm": float(_norm(state.adapter.lora)),
         "learner/updates": int(state.updates),
         "learner/skipped_updates": int(state.skipped),
-        "learner/stopped_updates": len(done) - sum(not report.stopped for report in reports),
+        "learner/stopped_updates": sum(e.report is None or e.report.stopped for e in done),
         "rollout/not_finite": int((~finite).sum()),
     }
 

@@ -24,7 +24,7 @@ from sl_jax.scoring import (
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
 from sl_jax.scoring.endpoint_config import EndpointConfig
-from sl_jax.scoring.records import JudgeRecords
+from sl_jax.scoring.records import RECORDS, JudgeRecords
 
 if TYPE_CHECKING:
     from sl_jax.scoring.pool import JudgePool
@@ -129,7 +129,7 @@ def judgings(
 ) -> tuple[Judging, Judging]:
     """How training is rewarded, on record; and how held-out pictures are, by the judge alone."""
     judge = config.judge
-    records = JudgeRecords(folder / "judge", judge.recorded_pictures, judge.render)
+    records = JudgeRecords(folder / RECORDS, judge.recorded_pictures, judge.render)
     training = Judging(judges.training, Rewards(config.rewards), judge, records, processes)
     alone = Rewards((("judge", 1.0),))
     return training, Judging(judges.evaluation, alone, judge, processes=processes)

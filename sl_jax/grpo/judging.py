@@ -90,7 +90,7 @@ class Judging:
 
         Args:
             submitted: the groups, of this process; maybe none.
-            progress: is told what is waited for.
+            progress: is told what is waited for; and an empty text once that is over.
             others: judged groups of this process whose candidates count in the share of valid ones.
 
         Raises:
@@ -240,6 +240,8 @@ class _Outage:
 
     def is_over(self) -> None:
         """Forgets it; another one will be counted from its own beginning."""
+        if self._since is not None:
+            self._progress("")
         self._since, self._waited = None, 0.0
 
     def goes_on(self, reason: str, in_vain: str) -> float:

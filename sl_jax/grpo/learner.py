@@ -28,9 +28,10 @@ from sl_jax.grpo.objective import (
     policy_objective,
     rollout_mismatch,
 )
+from sl_jax.grpo.phases import Work
 from sl_jax.grpo.rollout import Candidates
 from sl_jax.inference.sampling import Condition, Guidance, modulation_rows, velocity_function
-from sl_jax.models.flops import velocity_flops
+from sl_jax.models.flops import sequence_tokens, velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
@@ -291,25 +292,24 @@ class Learner:
             skipped=changed.skipped,
         ), UpdateReport(reports, norms, norm)
 
-    def flops(self, batches: Sequence[Scored], old: Adapter | None = None) -> float:
-        """Operations of the transformer that an update on these asks for, all devices together.
+    def work(self, batches: Sequence[Scored], old: Adapter | None = None) -> Work:
+        """What an update on these asks of the transformer.
 
-        A velocity and the gradient of its inputs, which takes as many: the weights of the base have
-        none. Velocities of the old adapter and of the reference come to them; what is computed
-        twice to save memory does not.
+        A velocity and the gradient of its inputs, which takes as many operations: the weights of
+        the base have none. Velocities of the old adapter and of the reference come to them; what is
+        computed twice to save memory does not. Tokens are those of the trained velocities alone.
         """
+        flops = tokens = 0.0
         if not any(np.any(batch.weight) for batch in batches):
-            return 0.0
+            return Work(flops)
         passes = 2 + (old is not None) + bool(self._objective.kl_weight)
         passes *= 1 if self._guidance is None else 2
-        config = self._pipeline.model.config
-        return sum(
-            passes
-            * self._rollout.window_size
-            * len(batch.advantage)
-            * velocity_flops(config, batch.grid, batch.candidates.condition.text.shape[1])
-            for batch in batches
-        )
+        for batch in batches:
+            trained = self._rollout.window_size * len(batch.advantage)
+            sizes = (batch.grid, batch.candidates.condition.text.shape[1])
+            flops += passes * trained * velocity_flops(self._pipeline.model.config, *sizes)
+            tokens += trained * sequence_tokens(*sizes)
+        return Work(flops, tokens)
 
     def velocity(
         self, adapter: Adapter, step: Step, table: ModulationTable, grid: LatentGrid

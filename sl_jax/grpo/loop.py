@@ -15,12 +15,13 @@ from tqdm import tqdm
 from sl_jax.grpo.epoch import Epochs, window_start
 from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics, strip
 from sl_jax.grpo.learner import LearnerState
-from sl_jax.grpo.metrics import warn_of_divergence
+from sl_jax.grpo.metrics import epoch_line, warn_of_divergence
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
 from sl_jax.parallel.processes import ProcessError
+from sl_jax.scoring.records import RECORDS, read_pictures, to_markdown
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
             tqdm(total=config.epochs, initial=epoch, unit="epoch", disable=not processes.is_main)
         )
         stack.callback(parts.profiler.close)
-        phases = Phases(progress, peak_flops(jax.devices()))
+        phases = Phases(progress, peak_flops(jax.devices()), parts.status)
         phases.begin("evaluating")
         before = after = None
         if epoch == 0:
@@ -72,6 +73,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
             writer.scalars(0, metrics | _window_share(parts, state, epoch))
             writer.pictures(0, before)
         phases.finish()
+        parts.status.begin_epochs(epoch)
         position = epochs.position()
         try:
             while epoch < config.epochs:
@@ -85,15 +87,15 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                     metrics |= evaluation_metrics(after) | _window_share(parts, changed, epoch)
                 metrics |= _memory()
                 with processes.uninterrupted():
-                    writer.scalars(done, metrics | phases.finish())
+                    metrics |= phases.finish()
+                    writer.scalars(done, metrics)
                     # From here on the epoch counts as done; cut short before, it is repeated.
                     state, epoch, position = changed, done, epochs.position()
                     if epoch % config.checkpoint.every == 0 or scheduled:
                         phases.begin("checkpointing")  # in the next epoch's sums
                         _save(parts, state, epoch, position, metrics.get("evaluation/reward"))
+                writer.tell(epoch, metrics, scheduled)
                 epochs.require_health()
-                if scheduled:
-                    writer.look_for_divergence()
                 progress.update()
                 progress.set_postfix(reward=f"{metrics['judge/reward_mean']:.3f}")
         except BaseException as error:
@@ -112,10 +114,14 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
 
 
 class _Books:
-    """The metrics of a run, written by its main process alone."""
+    """What a run tells of itself, by its main process alone."""
 
     def __init__(self, parts: Parts, epoch: int):
-        self._processes = parts.processes
+        self._processes, self._status, self._epochs = (
+            parts.processes,
+            parts.status,
+            parts.config.epochs,
+        )
         self._folder, self._shown = parts.folder, parts.config.evaluation.shown
         self._findings: set[str] = set()
         self._writer = None
@@ -139,10 +145,23 @@ class _Books:
                     name = f"held_out/{result.example.picture_id}"
                     self._writer.picture(step, name, strip(result))
 
-    def look_for_divergence(self) -> None:
-        """Says once of each independent measure that it falls while the reward rises."""
-        with self._processes.together("reading metrics"):
-            if self._writer:
+    def tell(self, epoch: int, metrics: Mapping[str, float], evaluated: bool) -> None:
+        """Of a complete epoch: its line in the log, and the status.
+
+        Where it was evaluated, or is the first, also groups as the judge saw them, with its scores
+        and reasons; and once of each independent measure that it falls while the reward rises.
+        """
+        with self._processes.together("telling of an epoch"):
+            if not self._writer:
+                return
+            self._status.end_epoch(metrics)
+            _log.info("%s", epoch_line(epoch, self._epochs, metrics, self._status.pace))
+            if evaluated or epoch == 1:
+                kept = read_pictures(self._folder / RECORDS, epoch)
+                for number, (judged, pixels) in enumerate(kept):
+                    name = f"judged/{number}"
+                    self._writer.picture(epoch, name, pixels, to_markdown(judged))
+            if evaluated:
                 warn_of_divergence(list(read_metrics(self._folder)), self._findings)
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from sl_jax.eval.divergence import divergence
 from sl_jax.grpo.config import StopConfig
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.objective import ObjectiveConfig, ObjectiveMetrics
+from sl_jax.imaging.words import counted, time_span
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +102,36 @@ def warn_of_divergence(records: Sequence[Mapping[str, Any]], said: set[str]) -> 
         if kind not in said:
             said.add(kind)
             _log.warning("In this run %s.", finding)
+
+
+def epoch_line(
+    epoch: int, of: int, metrics: Mapping[str, float], pace: tuple[float, float] | None
+) -> str:
+    """An epoch in one line of the log.
+
+    Args:
+        epoch: counted from 1.
+        of: epochs of the run.
+        metrics: of the epoch.
+        pace: seconds per epoch, and to the end of the run, where they are known.
+    """
+    said = [f"reward {metrics['judge/reward_mean']:.3f}"]
+    if "evaluation/reward" in metrics:
+        said.append(f"held out {metrics['evaluation/reward']:.3f}")
+    if "advantage/effective_groups" in metrics:
+        said.append(counted(int(metrics["advantage/effective_groups"]), "group") + " to learn from")
+    sides = [metrics.get(f"learner/clipped_{side}/all") for side in ("low", "high")]
+    if None not in sides:
+        said.append(f"{sum(sides):.0%} clipped")
+    shares = [
+        f"{name} {metrics[f'share/{name}']:.0%}"
+        for name in ("rollout", "judging", "learning", "evaluating")
+        if f"share/{name}" in metrics
+    ]
+    said.append(f"{time_span(metrics['seconds/all'])} ({', '.join(shares)})")
+    if pace and epoch < of:
+        said.append(f"{time_span(pace[1])} left")
+    return f"Epoch {epoch} of {of}: {', '.join(said)}."
 
 
 def _by_step(

@@ -15,6 +15,7 @@ from sl_jax.grpo.rollout import Rollout
 from sl_jax.parallel.mesh import Layout
 from sl_jax.parallel.processes import Processes
 from sl_jax.training.profiling import Profiler
+from sl_jax.training.status import UNWATCHED, Unwatched
 
 
 class Parts(NamedTuple):
@@ -25,6 +26,7 @@ class Parts(NamedTuple):
         layout: how batches are split over devices.
         processes: of the run.
         profiler: traces the epochs that it was told of.
+        status: is told how the run stands.
     """
 
     config: GrpoConfig
@@ -39,3 +41,4 @@ class Parts(NamedTuple):
     layout: Layout
     processes: Processes
     profiler: Profiler
+    status: Unwatched = UNWATCHED

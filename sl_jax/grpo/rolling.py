@@ -65,7 +65,7 @@ def await_scores(
     Pictures that the judge refuses give way to others.
     """
     own = [entry for batch in rolled for entry in batch.submitted.values()]
-    scores = parts.judging.collect(own, phases.say)
+    scores = parts.judging.collect(own, phases.wait)
     judged = _in_order(parts.judging.share(_places(parts, rolled), scores))
     for left in reversed(range(_REPLACEMENTS + 1)):
         refused = refusals(judged, [name for b in rolled for name, _ in b.told])
@@ -118,7 +118,7 @@ def _sampled(
     )
     candidates = parts.rollout(adapter, pictures, start, grid)
     jax.block_until_ready(candidates.latents)
-    phases.computed(parts.rollout.flops(candidates, start, grid))
+    phases.computed(parts.rollout.work(candidates, start, grid))
     phases.begin("decoding")
     decoded = parts.rollout.decode(candidates.latents, grid)
     finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
@@ -217,7 +217,7 @@ def _judged_again(
     mine = dict(zip(places, submitted, strict=True))
     changed = [place for place in places if judged[place].refusal is not None]
     others = [judged[place] for place in places if judged[place].refusal is None]
-    fresh = parts.judging.collect([mine[place] for place in changed], phases.say, others)
+    fresh = parts.judging.collect([mine[place] for place in changed], phases.wait, others)
     return _in_order(dict(enumerate(judged)) | parts.judging.share(changed, fresh))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from sl_jax.checkpoints.pipeline import Pipeline
 from sl_jax.flow import sampler
 from sl_jax.grpo.config import RolloutConfig
+from sl_jax.grpo.phases import Work
 from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.sampling import (
     Condition,
@@ -22,7 +23,7 @@ from sl_jax.inference.sampling import (
     velocity_function,
 )
 from sl_jax.models.codec import to_uint8
-from sl_jax.models.flops import velocity_flops
+from sl_jax.models.flops import sequence_tokens, velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
@@ -157,20 +158,21 @@ class Rollout:
         """Layers of every sample."""
         return self._decode(self._pipeline.vae_params, latents, grid=grid)
 
-    def flops(self, candidates: Candidates, window_start: int, grid: LatentGrid) -> float:
-        """Operations of the transformer that sampling the candidates takes, all devices together.
-
-        Those of the autoencoder are left out.
-        """
+    def work(self, candidates: Candidates, window_start: int, grid: LatentGrid) -> Work:
+        """What sampling the candidates asks of the transformer."""
         config = self._config
         rows, text_tokens = candidates.condition.text.shape[:2]
         before, after = sampler.evaluations(
             config.steps, window_start, config.window_size, config.ode_method
         )
         sampled = rows // config.group_size if config.group_noise == "shared" else rows
-        once = velocity_flops(self._pipeline.model.config, grid, text_tokens)
-        once *= 1 if self._guidance is None else 2
-        return once * (before * sampled + after * rows)
+        velocities = before * sampled + after * rows
+        velocities *= 1 if self._guidance is None else 2
+        return Work(
+            velocities * velocity_flops(self._pipeline.model.config, grid, text_tokens),
+            velocities * sequence_tokens(grid, text_tokens),
+            rows,
+        )
 
     def trace_encode(self, pixels: UInt8[Array, "n h w 3"]) -> jax.stages.Traced:
         """The program that encodes pictures; for this and the next two, arguments may be shapes."""

@@ -37,6 +37,7 @@ from sl_jax.training import workdir as work
 from sl_jax.training.adapter import first_adapter
 from sl_jax.training.compilation import compilation_cache
 from sl_jax.training.profiling import Profiler, Span
+from sl_jax.training.status import watched
 
 _log = logging.getLogger(__name__)
 
@@ -56,21 +57,24 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
                 print(f"This run is finished: {counted(done, 'epoch')}. Report: {report}")
             return
         with (
+            watched(folder, config.epochs, processes) as status,
             compilation_cache(config.compute.cache, folder),
-            _parts(config, folder, checkpoints, processes, profiler) as (parts, first),
+            _parts(config, folder, checkpoints, processes, profiler) as (made, first),
         ):
+            parts = made._replace(status=status)
             with processes.together("recording the configuration"):
                 if processes.is_main:
                     work.record(parts.config)
                     report.unlink(missing_ok=True)  # of a run with fewer epochs
             outcome = train(parts, first)
             average = to_everywhere(outcome.state.ema, parts.layout.mesh)
-        with processes.together("writing adapter and report"):
-            if processes.is_main:
-                save_peft(adapter, average, config.model)
-                write_html(run_report(config, folder, outcome.before, outcome.after), report)
-                print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
-                _tell_of_the_best(checkpoints)
+            status.begin("reporting")
+            with processes.together("writing adapter and report"):
+                if processes.is_main:
+                    save_peft(adapter, average, config.model)
+                    write_html(run_report(config, folder, outcome.before, outcome.after), report)
+                    print(f"Adapter (PEFT folder): {adapter}\nReport: {report}")
+                    _tell_of_the_best(checkpoints)
 
 
 def _tell_of_the_best(checkpoints: RunCheckpoints) -> None:

@@ -15,6 +15,14 @@ def counted(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
+def time_span(seconds: float) -> str:
+    """A length of time in a unit that suits it: "3.1 s", "42 s", "12 min", "5.5 h", "2.1 d"."""
+    for unit, size, digits in (("d", 86_400, 1), ("h", 3600, 1), ("min", 60, 0)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{digits}f} {unit}"
+    return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+
+
 def printable(text: str, keep: str = "") -> str:
     r"""A text of others as a terminal may show it.
 

@@ -271,7 +271,8 @@ def _seen(entry: Entry, job: Job) -> tuple[int, int] | Problem | None:
 
 def _differences(record: Mapping[str, Any], entry: Entry, job: Job) -> str:
     """How a complete folder is not what would be made now; "" if it is."""
-    wanted, made = job.settings(entry), record.get("settings", {})
+    wanted, made = job.settings(entry), record.get("settings")
+    made = made if isinstance(made, Mapping) else {}
     other = [f"{key} {made.get(key)!r}" for key in wanted if made.get(key) != wanted[key]]
     if record.get("sha256") != fetch_file(entry.path, job.limits).sha256:
         other.append("another picture")

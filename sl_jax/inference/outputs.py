@@ -100,7 +100,7 @@ def read_record(folder: epath.PathLike) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         _log.warning("%s is damaged (%s); the picture is decomposed again", path, error)
         return None
     return content if isinstance(content, dict) else None

@@ -19,9 +19,14 @@ def velocity_flops(config: MMDiTConfig, grid: LatentGrid, text_tokens: int) -> f
         text_tokens: with padding, which is computed as well.
     """
     width, image = config.width, grid.generated_tokens + grid.frame_tokens
-    tokens = image + text_tokens
+    tokens = sequence_tokens(grid, text_tokens)
     linear = 2 * tokens * (4 + 2 * _MLP) * width**2  # q, k, v, out; up and down
     attention = 2 * 2 * tokens**2 * width  # q·k, weights·v
     entry = 2 * width * (image * config.in_channels + text_tokens * config.joint_attention_dim)
     leaving = 2 * width * grid.generated_tokens * config.out_channels * PATCH**2
     return float(config.num_layers * (linear + attention) + entry + leaving)
+
+
+def sequence_tokens(grid: LatentGrid, text_tokens: int) -> int:
+    """Tokens that the transformer reads for one sample; arguments as for `velocity_flops`."""
+    return grid.generated_tokens + grid.frame_tokens + text_tokens

@@ -14,12 +14,18 @@ from typing import Any
 _log = logging.getLogger(__name__)
 
 GRACE = 25.0  # seconds from SIGTERM; Kubernetes, spot machines and SLURM give 30
-TERMINATED = 128 + signal.SIGTERM  # exit code, as shells and schedulers report it
+# Exit code, as shells and schedulers report it: the same command goes on. Also where another
+# process was killed.
+TERMINATED = 128 + signal.SIGTERM
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM: who lent the machine wants it back (preemption, maintenance, a scheduler)."""
+
+
+class OthersGoneError(RuntimeError):
+    """Another process was killed; nothing is wrong with this one, and all may start again."""
 
 
 class Interrupts:

@@ -12,7 +12,7 @@ import jax
 from jax.errors import JaxRuntimeError
 
 from sl_jax.imaging.words import counted
-from sl_jax.parallel.interrupts import GRACE
+from sl_jax.parallel.interrupts import GRACE, OthersGoneError
 from sl_jax.parallel.processes import ProcessError, Processes
 
 _log = logging.getLogger(__name__)
@@ -189,4 +189,6 @@ def _reached() -> Iterator[None]:
     try:
         yield
     except JaxRuntimeError as error:
-        raise ProcessError(f"process 0, which the others meet at, is gone: {error}") from error
+        raise OthersGoneError(
+            f"process 0, which the others meet at, is gone ({error}); please start all again"
+        ) from error

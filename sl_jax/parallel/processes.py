@@ -21,7 +21,14 @@ import numpy as np
 from flax import serialization
 from jax.sharding import Mesh, NamedSharding
 
-from sl_jax.parallel.interrupts import GRACE, Interrupts, end_now, error_of
+from sl_jax.parallel.interrupts import (
+    GRACE,
+    TERMINATED,
+    Interrupts,
+    OthersGoneError,
+    end_now,
+    error_of,
+)
 from sl_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
 
 _log = logging.getLogger(__name__)
@@ -222,17 +229,17 @@ class Processes:
                     last, since = sign, time.monotonic()
                 elif time.monotonic() - since > _LOST:
                     reason = self._farewell(watched, 0.0).get(
-                        "reason", "it was killed, or its host"
+                        "reason", "it was killed, or its host was"
                     )
                     lost = f"process {watched} is gone ({reason})"
                     self._put("lost", lost)
-            except ProcessError as error:
+            except OthersGoneError as error:
                 lost = str(error)
             if lost and not over.is_set():
                 end_now(
-                    f"ProcessError: {lost}. Process {self.index} ends too; please start all again: "
-                    "they go on from the newest checkpoint.",
-                    1,
+                    f"OthersGoneError: {lost}. Process {self.index} ends too; please start all "
+                    "again: they go on from the newest checkpoint.",
+                    TERMINATED,
                 )
 
     def _exchanged(self, what: str, mine: Any) -> list[Any]:

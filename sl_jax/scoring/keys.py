@@ -36,7 +36,8 @@ def redacted(text: str, key: str) -> str:
     """The text with the key hidden, wherever it came from, as it is or as JSON and URLs have it."""
     if not key:
         return text
-    for form in (key, json.dumps(key)[1:-1], quote(key), quote_plus(key)):
+    told = (json.dumps(key)[1:-1], json.dumps(key, ensure_ascii=False)[1:-1])
+    for form in (key, *told, quote(key), quote_plus(key)):
         text = text.replace(form, _HIDDEN)
     return text
 

@@ -12,12 +12,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
+from jaxtyping import UInt8
 from PIL import Image
 
 from sl_jax.imaging.words import readable_json
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.rubric import Prompts
 from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
+
+RECORDS = "judge"
+"""Folder of the records in a work directory."""
 
 # Of a row, what the clock and the judge's servers decide; all else a repeated run repeats.
 CLOCKED_FIELDS = ("endpoints", "asks", "tokens", "seconds", "calls")
@@ -107,6 +111,46 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
                     f"{file}, line {number}: no record of a judgement: {error}"
                 ) from error
     return found
+
+
+def read_pictures(
+    folder: str | os.PathLike[str], epoch: int
+) -> list[tuple[Record, UInt8[np.ndarray, "h w 3"]]]:
+    """The judged groups of an epoch that are kept as pictures, each with its grid; maybe none."""
+    root, name = epath.Path(folder), f"epoch_{epoch:06d}"
+    kept = sorted(root.glob(f"{name}_*.png"))
+    if not kept:
+        return []
+    records = read_records(root / f"{name}.jsonl")
+    return [(records[_index(path)], _pixels(path)) for path in kept]
+
+
+def _index(path: epath.Path) -> int:
+    return int(path.stem.rpartition("_")[2])
+
+
+def _pixels(path: epath.Path) -> UInt8[np.ndarray, "h w 3"]:
+    with Image.open(io.BytesIO(path.read_bytes())) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def to_markdown(record: Record) -> str:
+    """A judged group: a table of its candidates' scores, and what the judge said of each."""
+    scores = record.scores
+    columns = ("reward", "stage 1", "stage 2", *CRITERIA)
+    table = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    said = []
+    for index in range(len(scores.valid)):
+        label = rendering.label_of(index)
+        row = (scores.reward[index], scores.stage1[index], scores.stage2[index])
+        numbers = (f"{value:.2f}" for value in (*row, *scores.criteria[index]))
+        table.append(f"| {label} | {' | '.join(numbers)} |")
+        reasons = zip(CRITERIA, scores.reasons[index], strict=False)  # none of what has failed
+        told = "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
+        if failure := scores.failures[index]:
+            told = failure.reason
+        said += [f"- {label}: {told}"] if told else []
+    return "\n".join([f"{record.picture_id}: {record.caption}", "", *table, "", *said])
 
 
 def grid_picture(group: Group, scores: GroupScores, render: rendering.RenderConfig) -> np.ndarray:

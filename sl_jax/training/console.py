@@ -10,7 +10,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from sl_jax.imaging.words import printable
-from sl_jax.parallel.interrupts import TERMINATED, Terminated
+from sl_jax.parallel.interrupts import TERMINATED, OthersGoneError, Terminated
 
 
 class _AboveBars(logging.Handler):
@@ -57,11 +57,14 @@ def ending_in_a_line(
         expected: errors that say what to do; exit code 1. Errors of the system, such as a full
             disk, are expected as well, and name a path.
         unit: what a run that was stopped is whole after: "epoch", "update"; exit code 130 after
-            Ctrl-C, 143 after SIGTERM.
+            Ctrl-C, 143 after SIGTERM, or where another process was killed.
         folder: what the run writes to: the path of errors that know none.
     """
     try:
         yield
+    except OthersGoneError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
+        sys.exit(TERMINATED)
     except expected as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:

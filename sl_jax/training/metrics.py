@@ -96,8 +96,11 @@ class MetricsWriter:
         kept = [
             r for r in read_metrics(directory) if resume_from is None or r["step"] < resume_from
         ]
+        lines = [json.dumps(record) + "\n" for record in kept]
+        # Objects of a bucket cannot be appended to: each record writes all of them.
+        self._lines = lines if is_remote(self._directory) else None
         partial = self._directory / "metrics.jsonl.partial"
-        partial.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        partial.write_text("".join(lines))
         partial.replace(self._path)  # at once, so that a kill here loses nothing
         self._board = SummaryWriter(
             str(self._directory / "tensorboard"), purge_step=resume_from, flush_secs=30
@@ -111,14 +114,25 @@ class MetricsWriter:
         for name, value in record.items():
             if value is not None:
                 self._board.add_scalar(name, value, step)
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **record}) + "\n")
+        line = json.dumps({"step": step, **record}) + "\n"
+        if self._lines is None:
+            with self._path.open("a") as file:
+                file.write(line)
+        else:
+            self._lines.append(line)
+            self._path.write_text("".join(self._lines))
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Shows a uint8 [H, W, 3] picture in TensorBoard."""
+    def picture(self, step: int, name: str, pixels: np.ndarray, text: str = "") -> None:
+        """Shows a uint8 [H, W, 3] picture, and under its name a text (Markdown) about it."""
         self._board.add_image(name, pixels, step, dataformats="HWC")
+        if text:
+            self._board.add_text(name, text, step)
+        if self._wandb:
+            import wandb
+
+            self._wandb.log({name: wandb.Image(pixels, caption=text or None)}, step=step)
 
     def close(self) -> None:
         """Flushes everything."""

@@ -3,8 +3,8 @@
     python tests/benchmarks/growth.py --results tests/benchmarks/results/plan_table.json
 
 Prints the table of the README: for every slice that the run fits, its mesh and work, the roofline
-of its epoch, and the replicas of a judge for which nobody then waits. `--seconds` are those that a
-call takes, `--in_flight` the calls that a replica answers at the same time.
+of its epoch, and the replicas of a judge for which nobody then waits. `--judge_seconds` and
+`--judge_concurrency` are those of `sl_jax.plan`.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from sl_jax.planning.roofline import JudgePool
+
 _HEAD = ("slice", "hosts", "mesh", "groups per epoch", "epoch", "candidates / s", "calls / s")
 _CHIPS_OF_A_HOST = 4  # but for single hosts of eight
 
@@ -20,22 +22,22 @@ _CHIPS_OF_A_HOST = 4  # but for single hosts of eight
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, required=True)
-    parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--in_flight", type=int, default=16)
+    parser.add_argument("--judge_seconds", type=float, default=5.0)
+    parser.add_argument("--judge_concurrency", type=int, default=16)
     arguments = parser.parse_args()
     results = json.loads(arguments.results.read_text())
-    print(table(results, arguments.seconds, arguments.in_flight))
+    print(table(results, JudgePool(arguments.judge_seconds, arguments.judge_concurrency)))
 
 
-def table(results: dict[str, Any], seconds: float, in_flight: int) -> str:
+def table(results: dict[str, Any], judge: JudgePool) -> str:
     """Markdown: one line per slice that the run fits, by chips, then by speed."""
     plans = [e["plan"] for e in results.values() if e["kind"] != "card" and e["plan"]["fits"]]
     plans.sort(key=lambda plan: (plan["chips"], -plan["forecast"]["epoch_seconds"]))
     head = f"| {' | '.join(_HEAD)} | replicas |\n|{' --- |' * (len(_HEAD) + 1)}"
-    return "\n".join([head, *(_line(plan, seconds, in_flight) for plan in plans)])
+    return "\n".join([head, *(_line(plan, judge) for plan in plans)])
 
 
-def _line(plan: dict[str, Any], seconds: float, in_flight: int) -> str:
+def _line(plan: dict[str, Any], judge: JudgePool) -> str:
     forecast = plan["forecast"]
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     alone = plan["chips"] == 8 and plan["chip"]["name"] in ("v5e", "v6e")
@@ -47,7 +49,7 @@ def _line(plan: dict[str, Any], seconds: float, in_flight: int) -> str:
         f"{forecast['epoch_seconds']:.0f} s",
         f"{forecast['pictures_per_second']:.2f}",
         f"{forecast['calls_per_second']:.2f}",
-        math.ceil(forecast["calls_per_second"] * seconds / in_flight),
+        judge.replicas(forecast["calls_per_second"]),
     )
     return f"| {' | '.join(map(str, cells))} |"
 

@@ -81,8 +81,8 @@ class _Epoch:
         found = self.rollout(self.adapter, self.batches[0], _WINDOW_START, self.grid)
         table = self.rollout.table(self.grid)
         scored = Scored(found, table, self.advantages[0], self._weight, self.grid)
-        return len(self.batches) * self.rollout.flops(found, _WINDOW_START, self.grid) + sum(
-            self._learner.flops([scored], old)
+        return len(self.batches) * self.rollout.work(found, _WINDOW_START, self.grid).flops + sum(
+            self._learner.work([scored], old).flops
             for old in (None, *(self.adapter,) * (len(self.batches) - 1))
         )
 

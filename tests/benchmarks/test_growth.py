@@ -7,6 +7,8 @@ from pathlib import Path
 import growth
 import pytest
 
+from sl_jax.planning.roofline import JudgePool
+
 
 @pytest.fixture
 def plans():
@@ -17,7 +19,7 @@ def test_replicas_are_those_that_keep_pace(plans):
     entry = copy.deepcopy(plans["v5e:2x4"])
     entry["plan"]["forecast"] |= {"calls_per_second": 6.5, "pictures_per_second": 5.0}
     for seconds, in_flight, replicas in ((5.0, 16, 3), (2.0, 13, 1), (8.0, 4, 13)):
-        (line,) = growth.table({"a": entry}, seconds, in_flight).splitlines()[2:]
+        (line,) = growth.table({"a": entry}, JudgePool(seconds, in_flight)).splitlines()[2:]
         assert line.endswith(f"| 5.00 | 6.50 | {replicas} |")
 
 
@@ -25,4 +27,5 @@ def test_only_slices_that_the_run_fits(plans):
     entry = plans["v5e:2x4"]
     broken = copy.deepcopy(entry)
     broken["plan"]["fits"] = False
-    assert len(growth.table({"a": broken, "b": entry | {"kind": "card"}}, 5, 16).splitlines()) == 2
+    shown = growth.table({"a": broken, "b": entry | {"kind": "card"}}, JudgePool(5.0, 16))
+    assert len(shown.splitlines()) == 2

@@ -67,15 +67,15 @@ def test_each_reads_half_and_holds_its_own_shards(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    here = Path(__file__).parent
+    tests = Path(__file__).parents[1]
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(here.parents[1]), str(here)]),
+        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
     }
     command = (sys.executable, "-c", _SCRIPT, str(tmp_path), port)
     running = [
         subprocess.Popen(
-            [*command, str(index), str(here)],
+            [*command, str(index), str(tests)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

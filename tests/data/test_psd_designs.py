@@ -1,6 +1,7 @@
 """Photoshop documents as paired layers."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from psd_tools.api.layers import Group
 from psd_tools.constants import BlendMode
 
 from sl_jax.checkpoints.psd import save_psd
+from sl_jax.data import psd
 from sl_jax.data.pictures import PictureError, PictureLimits
 from sl_jax.data.psd import open_psd, psd_info
 
@@ -47,6 +49,22 @@ def test_a_saved_stack_is_read_back(tmp_path):
     assert np.array_equal(open_psd(tmp_path / "a.psd"), layers)
     info = psd_info(tmp_path / "a.psd")
     assert info[:3] == (20, 28, 3) and len(info.content_hash) == 64
+
+
+def test_documents_that_would_take_all_memory_are_refused(tmp_path, monkeypatch):
+    """By what they declare, before anything is unpacked."""
+    monkeypatch.setattr(psd, "_drawn", lambda *_: pytest.fail("unpacked"))
+    path = _document(tmp_path, lambda *_: None)
+    with pytest.raises(PictureError, match="layer 'backdrop' declares 600x500 pixels"):
+        grown = tmp_path / "grown.psd"
+        content = path.read_bytes()
+        rectangle = struct.pack(">4i", 0, 0, 20, 28)
+        assert rectangle in content
+        grown.write_bytes(content.replace(rectangle, struct.pack(">4i", 0, 0, 500, 600)))
+        open_psd(grown, PictureLimits(max_pixels=100_000))
+    monkeypatch.setattr(psd, "_MOST_PIXELS", 2 * 20 * 28 - 1)
+    with pytest.raises(PictureError, match="its 2 layers have more than 1119 pixels together"):
+        open_psd(path)
 
 
 def test_a_small_layer_lies_where_it_is_and_keeps_its_opacity(tmp_path):

@@ -143,14 +143,14 @@ class Runner:
             }
             arguments = folder / f"arguments_{index}.json"
             arguments.write_text(json.dumps(given))
-            with (folder / f"printed_{index}.txt").open("w") as file:
-                command = [sys.executable, str(PROGRAM), str(arguments)]
-                started.append(
-                    subprocess.Popen(
-                        command, cwd=ROOT, env=self.environment(count), stdout=file, stderr=file
-                    )
-                )
+            printed = folder / f"printed_{index}.txt"
+            started.append(self._process(arguments, printed, self.environment(count)))
         return started
+
+    def _process(self, arguments, printed, environment):
+        command = [sys.executable, str(PROGRAM), str(arguments)]
+        with printed.open("w") as file:
+            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 
     def __call__(self, folder, servers=((),), *args, code=0, meanwhile=None, **options):
         """What each process printed, and the adapters that they leave.

@@ -91,7 +91,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
             learner=LearnerConfig(updates=1),
         ),
         rollout=SimpleNamespace(table=lambda grid: None),
-        learner=SimpleNamespace(update=update, flops=lambda *args: 1.0),
+        learner=SimpleNamespace(update=update, work=lambda *args: 1.0),
         judging=SimpleNamespace(
             metrics=dict,
             collect=lambda *args: [],
@@ -110,7 +110,7 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
     state = SimpleNamespace(
         adapter=SimpleNamespace(lora={"a": jnp.ones(2)}), updates=jnp.int32(0), skipped=jnp.int32(0)
     )
-    phases = SimpleNamespace(begin=lambda name: None, say=None, computed=lambda flops: None)
+    phases = SimpleNamespace(begin=lambda name: None, wait=None, computed=lambda work: None)
     _, metrics = epoch.Epochs(parts).run(state, 0, phases)
     (weight,) = updates
     assert np.array_equal(weight > 0, finite & (finite.sum(1, keepdims=True) > 1))

@@ -72,7 +72,7 @@ class WatchedLearner:
         self.updates += 1
         return state, UpdateReport([], [], None)
 
-    def flops(self, scored, old):
+    def work(self, scored, old):
         return 1.0
 
 

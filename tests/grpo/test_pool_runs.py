@@ -21,6 +21,7 @@ from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.records import read_records
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training.metrics import read_metrics
+from sl_jax.training.status import read_status
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 EPOCHS = 2
@@ -203,6 +204,9 @@ def test_when_nobody_answers_it_waits_and_stops_with_a_checkpoint(
         runner(workdir, servers, judge__max_wait=3.0)
     assert time.monotonic() - started > 3
     assert "Waiting for the judge" in caplog.text and "127.0.0.1" in caplog.text
+    told = read_status(workdir)
+    assert told.state == "stopped" and told.reason.startswith("JudgeUnavailableError: ")
+    assert told.judge["up"] == 2 and told.last_checkpoint == 1  # as the first epoch left them
     assert _latest(workdir) == 1
     for served in servers:
         served.thread.join(10)

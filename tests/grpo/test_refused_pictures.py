@@ -73,7 +73,7 @@ class Rollout:
         finite = np.repeat(self.finite, CANDIDATES)
         return SimpleNamespace(latents=pictures.pixels, finite=finite)
 
-    def flops(self, candidates, start, grid):
+    def work(self, candidates, start, grid):
         return 1.0
 
     def decode(self, latents, grid):
@@ -88,10 +88,10 @@ class Phases:
     def begin(self, name):
         pass
 
-    def say(self, text):
+    def wait(self, reason):
         pass
 
-    def computed(self, flops):
+    def computed(self, work):
         pass
 
 

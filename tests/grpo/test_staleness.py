@@ -60,7 +60,7 @@ class Watch:
     def decode(self, latents, grid):
         return self._rollout.decode(latents, grid)
 
-    def flops(self, *args):
+    def work(self, *args):
         return 1.0
 
     def table(self, grid):

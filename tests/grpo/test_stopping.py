@@ -60,7 +60,7 @@ class Learner:
         changed = SimpleNamespace(adapter=adapter, updates=state.updates + 1, skipped=0)
         return changed, UpdateReport([report], [], None)
 
-    def flops(self, scored, old):
+    def work(self, scored, old):
         return 1.0
 
 

@@ -216,6 +216,20 @@ def test_what_an_earlier_decomposition_left_is_removed(tmp_path):
     assert {f.name for f in folder.iterdir()} == FILES | {"layer_0.png", "layer_1.png"}
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff\xfe", b"[]", b'{"settings": 3}', b"{"])
+def test_records_of_any_content(tmp_path, content):
+    """What is no record is made again; what is one, of other settings, is left alone."""
+    path = _picture(tmp_path / "photo.png", 32, 32)
+    record = tmp_path / "out" / "photo" / "layers.json"
+    record.parent.mkdir(parents=True)
+    record.write_bytes(content)
+    outcome, _ = _decompose(path, tmp_path / "out")
+    if content.startswith(b'{"'):
+        assert "was made with" in outcome.problems[0].reason and record.read_bytes() == content
+    else:
+        assert len(outcome.written) == 1 and json.loads(record.read_text())["settings"]
+
+
 def test_outputs_are_tried_before_anything_is_loaded(tmp_path):
     path = _picture(tmp_path / "photo.png", 32, 32)
     job = Job(epath.Path(tmp_path / "photo.png" / "out"), SAMPLING)

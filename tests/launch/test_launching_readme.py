@@ -85,6 +85,19 @@ def test_slurm(tmp_path):
     assert run.judge.model == VLM and run.judge.key_env == "JUDGE_TOKEN"
 
 
+@pytest.mark.parametrize("folder", [None, ".", "launch"])
+def test_the_script_of_slurm_says_where_it_belongs(folder):
+    told = {} if folder is None else {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(ROOT / folder)}
+    done = subprocess.run(
+        ["bash", str(ROOT / "launch" / "slurm.sbatch")],
+        env={"PATH": "/usr/bin:/bin", **told},
+        capture_output=True,
+        text=True,
+    )
+    words = {None: "Please submit it", ".": "nothing to train", "launch": "is not the repository"}
+    assert done.returncode == 1 and words[folder] in done.stderr
+
+
 @pytest.mark.parametrize("path", ["README.md", "launch/gke/README.md"])
 def test_scripts_that_are_named_are_there(path):
     text = (ROOT / path).read_text()

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from sl_jax.parallel.interrupts import Interrupts, Terminated
+from sl_jax.parallel.interrupts import Interrupts, OthersGoneError, Terminated
 from sl_jax.training.console import ending_in_a_line
 
 KINDS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
@@ -112,6 +112,13 @@ def test_the_exit_code_tells_who_wanted_the_end(capsys, error, code, said):
     assert (
         f"{said} The same command goes on after the last complete epoch" in capsys.readouterr().out
     )
+
+
+def test_where_another_process_was_killed_the_same_command_goes_on(capsys):
+    with pytest.raises(SystemExit) as ended, ending_in_a_line((RuntimeError,), "epoch"):
+        raise OthersGoneError("process 0 is gone; please start all again")
+    assert ended.value.code == 143
+    assert capsys.readouterr().err.startswith("OthersGoneError: process 0 is gone; please start")
 
 
 def test_the_program_ends_when_the_grace_is_over():

@@ -245,8 +245,8 @@ def test_a_process_without_signs_of_life_ends_all(ended):
 
     run(3, work)
     for message, code in ended[:2]:
-        assert "ProcessError: process 2 is gone (it was killed, or its host was" in message
-        assert "please start all again" in message and code == 1
+        assert "OthersGoneError: process 2 is gone (it was killed, or its host was" in message
+        assert "please start all again" in message and code == 143
 
 
 def test_a_process_that_is_done_may_be_silent(ended):

@@ -10,7 +10,13 @@ from hostile import known_group, scripted
 from PIL import Image
 
 from sl_jax.scoring import Answer, JudgeConfig, PermanentJudgeError, RenderConfig, TwoStageJudge
-from sl_jax.scoring.records import JudgeRecords, RecordError, read_records
+from sl_jax.scoring.records import (
+    JudgeRecords,
+    RecordError,
+    read_pictures,
+    read_records,
+    to_markdown,
+)
 
 RENDER = RenderConfig(tile_size=None)
 
@@ -106,6 +112,27 @@ def test_pictures_show_the_first_grid(tmp_path, epoch):
     assert len(pictures) == 3
     picture = np.asarray(Image.open(pictures[0]))
     assert picture.ndim == 3 and len(np.unique(picture.reshape(-1, 3), axis=0)) > 5
+
+
+def test_pictures_come_back_with_what_was_said_of_them(tmp_path, epoch):
+    groups, scores = epoch
+    records = JudgeRecords(tmp_path, pictures=9, render=RENDER)
+    records.write(1, groups, scores, ["a.png", "b.png", "c.png"])
+    assert read_pictures(tmp_path, 2) == []
+    kept = read_pictures(tmp_path, 1)
+    assert [record.picture_id for record, _ in kept] == ["a.png", "b.png", "c.png"]
+    for number, (_, pixels) in enumerate(kept):
+        path = tmp_path / f"epoch_000001_{number:03d}.png"
+        np.testing.assert_array_equal(pixels, np.asarray(Image.open(path)))
+    lines = to_markdown(kept[0][0]).splitlines()
+    assert lines[0].startswith("a.png: Ein Bär")
+    assert lines[2].startswith("| | reward | stage 1 | stage 2 | ")
+    count = len(scores[0].valid)
+    assert [line[:4] for line in lines[4 : 4 + count]] == [f"| {c} " for c in "ABCDEFGH"[:count]]
+    assert f"| {scores[0].reward[0]:.2f} |" in lines[4]
+    assert "validity: seen" in lines[5 + count]
+    failure = next(f for f in scores[1].failures if f is not None)
+    assert failure.reason in to_markdown(kept[1][0])
 
 
 def test_an_epoch_written_again_replaces_the_first_try(tmp_path, epoch):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from urllib.parse import quote
 
 from hostile import HostileServer, known_group, scripted
 
@@ -10,6 +11,7 @@ from sl_jax.scoring import JudgeConfig, JudgeWorker, RenderConfig, TwoStageJudge
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
 from sl_jax.scoring.encoding import RequestConfig
+from sl_jax.scoring.keys import redacted, redacted_json
 from sl_jax.scoring.pool import JudgePool, PoolConfig
 from sl_jax.scoring.preflight import preflight
 from sl_jax.scoring.records import JudgeRecords
@@ -60,6 +62,18 @@ def test_nothing_that_is_written_holds_the_key(tmp_path, monkeypatch, capfd):
     assert len(shown) == len(server.heads) > 10  # the server did get it
     for path in files:
         assert KEY.encode() not in path.read_bytes(), path
+
+
+def test_a_key_is_hidden_in_all_its_forms():
+    """Servers repeat it in JSON, cut off or not, in addresses, and letter by letter."""
+    key = 'sk-"\\/+ü-0123'
+    letters = "".join(f"\\u{ord(letter):04x}" for letter in key)
+    for told in (key, json.dumps(key), json.dumps(key, ensure_ascii=False), quote(key)):
+        assert redacted(f"no {told}, no", key).replace('"', "") == "no [key], no"
+    for told in (json.dumps(key), json.dumps(key, ensure_ascii=False), f'"{letters}"'):
+        hidden = redacted_json(f'{{"{letters}": [{told}, 1.5, "a\\n"]}}', key)
+        assert json.loads(hidden) == {"[key]": ["[key]", 1.5, "a\n"]}
+    assert redacted_json('{"a": "\\u00fc"}', key) == '{"a": "\\u00fc"}'  # as it was
 
 
 async def _failing_preflight(pool):

@@ -1,19 +1,18 @@
 """Records of a run: one JSON line each, and none twice."""
 
 import importlib.util
-import io
 import json
 import math
-import struct
 import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
-from tensorboardX.proto.event_pb2 import Event
+from bucket import Bucket
+from event_files import read_events
 
 from sl_jax.parallel.processes import ALONE
+from sl_jax.training import metrics
 from sl_jax.training.configuration import LOG, broken
 from sl_jax.training.metrics import LogConfig, MetricsWriter, open_metrics, read_metrics
 
@@ -66,6 +65,16 @@ def test_what_is_not_finite_is_null(tmp_path, caplog):
     assert caplog.text == ""  # TensorBoard complains of every one that it is given
 
 
+def test_records_in_a_bucket_whose_objects_cannot_be_appended_to(tmp_path, monkeypatch):
+    Bucket.install(tmp_path, monkeypatch)
+    board = SimpleNamespace(add_scalar=lambda *args: None, close=lambda: None)
+    monkeypatch.setattr(metrics, "SummaryWriter", lambda *args, **kwargs: board)
+    _write("gs://bucket/run", 0, [1, 2, 3])
+    _write("gs://bucket/run", 3, [3, 4])
+    assert [record["step"] for record in read_metrics("gs://bucket/run")] == [1, 2, 3, 4]
+    assert (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().count("\n") == 4
+
+
 def test_no_records(tmp_path):
     assert list(read_metrics(tmp_path)) == []
 
@@ -82,6 +91,9 @@ class FakeWandb:
 
     def log(self, values, step):
         self.logged.append((step, values))
+
+    def Image(self, pixels, caption):
+        return (pixels.tolist(), caption)
 
     def finish(self):
         self.finished += 1
@@ -105,6 +117,21 @@ def test_weights_and_biases_get_the_same_numbers_in_one_run(tmp_path, monkeypatc
     assert len(fake.started) == 3
 
 
+def test_weights_and_biases_get_pictures_with_what_is_said_of_them(tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    writer = MetricsWriter(tmp_path / "run", 0, LogConfig("layers"))
+    pixels = np.zeros((1, 1, 3), np.uint8)
+    writer.picture(4, "judged/0", pixels, "a table")
+    writer.picture(4, "held_out/a", pixels)
+    writer.close()
+    black = [[[0, 0, 0]]]
+    assert fake.logged == [
+        (4, {"judged/0": (black, "a table")}),
+        (4, {"held_out/a": (black, None)}),
+    ]
+
+
 def test_a_missing_package_is_said_before_training(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = broken(SimpleNamespace(log=LogConfig("layers")), LOG)
@@ -120,22 +147,17 @@ def test_metrics_are_closed_after_an_error(tmp_path, monkeypatch):
     assert len(closed) == 1
 
 
-def test_tensorboard_gets_scalars_and_pictures(tmp_path):
-    """What a reader of the event file finds: records of length, checksum, message, checksum."""
+def test_tensorboard_gets_scalars_pictures_and_texts(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
     writer = MetricsWriter(tmp_path)
     writer.scalars(2, {"evaluation/psnr": 31.5})
     writer.picture(2, "evaluation/0", pixels)
+    writer.picture(3, "judged/0", pixels, "| A | 0.5 |")
     writer.close()
-    (path,) = (tmp_path / "tensorboard").iterdir()
-    content, values = path.read_bytes(), {}
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        event = Event.FromString(content[12 : 12 + length])
-        values |= {value.tag: (event.step, value) for value in event.summary.value}
-        content = content[16 + length :]
-    step, scalar = values["evaluation/psnr"]
-    assert step == 2 and scalar.simple_value == 31.5
-    step, picture = values["evaluation/0"]
-    shown = Image.open(io.BytesIO(picture.image.encoded_image_string))
-    assert step == 2 and np.array_equal(np.asarray(shown.convert("RGB")), pixels)
+    found = read_events(tmp_path)
+    assert found["evaluation/psnr"] == [(2, 31.5)]
+    for name, step in (("evaluation/0", 2), ("judged/0", 3)):
+        ((told, picture),) = found[name]
+        assert told == step and np.array_equal(picture, pixels)
+    assert found["judged/0.text"] == [(3, "| A | 0.5 |")]
+    assert "evaluation/0.text" not in found

@@ -14,7 +14,7 @@ class _File(AbstractBufferedFile):
 
 
 class Bucket(AbstractFileSystem):
-    """What gcsfs is to fsspec, as far as reading goes; `gs://bucket/x` is `root/bucket/x`."""
+    """What gcsfs is to fsspec; `gs://bucket/x` is `root/bucket/x`. Writing replaces whole files."""
 
     protocol = ("gcs", "gs")
     cachable = False
@@ -54,6 +54,10 @@ class Bucket(AbstractFileSystem):
         return {"name": name, "size": place.stat().st_size, "type": kind}
 
     def _open(self, path, mode="rb", **_):
+        if "r" not in mode:
+            place = self.root / self._strip_protocol(path)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            return place.open("wb")  # for appending as well: as gcsfs does, with a warning
         return _File(self, path, mode, size=self.info(path)["size"])
 
     def cat_file(self, path, start=None, end=None, **_):
@@ -63,3 +67,16 @@ class Bucket(AbstractFileSystem):
         with (self.root / path).open("rb") as file:
             file.seek(start)
             return file.read(end - start - self.cut)
+
+    def makedirs(self, path, exist_ok=False):
+        (self.root / self._strip_protocol(path)).mkdir(parents=True, exist_ok=exist_ok)
+
+    def mkdir(self, path, create_parents=True, **_):
+        self.makedirs(path, exist_ok=True)
+
+    def cp_file(self, path1, path2, **_):
+        source, target = (self.root / self._strip_protocol(path) for path in (path1, path2))
+        target.write_bytes(source.read_bytes())
+
+    def rm_file(self, path):
+        (self.root / self._strip_protocol(path)).unlink()

@@ -1,0 +1,129 @@
+"""Fifty SIGKILLs at random moments of runs, each of which then ends as one that nobody disturbed.
+
+    python tests/soak/kills.py --out tests/soak/results/kills.json
+
+Runs of the smallest configuration are killed ten times each, in random phases (starting,
+evaluating, rollout, decoding, judging, learning, checkpointing, exporting …), at a random number of
+the phase's beginnings and a random time from there, and started again each time. What the last
+start leaves is compared with an undisturbed run to the last bit: adapter, average, moments,
+counters, position in the data, metrics, judgements, exported adapter.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "grpo"))
+
+import jax
+import numpy as np
+import one_process
+from random_base import write_random_base
+from runner import LIMIT, MINIMAL, MOMENTS, Runner, differences, draw_kill, left_by
+from soak_results import about
+
+EPOCHS = 24
+LAST = "exporting"  # there, a run is about to end
+
+
+class ForkingRunner(Runner):
+    """Starts processes from one that has imported everything, which saves half of a start."""
+
+    def _process(self, arguments, printed, environment):
+        os.environ.update(environment)  # taken over when the first one starts
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["sl_jax.train", "sl_jax.grpo.run", "one_process"])
+        process = context.Process(target=_run, args=(arguments, printed))
+        process.start()
+        return _Started(process)
+
+
+class _Started:
+    """As `subprocess.Popen`, as far as it is needed."""
+
+    def __init__(self, process):
+        self._process, self.kill = process, process.kill
+
+    @property
+    def returncode(self):
+        return self._process.exitcode
+
+    def wait(self, seconds):
+        self._process.join(seconds)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def _run(arguments, printed):
+    with printed.open("w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    one_process.main(json.loads(arguments.read_text()))
+
+
+def killed_run(runner, folder, rng, kills):
+    """A run that is killed so many times: the moments, and how far it was at the next start."""
+    moments = []
+    while len(moments) < kills:
+        last = len(moments) == kills - 1
+        phase = LAST if last else str(rng.choice([name for name in MOMENTS if name != LAST]))
+        kill = draw_kill(rng, phase)
+        (process,) = runner.start(folder, kills=(kill,))
+        if process.wait(LIMIT) == -signal.SIGKILL:
+            moments.append(kill)
+            print(json.dumps(kill), flush=True)
+        else:  # it came to its end before
+            said = (folder / "printed_0.txt").read_text()
+            assert process.returncode == 0 and "Report: " in said, said[-3000:]
+            break
+    runner(folder)
+    return moments
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--each", type=int, default=10, help="kills of one run")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    jax.config.update("jax_disable_most_optimizations", True)  # what runs once here, costs less so
+    rng, runs = np.random.default_rng(arguments.seed), []
+    with tempfile.TemporaryDirectory() as temporary:
+        root = Path(temporary)
+        base = root / "base"
+        base.mkdir()
+        settings = MINIMAL | {"epochs": EPOCHS}
+        runner = ForkingRunner(write_random_base(base), root, settings, devices=1)
+        runner(root / "whole")
+        whole = left_by(root / "whole" / "run")
+        while (left := arguments.kills - sum(len(run["kills"]) for run in runs)) > 0:
+            folder = root / f"run_{len(runs)}"
+            moments = killed_run(runner, folder, rng, min(arguments.each, left))
+            differing = differences(left_by(folder / "run"), whole)
+            runs.append({"kills": moments, "differences": differing})
+    kills = [kill for run in runs for kill in run["kills"]]
+    result = about(f"python tests/soak/kills.py --seed {arguments.seed}") | {
+        "epochs": EPOCHS,
+        "compared": len(whole),
+        "kills": len(kills),
+        "by_phase": {name: sum(kill["phase"] == name for kill in kills) for name in MOMENTS},
+        "runs": len(runs),
+        "lost": sum(len(run["differences"]) for run in runs),
+        "details": runs,
+    }
+    text = json.dumps(result, indent=1)
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text + "\n")
+    sys.exit(0 if result["lost"] == 0 else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""`status.json`: whole at every moment, alive by itself, and right about how a run ended."""
+
+import dataclasses
+import datetime
+import json
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from sl_jax.parallel.interrupts import Terminated
+from sl_jax.parallel.processes import ALONE
+from sl_jax.training import status as module
+from sl_jax.training import status_screen
+from sl_jax.training.status import (
+    Status,
+    StatusError,
+    StatusFile,
+    Warned,
+    looks_dead,
+    read_status,
+    watched,
+)
+from sl_jax.training.status_screen import EXIT_CODES, screen
+
+NOW = datetime.datetime(2026, 11, 28, 3, 10, 0, tzinfo=datetime.UTC)
+STATUS = Status(
+    state="running",
+    of=300,
+    started="2026-11-27T23:10:00Z",
+    updated="2026-11-28T03:09:55Z",
+    host="tpu-7",
+    pid=4711,
+    heartbeat=10.0,
+    processes=4,
+    version="0.1.0",
+    phase="learning",
+    phase_since="2026-11-28T03:07:55Z",
+    epoch=75,
+    updates=150,
+    reward=0.5612,
+    held_out=0.601,
+    seconds_per_epoch=190.0,
+    seconds_left=42_750.0,
+    judge={"up": 1.0, "a/up": 1.0, "b/up": 0.0, "waiting": 3.0, "requests": 900.0, "p95": 4.2},
+    last_checkpoint=70,
+    warnings=(Warned("2026-11-28T03:00:00Z", "Rollout and learner differ"),),
+    warned=7,
+)
+DEAD_PID = 2**22 + 1  # more than Linux gives
+
+
+def _soon(holds):
+    deadline = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def _told(folder):
+    return json.loads((folder / "status.json").read_text())
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Heartbeats of a twentieth of a second."""
+    monkeypatch.setattr(module, "_TIMES", {False: (0.05, 0.01), True: (0.05, 0.01)})
+
+
+def test_a_run_from_its_start_to_its_end(tmp_path, quick):
+    (tmp_path / "checkpoints" / "2" / "tree").mkdir(parents=True)
+    with watched(tmp_path, 6, ALONE) as status:
+        _soon(lambda: (tmp_path / "status.json").exists())
+        first = read_status(tmp_path)
+        assert (first.state, first.phase, first.epoch, first.of) == ("running", "loading", 0, 6)
+        assert (first.host, first.pid) == (socket.gethostname(), os.getpid())
+        assert first.seconds_per_epoch is None and first.last_checkpoint == 2
+        assert status.pace is None
+        status.begin_epochs(2)
+        status.begin("rollout")
+        _soon(lambda: read_status(tmp_path).phase == "rollout")
+        status.wait("no judge has been up")
+        _soon(lambda: read_status(tmp_path).state == "waiting")
+        assert read_status(tmp_path).reason == "no judge has been up"
+        status.wait("")
+        _soon(lambda: read_status(tmp_path).state == "running")
+        metrics = {"judge/reward_mean": 0.5, "learner/updates": 6.0, "pool/a/p95": float("nan")}
+        status.end_epoch(metrics | {"evaluation/reward": 0.7})
+        status.end_epoch(metrics)
+        _soon(lambda: read_status(tmp_path).epoch == 4)
+        told = read_status(tmp_path)
+        assert (told.updates, told.reward, told.held_out) == (6, 0.5, 0.7)
+        assert told.judge == {"a/p95": None}
+        assert told.seconds_left == pytest.approx(2 * told.seconds_per_epoch, abs=0.1)
+        status.begin("learning")
+    end = read_status(tmp_path)
+    assert (end.state, end.phase, end.reason) == ("finished", "", "")
+    assert not [t for t in threading.enumerate() if t.name == "status"]
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "status.json"}
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (KeyboardInterrupt(), "Ctrl-C"),
+        (Terminated(), "SIGTERM"),
+        (ValueError("of the\ntest"), "ValueError: of the test"),
+    ],
+)
+def test_a_run_that_stops_says_why(tmp_path, error, reason):
+    with pytest.raises(type(error)), watched(tmp_path, 6, ALONE) as status:
+        status.begin("judging")
+        raise error
+    told = read_status(tmp_path)
+    assert (told.state, told.reason, told.phase) == ("stopped", reason, "judging")
+
+
+def test_other_processes_write_nothing(tmp_path):
+    class Second:
+        is_main, count = False, 2
+
+    with watched(tmp_path, 6, Second()) as status:
+        status.begin_epochs(0)
+        status.begin("rollout")
+        status.wait("a judge")
+        status.end_epoch({})
+        assert status.pace is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_beats_while_nothing_changes(tmp_path, quick):
+    status = StatusFile(tmp_path, 3)
+    _soon(lambda: (tmp_path / "status.json").exists())
+    before = (tmp_path / "status.json").stat().st_mtime_ns
+    _soon(lambda: (tmp_path / "status.json").stat().st_mtime_ns > before)
+    status.close("finished")
+
+
+def test_a_reader_never_meets_half_of_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_TIMES", {False: (0.001, 0.0), True: (0.001, 0.0)})
+    status = StatusFile(tmp_path, 3)
+    _soon(lambda: (tmp_path / "status.json").exists())
+    for number in range(300):
+        status.wait("x" * (number % 7) * 1000)
+        _told(tmp_path)
+    status.close("finished")
+
+
+def test_the_last_warnings_are_kept(tmp_path, quick):
+    log = logging.getLogger("sl_jax.some.room")
+    with watched(tmp_path, 3, ALONE):
+        for number in range(8):
+            log.warning("number %d", number)
+        log.info("no warning")
+    log.warning("after the end")
+    told = read_status(tmp_path)
+    assert told.warned == 8
+    assert [warning.text for warning in told.warnings] == [f"number {n}" for n in range(3, 8)]
+
+
+def test_a_disk_that_is_full_ends_no_run(tmp_path, quick, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+    folder = tmp_path / "none"  # a folder that is not there takes no file either
+    with watched(folder, 3, ALONE) as status:
+        status.begin("rollout")
+        _soon(lambda: caplog.text)
+    assert caplog.text.count("status.json cannot be written") == 1
+
+
+def test_what_is_no_status_is_refused(tmp_path):
+    with pytest.raises(StatusError, match="name the work directory of a run that was started"):
+        read_status(tmp_path)
+    for text in ("{", "[]", '{"state": "running"}', '{"warnings": [], "other": 3}'):
+        (tmp_path / "status.json").write_text(text)
+        with pytest.raises(StatusError, match=r"status\.json is no status of this version's"):
+            read_status(tmp_path)
+
+
+def test_every_field_is_documented():
+    told = Status.__doc__
+    for field in dataclasses.fields(Status):
+        assert f"{field.name}:" in told or f"{field.name}, " in told or f", {field.name}" in told
+
+
+def test_who_looks_dead():
+    here = dataclasses.replace(STATUS, host=socket.gethostname(), pid=os.getpid())
+    later = NOW + datetime.timedelta(seconds=120)
+    assert looks_dead(STATUS, NOW) == looks_dead(here, NOW) == ""
+    assert looks_dead(STATUS, NOW - datetime.timedelta(hours=1)) == ""  # clocks differ
+    gone = dataclasses.replace(here, pid=DEAD_PID)
+    assert looks_dead(gone, NOW) == f"process {DEAD_PID} is no more"
+    assert looks_dead(STATUS, later) == "silent for 125 s, and it should write every 10 s"
+    for state in ("finished", "stopped"):
+        assert looks_dead(dataclasses.replace(gone, state=state), later) == ""
+    assert looks_dead(dataclasses.replace(gone, state="waiting"), NOW) != ""
+
+
+def test_the_screen():
+    text, code = screen(STATUS, "runs/grpo", NOW, 100)
+    assert code == 0
+    assert (
+        text
+        == """runs/grpo
+
+state       running, as of 5.0 s ago
+epoch       75 of 300 [######..................] 25%
+reward      0.561 in the last epoch, 0.601 on held-out pictures
+pace        3 min per epoch, 11.9 h left
+phase       learning for 2 min
+judge       1 of 2 servers up, 3 requests waiting, 900 asked so far, p95 4.2 s
+checkpoint  after epoch 70
+process     4711 on tpu-7, 4 processes, since 2026-11-27T23:10:00Z, sl_jax 0.1.0
+warnings    7; the last at 2026-11-28T03:00:00Z: Rollout and learner differ"""
+    )
+
+
+def test_exit_codes_tell_states_apart():
+    for state in ("running", "waiting", "finished", "stopped"):
+        _, code = screen(dataclasses.replace(STATUS, state=state), "run", NOW, 80)
+        assert code == EXIT_CODES[state]
+    later = NOW + datetime.timedelta(hours=1)
+    text, code = screen(STATUS, "run", later, 80)
+    assert code == EXIT_CODES["dead"] == 4
+    assert "looks dead" in text and "goes on from there" in text
+    assert EXIT_CODES == {"running": 0, "finished": 0, "waiting": 2, "stopped": 3, "dead": 4}
+
+
+def _columns(line):
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+    return len(line) + wide - sum(bool(unicodedata.combining(c)) for c in line)
+
+
+@pytest.mark.parametrize("width", [1, 7, 12, 13, 20, 40, 80, 200])
+def test_no_line_is_too_wide_nor_steers_the_terminal(width):
+    nasty = "\x1b[31mred\x07\r\n" + "判定者" * 40 + " e\u0301 " + "w" * 300 + "\u202eoverride"
+    status = dataclasses.replace(
+        STATUS, state="waiting", reason=nasty, warnings=(Warned("t", nasty),), host=nasty
+    )
+    text, _ = screen(status, f"gs://bucket/{nasty}", NOW, width)
+    lines = text.splitlines()
+    assert width < 80 or len(lines) <= 24
+    assert max(map(_columns, lines)) <= max(width, 2)  # a wide character has two columns
+    assert not any(unicodedata.category(c)[0] == "C" for line in lines for c in line)
+    if width >= 80:
+        assert "判定者" in text and "..." in text and "red" in text
+
+
+def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
+    with watched(tmp_path, 3, ALONE) as status:
+        status.wait("判定者 busy")
+        _soon(lambda: (tmp_path / "status.json").exists())
+    script = (
+        f"from sl_jax.training.status_screen import show; raise SystemExit(show({str(tmp_path)!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "COLUMNS": "60"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "finished" in done.stdout, done.stderr
+    assert status_screen.EXIT_CODES["finished"] == 0
