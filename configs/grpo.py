@@ -206,7 +206,7 @@ def _production() -> ConfigDict:
     evaluation.window_share = False  # ours: for who chooses rollout.group_noise or noise_level
 
     checkpoint = config.checkpoint = ConfigDict()
-    checkpoint.every = 5  # unmeasured
+    checkpoint.every = 1  # ours: saved in the background; what a kill costs is an epoch
     checkpoint.keep = 3  # unmeasured
 
     health = config.health = ConfigDict()

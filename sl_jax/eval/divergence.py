@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 REWARD = "judge/reward_mean"
@@ -12,7 +12,7 @@ _WATCHED = {
 }
 
 
-def divergence(records: Sequence[Mapping[str, Any]], least_rise: float = 0.01) -> tuple[str, ...]:
+def divergence(records: Iterable[Mapping[str, Any]], least_rise: float = 0.01) -> tuple[str, ...]:
     """What fell on held-out pictures while the training reward rose; empty if all is well.
 
     The reward is averaged over the first and the last quarter of its records; held-out metrics are
@@ -20,9 +20,10 @@ def divergence(records: Sequence[Mapping[str, Any]], least_rise: float = 0.01) -
     the judge's score by more than 0.01.
 
     Args:
-      records: from `training.metrics.read_metrics`.
+      records: from `training.metrics.read_metrics`, which need not be in memory together.
       least_rise: rise of the training reward that counts.
     """
+    records = [{name: r.get(name) for name in (REWARD, *_WATCHED)} for r in records]
     rewards = [r[REWARD] for r in records if r.get(REWARD) is not None]
     quarter = max(1, len(rewards) // 4)
     if len(rewards) < 2:

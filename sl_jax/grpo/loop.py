@@ -162,7 +162,7 @@ class _Books:
                     name = f"judged/{number}"
                     self._writer.picture(epoch, name, pixels, to_markdown(judged))
             if evaluated:
-                warn_of_divergence(list(read_metrics(self._folder)), self._findings)
+                warn_of_divergence(read_metrics(self._folder), self._findings)
 
     def close(self) -> None:
         """As `MetricsWriter`."""

@@ -4,7 +4,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,7 +90,7 @@ def warn_of_spoiled(finite: np.ndarray) -> None:
         )
 
 
-def warn_of_divergence(records: Sequence[Mapping[str, Any]], said: set[str]) -> None:
+def warn_of_divergence(records: Iterable[Mapping[str, Any]], said: set[str]) -> None:
     """Says what falls on held-out pictures while the training reward rises.
 
     Args:

@@ -80,7 +80,8 @@ class Programs:
         Gradients are there three times: of the update, of a window step, and of the micro-batch.
         """
         gradients = [self.state.adapter.lora] * 3
-        return self.resident(), self._before, self._batches, self._waiting, gradients
+        waiting = self._waiting[1:]  # The sampling adapter is among what is always there.
+        return self.resident(), self._before, self._batches, waiting, gradients
 
     def kept_bytes(self, samples: int) -> int:
         """Of all devices: what a forward pass of so many samples keeps for the backward pass."""

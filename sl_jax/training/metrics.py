@@ -167,10 +167,10 @@ def read_metrics(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
     path = epath.Path(directory) / "metrics.jsonl"
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise
+    with path.open() as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                if next(file, None) is not None:
+                    raise

@@ -84,7 +84,7 @@ class Run:
         self.shown.append((step, float(results)))
 
     def _warn(self, records, said):
-        self.warned.append(records[-1]["step"])
+        self.warned.append(list(records)[-1]["step"])
 
     def _evaluated(self, value):
         self.fault("evaluating", len(self.seen))
@@ -262,6 +262,26 @@ def test_an_interrupt_waits_for_what_belongs_together(tmp_path, monkeypatch, who
         run.start()
     assert [record["step"] for record in run.records()] == [0, 1, 2, 3, 4]
     monkeypatch.setattr(loop, "_save", save)
+    run.seen = []
+    _same(run.start(), whole[0])
+    assert run.seen == [4, 5]
+    assert run.records() == whole[1]
+
+
+def test_an_epoch_whose_metrics_are_being_written_is_complete(tmp_path, monkeypatch, whole):
+    """Ctrl-C just before processes tell each other of what they wrote: nothing is repeated."""
+    run = Run(tmp_path, monkeypatch, every=100)
+    scalars = loop._Books.scalars
+
+    def interrupted(books, step, values):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        scalars(books, step, values)
+
+    monkeypatch.setattr(loop._Books, "scalars", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.start()
+    monkeypatch.setattr(loop._Books, "scalars", scalars)
     run.seen = []
     _same(run.start(), whole[0])
     assert run.seen == [4, 5]
