@@ -116,7 +116,7 @@ def _grid(axes: _Axes, x_label: str) -> list[str]:
         _, y = axes.place(axes.x0, tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" {_at(y, "y")}/>')
         parts.append(f'<text class="end" x="{_LEFT - 6}" y="{y + 4:.1f}">{_tick(tick)}</text>')
-    for tick in nice_ticks(axes.x0, axes.x1):
+    for tick in filter(_whole, nice_ticks(axes.x0, axes.x1)):  # epochs, updates
         x, _ = axes.place(tick, axes.y0)
         parts.append(f'<text class="mid" x="{x:.1f}" y="{bottom + 15}">{_tick(tick)}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
@@ -126,6 +126,10 @@ def _grid(axes: _Axes, x_label: str) -> list[str]:
 
 def _at(value: float, axis: str) -> str:
     return f'{axis}1="{value:.1f}" {axis}2="{value:.1f}"'
+
+
+def _whole(value: float) -> bool:
+    return math.isclose(value, round(value), abs_tol=1e-9)
 
 
 def _tick(value: float) -> str:

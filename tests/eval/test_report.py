@@ -280,6 +280,12 @@ def test_small_ticks_are_short_enough_for_their_margin():
     assert ">1.5e−5<" in chart and "e−05" not in chart
 
 
+def test_epochs_are_whole():
+    chart = str(line_chart(Curve("r", (Series("r", (1, 2, 3), (0.1, 0.2, 0.3)),))))
+    along = re.findall(r'class="mid" [^>]*>([^<]*)<', chart)
+    assert along == ["1", "2", "3"]
+
+
 @pytest.mark.parametrize(
     ("low", "high", "ticks"),
     [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (-3, 7, [-2, 0, 2, 4, 6]), (0.11, 0.19, None)],
