@@ -217,6 +217,18 @@ def test_latents_and_prompts_that_were_kept_are_not_unpickled(marker, tmp_path, 
         assert cache.read("a") is None
 
 
+_NESTED = '{"pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict", '
+FOREIGN_FEATURES = (
+    '{"pythonClassName": "surprise.Feature", "featuresDict": {"features": {}}}',
+    '{"python\\u0043lassName": "surprise.Feature", "featuresDict": {"features": {}}}',
+    '{"python_class_name": "surprise.Feature", "featuresDict": {"features": {}}}',
+    '{"t\\u0079pe": "surprise.Feature", "content": "{}"}',
+    _NESTED + '"featuresDict": {"features": {"a": {"pythonC\\u006cassName": "surprise.Feature"}}}}',
+    '{"pythonClassName": "tensorflow_datasets.testing.Feature"}',
+    '{"type":' * 100_000,
+)
+
+
 def test_datasets_bring_no_code(tmp_path):
     """TFDS fetches the code of datasets in a namespace, and imports the module of a feature."""
     for name in ("tfds:someone:dataset", "tfds:huggingface:dataset#train"):
@@ -228,16 +240,16 @@ def test_datasets_bring_no_code(tmp_path):
         Crello(source=HUB_ID, data_dir=str(tmp_path), file_format="array_record").data_dir
     )
     folder.mkdir(parents=True)
-    told = {"pythonClassName": "surprise.Feature", "featuresDict": {"features": {}}}
-    (folder / "features.json").write_text(json.dumps(told))
     (folder / "dataset_info.json").write_text(json.dumps({"name": "crello", "version": "5.1.0"}))
     sys.path.insert(0, str(tmp_path))
     try:
-        with pytest.raises(FolderError, match=r"surprise\.Feature"):
-            scan_tfds(f"crello:{tmp_path}#train", standard_buckets(64))
+        for told in FOREIGN_FEATURES:
+            (folder / "features.json").write_text(told)
+            with pytest.raises(FolderError, match=r"code of .*\.Feature|holds no dataset"):
+                scan_tfds(f"crello:{tmp_path}#train", standard_buckets(64))
+            assert not (tmp_path / "imported").exists(), told
     finally:
         sys.path.remove(str(tmp_path))
-    assert not (tmp_path / "imported").exists()
 
 
 NAMES = {

@@ -6,9 +6,9 @@ They are read without TensorFlow, from array_record files, by position and from 
 from __future__ import annotations
 
 import functools
+import json
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +26,7 @@ from sl_jax.data.threads import in_threads
 TFDS, CRELLO = "tfds", "crello"
 _IMAGE = "image"
 _DEFAULT_LIMITS = PictureLimits()
+_CLASS_KEYS = ("pythonClassName", "python_class_name", "type")  # of JSON; the last of old files
 _CAPTIONS = ("caption", "text", "prompt", "title")
 _WANTED = (
     "please write crello, crello#SPLIT, crello:FOLDER#SPLIT (a folder of Crello's parquet files, "
@@ -197,18 +198,40 @@ def _builder(named: Named) -> Any:
 
 
 def _check_features(folder: epath.Path) -> None:
-    """Of features that are not its own, TFDS imports the modules that the folder names.
+    """Of features that it does not know, TFDS imports the modules that the folder names.
 
     Raises:
-      FolderError: there are such, or they cannot be read.
+      FolderError: there are others than Crello's, or they cannot be read.
     """
     try:
-        text = (folder / "features.json").read_text("utf-8")
-    except (OSError, ValueError) as error:
+        names = list(_class_names(json.loads((folder / "features.json").read_text("utf-8"))))
+    except (OSError, ValueError, RecursionError) as error:
         raise FolderError(f"{shown(folder)} holds no dataset: {error}; {_WANTED}") from error
-    for name in re.findall(r'"(?:pythonClassName|type)"\s*:\s*"([^"]*)"', text):
-        if not name.startswith("tensorflow_datasets."):
+    own = _own_classes()
+    for name in names:
+        if name not in own:
             raise FolderError(f"{shown(folder)} asks for the code of {shown(name)}; {_WANTED}")
+
+
+def _class_names(told: Any) -> Iterator[str]:
+    """All that TFDS may take for the name of a class in the JSON of features."""
+    if isinstance(told, list):
+        for part in told:
+            yield from _class_names(part)
+    elif isinstance(told, dict):
+        for key, part in told.items():
+            if key in _CLASS_KEYS and isinstance(part, str):
+                yield part
+            yield from _class_names(part)
+
+
+def _own_classes() -> frozenset[str]:
+    """Names of the classes of Crello's features."""
+    import tensorflow_datasets as tfds
+
+    features = tfds.features
+    used = (features.FeaturesDict, features.Text, features.Image, features.Sequence)
+    return frozenset(f"{kind.__module__}.{kind.__name__}" for kind in used)
 
 
 @functools.lru_cache(maxsize=8)

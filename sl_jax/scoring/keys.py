@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from urllib.parse import quote, quote_plus
+import re
 
 _SHORTEST = 8
 _HIDDEN = "[key]"
+_OTHER_FORMS = {"/": (r"\/",), " ": ("+",)}  # of JSON, and of forms in URLs
 
 
 class KeyMissingError(ValueError):
@@ -33,20 +34,19 @@ def read_key(variable: str) -> str:
 
 
 def redacted(text: str, key: str) -> str:
-    """The text with the key hidden, wherever it came from, as it is or as JSON and URLs have it."""
-    if not key:
-        return text
-    told = (json.dumps(key)[1:-1], json.dumps(key, ensure_ascii=False)[1:-1])
-    for form in (key, *told, quote(key), quote_plus(key)):
-        text = text.replace(form, _HIDDEN)
-    return text
+    """The text with the key hidden, wherever it came from.
+
+    Every letter of it may stand as it is, or as JSON or URLs have it; JSON remains JSON.
+    """
+    return re.sub("".join(map(_forms, key)), _HIDDEN, text) if key else text
 
 
-def redacted_json(text: str, key: str) -> str:
-    """A JSON text with the key hidden, however it is escaped there."""
-    hidden = redacted(text, key)
-    if not key or "\\" not in hidden:
-        return hidden
-    plain = json.dumps(json.loads(hidden), ensure_ascii=False)
-    told = json.dumps(key, ensure_ascii=False)[1:-1]
-    return plain.replace(told, _HIDDEN) if told in plain else hidden
+def _forms(letter: str) -> str:
+    """The pattern of a letter in any form."""
+    units = letter.encode("utf-16-be", "surrogatepass").hex(" ", 2).split()
+    octets = letter.encode("utf-8", "surrogateescape").hex(" ").split()
+    escaped = "".join(rf"\\u{unit}" for unit in units)
+    quoted = "".join(f"%{octet}" for octet in octets)
+    plain = {json.dumps(letter)[1:-1], letter, *_OTHER_FORMS.get(letter, ())}
+    told = "|".join(re.escape(form) for form in sorted(plain, key=len, reverse=True))
+    return f"(?:(?i:{escaped}|{quoted})|{told})"

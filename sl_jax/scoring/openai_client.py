@@ -18,7 +18,7 @@ import openai
 from sl_jax.imaging.words import printable
 from sl_jax.scoring.encoding import Content, RequestConfig, content_of, seed_of
 from sl_jax.scoring.endpoint_config import EndpointConfig
-from sl_jax.scoring.keys import read_key, redacted, redacted_json
+from sl_jax.scoring.keys import read_key, redacted
 from sl_jax.scoring.types import (
     Answer,
     BrokenAnswerError,
@@ -108,8 +108,7 @@ class OpenAIJudge:
             told = f"{self.name}: {self._clean(str(error))}"
             raise BrokenAnswerError(told, tokens=tokens) from None
         self._proven.add(request.stage)
-        hidden = redacted_json(answer, self._key)
-        return Answer(hidden, self.name, tokens, time.monotonic() - started)
+        return Answer(answer, self.name, tokens, time.monotonic() - started)
 
     async def models(self) -> tuple[str, ...]:
         """Names of the models that the server lists; empty if it lists none.

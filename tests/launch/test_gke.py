@@ -242,6 +242,19 @@ def test_fields_of_the_ray_service():
         assert policy["podSelector"]["matchLabels"].items() <= labels
 
 
+def test_the_readme_fills_in_what_is_yours():
+    (block,) = [b for b in blocks(PLACE / "README.md") if "learner.yaml | kubectl" in b]
+    (line,) = [line for line in block.splitlines() if line.startswith("sed")]
+    done = run("sh", "-c", line.partition(" | ")[0], **SETTINGS | {"BUCKET": "my-bucket"})
+    assert done.returncode == 0, done.stderr
+    assert "BUCKET" not in done.stdout and "IMAGE" not in done.stdout
+    filled = done.stdout.replace(f"{SETTINGS['REGISTRY']}/sl-jax:{VERSION}-tpu", "IMAGE")
+    filled = filled.replace("my-bucket", "BUCKET")
+    assert list(yaml.safe_load_all(filled)) == list(
+        yaml.safe_load_all((PLACE / "learner.yaml").read_text())
+    )
+
+
 def xpk_command() -> list[str]:
     (block,) = [b for b in blocks(PLACE / "README.md") if "xpk workload create" in b]
     for name, value in SETTINGS.items():

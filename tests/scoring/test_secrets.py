@@ -3,15 +3,18 @@
 import asyncio
 import json
 import logging
-from urllib.parse import quote
+import re
+from urllib.parse import quote, quote_plus
 
+import pytest
 from hostile import HostileServer, known_group, scripted
 
 from sl_jax.scoring import JudgeConfig, JudgeWorker, RenderConfig, TwoStageJudge
 from sl_jax.scoring.budget import Budget
 from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
 from sl_jax.scoring.encoding import RequestConfig
-from sl_jax.scoring.keys import redacted, redacted_json
+from sl_jax.scoring.keys import redacted
+from sl_jax.scoring.openai_client import OpenAIJudge
 from sl_jax.scoring.pool import JudgePool, PoolConfig
 from sl_jax.scoring.preflight import preflight
 from sl_jax.scoring.records import JudgeRecords
@@ -68,12 +71,41 @@ def test_a_key_is_hidden_in_all_its_forms():
     """Servers repeat it in JSON, cut off or not, in addresses, and letter by letter."""
     key = 'sk-"\\/+ü-0123'
     letters = "".join(f"\\u{ord(letter):04x}" for letter in key)
-    for told in (key, json.dumps(key), json.dumps(key, ensure_ascii=False), quote(key)):
-        assert redacted(f"no {told}, no", key).replace('"', "") == "no [key], no"
+    lower = re.sub("%..", lambda found: found[0].lower(), quote(key, safe=""))
+    mixed = f"{letters[:12].upper().replace('U', 'u')}{key[2:]}"
+    for told in (
+        *(key, json.dumps(key), json.dumps(key, ensure_ascii=False), mixed),
+        *(quote(key), quote(key, safe=""), lower, quote_plus(key)),
+    ):
+        assert redacted(f"no {told}, no", key).replace('"', "") == "no [key], no", told
     for told in (json.dumps(key), json.dumps(key, ensure_ascii=False), f'"{letters}"'):
-        hidden = redacted_json(f'{{"{letters}": [{told}, 1.5, "a\\n"]}}', key)
-        assert json.loads(hidden) == {"[key]": ["[key]", 1.5, "a\n"]}
-    assert redacted_json('{"a": "\\u00fc"}', key) == '{"a": "\\u00fc"}'  # as it was
+        for before, after in (("", ""), ("<think>{</think>", ""), ("```json\n", "\n```")):
+            text = f'{before}{{"{letters}": [{told}, 1.5, "a\\n"]}}{after}'
+            hidden = redacted(text, key).removeprefix(before).removesuffix(after)
+            assert json.loads(hidden) == {"[key]": ["[key]", 1.5, "a\n"]}
+    assert redacted('{"a": "\\u00fc"}', key) == '{"a": "\\u00fc"}'  # as it was
+    assert redacted("a key+of words", "key of words") == "a [key]"
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [("```json\n", "\n```"), ("<think>a {\\}</think>\n", ""), ("", "")]
+)
+def test_answers_of_every_form_are_cleaned(monkeypatch, before, after):
+    """With escapes in them, and the key in escapes."""
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    letters = "".join(f"\\u{ord(letter):04X}" for letter in KEY)
+    with HostileServer() as server:
+        server.respond = lambda request: scripted(request).replace(
+            "seen", f"\\u00fc \\\\ {letters}"
+        )
+        server.wrap = lambda text: f"{before}{text}{after}"
+        judge = OpenAIJudge(server.endpoint(key_env="JUDGE_KEY"), RequestConfig(timeout=20))
+        endpoint = TwoStageJudge(judge, JudgeConfig(render=RenderConfig(tile_size=None)))
+        with JudgeWorker(endpoint) as worker:
+            scores = worker.submit(known_group(0, 3)).result(60)
+            worker.call(judge.aclose()).result(20)
+    assert scores.valid.all(), scores.failures
+    assert {reason for told in scores.reasons for reason in told} == {"ü \\ [key]"}
 
 
 async def _failing_preflight(pool):
