@@ -28,8 +28,11 @@ def _begin_command() -> None:
 
 
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """For `sys.excepthook`: what a user can do something about without a traceback."""
-    if isinstance(error, KeyboardInterrupt):
+    """For `sys.excepthook` during imports: what a user can do something about, in a line."""
+    if hasattr(sys.modules["__main__"], "main"):  # the command's own begins: imports are done
+        sys.excepthook = sys.__excepthook__
+        sys.excepthook(kind, error, trace)
+    elif isinstance(error, KeyboardInterrupt):
         print("\nStopped.", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sl_jax"):
         print(
@@ -41,5 +44,12 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Any) -> N
         sys.__excepthook__(kind, error, trace)
 
 
-if sys.argv[:1] == ["-m"]:  # until Python knows the command's file
+def _is_command() -> bool:
+    """Whether Python was started by `-m sl_jax.COMMAND`, and has not come to its file yet."""
+    if sys.argv[:1] != ["-m"]:  # and, after it, what follows the module's name
+        return False
+    return sys.orig_argv[-len(sys.argv)].removeprefix("-m").startswith("sl_jax.")
+
+
+if _is_command():
     _begin_command()

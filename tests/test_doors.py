@@ -35,6 +35,30 @@ def test_version(door):
     assert "numpy" not in done.stderr and "sl_jax" in done.stderr  # nothing heavy was imported
 
 
+@pytest.mark.parametrize("as_module", [("-m", "tool.run"), ("-mtool.run",)])
+def test_programs_that_use_the_package_keep_their_own_version_and_errors(tmp_path, as_module):
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool" / "__init__.py").write_text("import sl_jax\n")
+    program = "import sys\nprint('tool', *sys.argv[1:])\nimport nothing_such\n"
+    (tmp_path / "tool" / "run.py").write_text(program)
+    path = f"{tmp_path}{os.pathsep}{ROOT}"
+    done = _run(*as_module, "--version", "sl_jax.train", PYTHONPATH=path)
+    assert done.stdout == "tool --version sl_jax.train\n"
+    assert "Traceback" in done.stderr and "extra" not in done.stderr
+
+
+def test_what_is_missing_later_than_at_imports_keeps_its_traceback(tmp_path):
+    (tmp_path / "absl").mkdir()
+    (tmp_path / "absl" / "__init__.py").write_text("")
+    anything = "def __getattr__(name): return lambda *args, **named: None\n"
+    for name in ("flags", "logging"):
+        (tmp_path / "absl" / f"{name}.py").write_text(anything)
+    (tmp_path / "absl" / "app.py").write_text("def run(main): import nothing_such\n")
+    done = _run("-m", "sl_jax.judge", PYTHONPATH=str(tmp_path))
+    assert "Traceback" in done.stderr and "nothing_such" in done.stderr
+    assert _run("-msl_jax.judge", "--version").stdout == f"sl_jax {sl_jax.__version__}\n"
+
+
 def test_the_version_is_that_of_the_package(monkeypatch):
     declared = {}
     recorder = types.ModuleType("setuptools")

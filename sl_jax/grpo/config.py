@@ -286,7 +286,7 @@ class CheckpointConfig:
         keep: how many, the newest.
     """
 
-    every: int = 5
+    every: int = 1
     keep: int = 3
 
 

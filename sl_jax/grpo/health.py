@@ -37,6 +37,7 @@ class Health:
     def __init__(self, config: HealthConfig):
         self._config = config
         self._not_finite = self._tied = 0  # updates, epochs, in a row
+        self._grew = False  # the former, in the last epoch
         self._drifting: set[str] = set()
 
     def position(self) -> dict[str, int]:
@@ -57,9 +58,11 @@ class Health:
             updates: whether each was finite; None where there was nothing to update by.
             advantages: of each.
         """
+        before = self._not_finite
         for finite in updates:
             if finite is not None:
                 self._not_finite = 0 if finite else self._not_finite + 1
+        self._grew = self._not_finite > before
         effective, tied = (
             sum(getattr(a, name) for a in advantages)
             for name in ("effective_groups", "tied_groups")
@@ -93,10 +96,13 @@ class Health:
     def require(self) -> None:
         """Ends a run that does not recover.
 
+        One that was started again after that has another try: an epoch that updated nothing says
+        nothing of it.
+
         Raises:
-            NotFiniteError: this many updates in a row were not finite.
+            NotFiniteError: this many updates in a row were not finite, the last epoch's as well.
         """
-        if self._not_finite >= self._config.not_finite:
+        if self._grew and self._not_finite >= self._config.not_finite:
             raise NotFiniteError(
                 f"{self._not_finite} updates in a row were not finite and were skipped; samples of "
                 f"them are in {_FOLDER} in the work directory. The run stops with a checkpoint. "

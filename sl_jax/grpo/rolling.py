@@ -120,7 +120,7 @@ def _sampled(
     jax.block_until_ready(candidates.latents)
     phases.computed(parts.rollout.work(candidates, start, grid))
     phases.begin("decoding")
-    decoded = parts.rollout.decode(candidates.latents, grid)
+    decoded = jax.block_until_ready(parts.rollout.decode(candidates.latents, grid))
     finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
     layers = to_local(decoded.layers)
     return (

@@ -42,6 +42,7 @@ class Interrupts:
         """The signal that came, or 0."""
         self._at_once, self._label = at_once, label
         self._held = self._collecting = False
+        self._raised = self._due = 0  # signals; the latter when what is held back is done
         self._time_is_up: threading.Timer | None = None
 
     @contextmanager
@@ -62,9 +63,10 @@ class Interrupts:
         try:
             yield
         finally:
-            self.received = 0
+            self.received = self._raised = 0
             if self._time_is_up:
                 self._time_is_up.cancel()
+                self._time_is_up = None
             gc.callbacks.remove(self._collection_begins)
             gc.callbacks.remove(self._collection_ends)
             for number, handler in before.items():
@@ -77,13 +79,24 @@ class Interrupts:
         What belongs together, such as a record and the state that it describes, is written in such
         a block.
         """
-        before, self._held, known = self._held, True, self.received
+        if self._held:  # the outer block lets it through
+            yield
+            return
+        self._held, self._due = True, 0
         try:
             yield
         finally:
-            self._held = before
-        if self._at_once and self.received != known and not before:
-            raise error_of(self.received)
+            self._held = False
+        if self._due:
+            self.come_through(self._due)
+
+    def come_through(self, number: int) -> None:
+        """Raises a signal, here or where what is held back is done; there only once."""
+        if not self._held:
+            self._raised = number
+            raise error_of(number)
+        if number != self._raised:
+            self._due = number
 
     def take(self, number: int, frame: FrameType | None) -> None:
         """Handles a signal."""
@@ -92,8 +105,8 @@ class Interrupts:
             self._time_is_up = threading.Timer(self._grace, self._give_up)
             self._time_is_up.daemon = True
             self._time_is_up.start()
-        if (again or self._at_once) and not self._collecting and not self._held:
-            raise error_of(number)
+        if (self._at_once or (again and not self._held)) and not self._collecting:
+            self.come_through(number)
         if not self._at_once:
             told = (self._label, signal.Signals(number).name)
             _tell("%s got %s: all stop at their next exchange.", *told)

@@ -8,7 +8,6 @@ nobody to wait for.
 """
 
 import logging
-import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -27,7 +26,6 @@ from sl_jax.parallel.interrupts import (
     Interrupts,
     OthersGoneError,
     end_now,
-    error_of,
 )
 from sl_jax.parallel.mesh import BATCH_AXES, batch_shards, replicated
 
@@ -97,7 +95,8 @@ class Processes:
 
         Raises:
             ProcessError: another process has an error, has stopped, or is elsewhere.
-            KeyboardInterrupt: a process was interrupted; raised in all at the same exchange.
+            KeyboardInterrupt: a process was interrupted; raised in all at the same exchange, or
+                where the `uninterrupted` block that it is in is done.
             Terminated: likewise, by SIGTERM.
         """
         reason = None if error is None else _told(error)
@@ -120,7 +119,7 @@ class Processes:
                     raise ProcessError(f"process {index} cannot go on: {entry['error']}")
             received = {entry["signal"] for entry in entries} - {0}
             if received:
-                raise error_of(signal.SIGTERM if signal.SIGTERM in received else signal.SIGINT)
+                self._interrupts.come_through(max(received))  # SIGTERM, if it is among them
         return [entry["value"] for entry in entries]
 
     def to_main(self, what: str, value: Any) -> list[Any]:
@@ -199,7 +198,11 @@ class Processes:
                 raise
 
     def uninterrupted(self) -> AbstractContextManager[None]:
-        """A block that interrupts of this process come through after, not in."""
+        """A block that interrupts come through after, not in.
+
+        In all processes alike: those that an exchange in it told of come through at its end, later
+        ones at the next exchange.
+        """
         return self._interrupts.held()
 
     @contextmanager
@@ -399,6 +402,7 @@ def to_local(array: jax.Array) -> np.ndarray:
         if shard.data.shape[1:] != array.shape[1:]:
             raise ValueError(f"{array.shape} is sharded as {array.sharding}; only rows may be")
         blocks.setdefault(shard.index[0].start or 0, shard.data)
+    jax.block_until_ready(blocks)  # which an interrupt ends; copying waits it out
     return np.concatenate([np.asarray(blocks[start]) for start in sorted(blocks)])
 
 

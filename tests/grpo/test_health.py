@@ -35,6 +35,18 @@ def test_updates_in_a_row_are_counted_over_epochs_and_restarts():
     again.require()
 
 
+def test_started_again_a_run_is_not_ended_by_an_epoch_without_updates():
+    health = Health(HealthConfig(not_finite=2))
+    health.look([False, False], _advantages())
+    again = Health(HealthConfig(not_finite=2))
+    again.restore(health.position())
+    assert again.look([None, None], _advantages())[IN_A_ROW] == 2
+    again.require()
+    again.look([False], _advantages())
+    with pytest.raises(NotFiniteError, match="3 updates"):
+        again.require()
+
+
 def test_rewards_without_spread_are_said_once_per_time(caplog):
     health = Health(HealthConfig(tied_epochs=2))
     said = []

@@ -268,6 +268,26 @@ def test_an_interrupt_waits_for_what_belongs_together(tmp_path, monkeypatch, who
     assert run.records() == whole[1]
 
 
+def test_an_epoch_whose_metrics_are_being_written_is_complete(tmp_path, monkeypatch, whole):
+    """Ctrl-C just before processes tell each other of what they wrote: nothing is repeated."""
+    run = Run(tmp_path, monkeypatch, every=100)
+    scalars = loop._Books.scalars
+
+    def interrupted(books, step, values):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+        scalars(books, step, values)
+
+    monkeypatch.setattr(loop._Books, "scalars", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run.start()
+    monkeypatch.setattr(loop._Books, "scalars", scalars)
+    run.seen = []
+    _same(run.start(), whole[0])
+    assert run.seen == [4, 5]
+    assert run.records() == whole[1]
+
+
 def test_pictures_before_and_after_and_a_look_after_each_evaluation(tmp_path, monkeypatch):
     run = Run(tmp_path, monkeypatch)
     outcome = run.start()

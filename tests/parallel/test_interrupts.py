@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from sl_jax.parallel import interrupts as module
 from sl_jax.parallel.interrupts import Interrupts, OthersGoneError, Terminated
 from sl_jax.training.console import ending_in_a_line
 
@@ -24,7 +25,7 @@ def interrupts():
     with found.open(60.0):
         yield found
     assert [signal.getsignal(number) for number, _ in KINDS] == before
-    assert not found._time_is_up or found._time_is_up.finished.is_set()
+    assert found._time_is_up is None and found.received == 0
 
 
 @pytest.mark.parametrize(("number", "error"), KINDS)
@@ -61,6 +62,19 @@ def test_a_signal_that_was_raised_is_not_raised_again(interrupts):
         signal.raise_signal(signal.SIGTERM)
     with interrupts.held():
         pass
+
+
+def test_every_run_of_a_process_has_its_own_grace(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(module, "end_now", lambda message, code: ended.set())
+    interrupts = Interrupts(True, "Process 0")
+    for grace in (60.0, 0.05):
+        assert not ended.is_set()
+        with pytest.raises(Terminated), interrupts.open(grace):
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            finally:
+                assert ended.wait(0.5 if grace > 1 else 30) == (grace < 1)
 
 
 def test_of_several_processes_a_second_ctrl_c_alone_is_raised(caplog):
@@ -128,6 +142,7 @@ def test_the_program_ends_when_the_grace_is_over():
     """Whatever it hangs in, and without waiting for it."""
     program = """
 import signal, time
+from sl_jax.parallel import interrupts as module
 from sl_jax.parallel.interrupts import Interrupts
 with Interrupts(False, "Process 0").open(0.2):
     signal.raise_signal(signal.SIGTERM)

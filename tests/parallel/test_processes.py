@@ -2,12 +2,14 @@
 
 import itertools
 import logging
+import os
 import signal
 import threading
 import time
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
@@ -221,6 +223,45 @@ def test_an_interrupt_comes_through_in_all_at_the_same_exchange(number):
                 return exchange, type(error) is Terminated
 
     assert run(3, work) == [(5, number == signal.SIGTERM)] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_belongs_together_is_finished_first_in_all(number, count):
+    """Exchanges in an uninterrupted block tell of a signal, and its end raises it; once."""
+
+    def work(processes):
+        done = []
+        try:
+            with processes.uninterrupted():
+                if processes.index == count - 1:
+                    processes._interrupts.received = number
+                with processes.together("writing metrics"):
+                    done.append("metrics")
+                processes.barrier("saving")
+                done.append("checkpoint")
+            done.append("next epoch")
+        except KeyboardInterrupt as error:
+            done.append(type(error) is Terminated)
+        with processes.uninterrupted():  # as when all save after it
+            processes.barrier("saving")
+        return done
+
+    assert run(count, work) == [["metrics", "checkpoint", number == signal.SIGTERM]] * count
+
+
+def test_waiting_for_devices_can_be_interrupted():
+    """Of a computation that takes long, to copy what is not there yet."""
+
+    @jax.jit
+    def long(x):
+        return jax.lax.fori_loop(0, 30_000, lambda _, x: jnp.sin(x @ x), x)
+
+    result = long(jnp.ones((200, 200)))  # its own 10 s, and much more on a busy machine
+    threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    with pytest.raises(Terminated), Processes().open():
+        to_local(result)
+    assert not result.is_ready()
 
 
 @pytest.fixture
