@@ -166,7 +166,8 @@ def test_a_small_reproduction_measures_trains_and_goes_on(wheels, tmp_path):
         "tables._curve(tables._of(found, 'tuned'), results / 'curve.svg')\n"
         "tables._picture(work / 'tuned_0' / 'held_out_B' / 'layers', 4).save(results / 'l.png')\n"
     )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, _PATHS))}
+    paths = os.pathsep.join(map(str, _PATHS))
+    environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
     def reproduce() -> str:
         return subprocess.run(
