@@ -34,7 +34,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.",
 _TOPOLOGY = flags.DEFINE_string("topology", None, "Slice of TPUs, such as v5e:2x4 or v5p:2x2x1.")
 _JSON = flags.DEFINE_boolean("json", False, "Print the plan as JSON.")
 _QUICK = flags.DEFINE_boolean(
-    "quick", False, "Compile with the least effort: in a fourth of the time, memory within 0.5 GiB."
+    "quick", False, "Compile with the least effort: sooner, and memory is right to half a GiB."
 )
 _HBM = flags.DEFINE_float(
     "hbm_gib", None, "Memory of a chip to plan with; by default what the compiler gives programs."

@@ -21,9 +21,10 @@ from sl_jax.planning.phases import bytes_per_chip
 _log = logging.getLogger(__name__)
 
 _SHARE = 0.92  # of a device's memory; the rest is for what the estimate does not know
-# Inside a block, by what XLA needs for the 20 B model: 2.9 GiB with one sample on a v5e chip, 7.3
-# with four on a v5p chip, of which this is 6 % more. So many values as channels for every token, as
-# well as so many copies of a block's whole weights.
+# Inside a block: so many values as channels for every token, and so many copies of a block's whole
+# weights. With them the estimate of the backward pass's temporaries for the 20 B model is 3.6, 5.1,
+# 8.7 and 15.2 GB, where XLA needs 3.1 (one sample on each of eight v5e), 5.0, 7.8 and 13.8 (one on
+# one v5p, and four and eight on each of four).
 _VALUES = 26
 _WEIGHTS = 4
 _SCORE_BYTES = 12  # of every pair of tokens and head, where attention keeps their scores
@@ -98,7 +99,7 @@ def derived(
 class _Estimate:
     """Bytes of a device while the learner works, by samples of a micro-batch.
 
-    always + kept · samples + weights of a block + (values + scores inside a block) · samples
+    always + gradient + kept · samples + weights of a block + (values + scores in a block) · samples
 
     What is always there, and what a forward pass keeps, are counted from the programs' own shapes,
     whatever `compute.remat` says; what lies inside a block is calibrated.

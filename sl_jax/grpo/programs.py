@@ -75,8 +75,11 @@ class Programs:
         return image + self._config.data.max_text_tokens
 
     def learning(self) -> Any:
-        """What is on the devices while the learner works, but for one micro-batch's passes."""
-        gradients = (self.state.adapter.lora, self.state.adapter.lora)
+        """What is on the devices while the learner works, but for one micro-batch's passes.
+
+        Gradients are there three times: of the update, of a window step, and of the micro-batch.
+        """
+        gradients = [self.state.adapter.lora] * 3
         waiting = self._waiting[1:]  # The sampling adapter is among what is always there.
         return self.resident(), self._before, self._batches, waiting, gradients
 

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from sl_jax.planning.topologies import PlanError
+
 _TYPES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 _ARRAY = re.compile(r"\b(pred|bf16|f\d+|[su]\d+)\[([\d,]*)\]")
 _COLLECTIVE = re.compile(
@@ -20,7 +22,9 @@ _COLLECTIVE = re.compile(
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _PATH = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
-_GROUPS = re.compile(r"replica_groups=(mesh\[[^\]]*\] \{[^}]*\}|\{\{[^}]*\}|\[[\d,]+\])")
+_GROUPS = re.compile(
+    r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\(\S*\))? \{[^}]*\}|\{\{[^}]*\}|\[[\d,]+\])"
+)
 
 Trips = Callable[[str], float]
 
@@ -73,7 +77,7 @@ def _transfers(text: str) -> Iterator[_Transfer]:
             members = pairs.count("{") if (pairs := _group(_PAIRS, line)) else 1
             yield _Transfer(kind, max(sizes) * members, members, path)
         else:
-            members = _members(_group(_GROUPS, line))
+            members = _members(_group(_GROUPS, line), line)
             largest = max(sizes) * (members if kind == "reduce-scatter" else 1)
             yield _Transfer(kind, largest, members, path)
 
@@ -88,12 +92,22 @@ def _bytes(kind: str, dimensions: str) -> float:
     return width * math.prod(int(size) for size in dimensions.split(",") if size)
 
 
-def _members(groups: str) -> int:
-    """How many chips take part in one group of a collective; 1 if the text does not say."""
+def _members(groups: str, line: str) -> int:
+    """How many chips take part in one group of a collective.
+
+    Raises:
+        PlanError: the text says so in a way that is not known.
+    """
+    if not groups:
+        shown = re.sub(r"(metadata|backend_config)=.*", "", line.strip())[:300]
+        raise PlanError(
+            f"who takes part in a transfer is not understood: {shown}; please use another version "
+            "of libtpu, and report this line"
+        )
     if groups.startswith("mesh"):
         sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", groups)}
-        used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", groups.partition("] {")[2])
+        used = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", groups.rpartition(" {")[2])
         return math.prod(int(part) if part else sizes[name] for name, part in used)
     if groups.startswith("{{"):
         return groups.count(",") + 1
-    return int(groups.strip("[]").split(",")[-1]) if groups else 1
+    return int(groups.strip("[]").split(",")[-1])

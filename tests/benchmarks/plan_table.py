@@ -4,7 +4,8 @@
 
 Plans `configs/grpo.py` for every row of `ROWS` with `python -m sl_jax.plan --json`, in a process of
 its own, and prints one JSON line per row, with what planning took. Rows that the output has already
-are not planned again. `--table` prints the table of the README from it.
+are not planned again; those with a note, which the table marks, say why they should be. `--table`
+prints the table of the README from it.
 """
 
 import argparse
@@ -124,17 +125,18 @@ def table(results: dict[str, Any]) -> str:
     names = ("slice", "mesh", "groups per epoch", "fits", "GiB per chip, of", "roofline epoch")
     head = f"| {' | '.join(names)} | 600 updates |"
     rule = "| --- | --- | --- | --- | --- | --- | --- |"
-    return "\n".join([head, rule, *(_line(name, entry) for name, entry in results.items())])
+    rows = [_line(results[row.name]) for row in ROWS if row.name in results]
+    return "\n".join([head, rule, *rows])
 
 
-def _line(name: str, entry: dict[str, Any]) -> str:
+def _line(entry: dict[str, Any]) -> str:
     plan, card = entry["plan"], entry["kind"] == "card"
     chip = plan["chip"] | _H100 if card else plan["chip"]
     needed = plan["needed"] + (_RESERVED if card else 0)
     forecast = card_forecast(plan) if card else plan["forecast"]
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     cells = (
-        "H100, estimate" if card else plan["topology"],
+        ("H100, estimate" if card else plan["topology"]) + (" †" if "note" in entry else ""),
         mesh or "one",
         plan["workload"]["groups"],
         "yes" if needed <= chip["hbm"] else "**no**",

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from sl_jax.planning.hlo import sent_bytes
+from sl_jax.planning.topologies import PlanError
 
 GATHER = (
     "  %all-gather.{n} = bf16[1,3072,64]{{1,2,0:T(8,128)(2,1)}} all-gather(%param.{n}), "
@@ -31,6 +32,9 @@ def _once(path):
         ("mesh['axis_0'=8] {'axis_0'}", 8),
         ("mesh['a'=4,'b'=2] {'b'}", 2),
         ("mesh['a'=4,'b'=2] {'a','b'}", 8),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a'}", 4),
+        ("mesh['a'=4,'b'=1,'c'=2], device_ids=([2,4]T(1,0)) {'a','c'}", 8),
+        ("mesh['a'=8], device_ids=([4,2]T(1,0)) {'a':(1)2}", 2),
         ("{{0,1,2,3},{4,5,6,7}}", 4),
         ("[2,4]<=[8]", 4),
         ("[1]", 1),
@@ -39,6 +43,11 @@ def _once(path):
 def test_gathering_sends_what_others_lack(groups, members):
     text = GATHER.format(n=1, channel=5, groups=groups)
     assert sent_bytes(text, _once) == {"all-gather": pytest.approx(WHOLE * (1 - 1 / members))}
+
+
+def test_groups_that_are_not_understood_are_no_small_number():
+    with pytest.raises(PlanError, match=r"not understood: %all-gather.*torus"):
+        sent_bytes(GATHER.format(n=1, channel=5, groups="torus(4)"), _once)
 
 
 def test_the_pieces_of_one_transfer_count_once():

@@ -269,3 +269,8 @@ def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
     )
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr
     assert status_screen.EXIT_CODES["finished"] == 0
+
+
+def test_the_screen_of_the_readme_is_that_of_the_program():
+    text, _ = screen(STATUS, "runs/grpo", NOW, 100)
+    assert text in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
