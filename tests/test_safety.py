@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -50,8 +51,15 @@ from sl_jax.inference.decomposer import Sampling
 from sl_jax.inference.disk import inside_name
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.scoring.cache import AnswerCache, CacheError
+from sl_jax.scoring.records import Record, to_markdown
 from sl_jax.scoring.rubric import parse_candidate
-from sl_jax.scoring.types import CRITERIA, BrokenAnswerError, JudgeError
+from sl_jax.scoring.types import (
+    CRITERIA,
+    BrokenAnswerError,
+    Failure,
+    GroupScores,
+    JudgeError,
+)
 from sl_jax.training import pools
 from sl_jax.training.console import set_up_logging
 
@@ -412,6 +420,46 @@ def test_what_a_judge_answers_is_not_repeated_raw():
     verdict = {name: {"reason": "half \ud800", "score": 1} for name in CRITERIA}
     with pytest.raises(BrokenAnswerError):
         parse_candidate(json.dumps(verdict))
+
+
+LIVE_MARKDOWN = (
+    "![seen](https://evil/a.png)",
+    "[log in](javascript:alert(1))",
+    "[a]: http://evil 'b'",
+    "one\n\n# two\n\n| a | b |\n| --- | --- |",
+    "`code` *strong* _weak_ \\",
+)
+
+
+@pytest.mark.parametrize("text", [*HOSTILE, *LIVE_MARKDOWN])
+def test_judgements_are_shown_as_plain_text(text):
+    """TensorBoard and W&B make Markdown of captions, names, reasons and failures."""
+
+    def shown_lines(said):
+        scores = GroupScores(
+            group_id="0",
+            criteria=np.ones((2, len(CRITERIA))),
+            **{name: np.ones(2) for name in ("stage1", "stage2", "reward")},
+            valid=np.array([True, False]),
+            two_stage=True,
+            reasons=((said,) * len(CRITERIA), ()),
+            failures=(None, Failure(True, said)),
+            grid_failure=None,
+            capped=np.zeros(2, bool),
+            **{name: np.zeros((0, 2), int) for name in ("grid_scores", "permutations")},
+        )
+        return to_markdown(Record(1, said, said, scores)).splitlines()
+
+    lines, benign = shown_lines(text), shown_lines("plain words")
+    assert len(lines) == len(benign)
+    live = [
+        re.sub(r"\\[\\`*_{}\[\]()#!|]", "", line)
+        for line, plain in zip(lines, benign, strict=True)
+        if "plain words" in plain
+    ]
+    assert len(live) == 3
+    for line in live:
+        assert not set(line) & set("<>\\`*_[]|!\x1b\x9b\u202e\0") and "://" not in line, line
 
 
 def test_a_model_card_quotes_what_an_adapter_says(tmp_path):

@@ -108,8 +108,8 @@ class Interrupts:
         if (self._at_once or (again and not self._held)) and not self._collecting:
             self.come_through(number)
         if not self._at_once:
-            name = signal.Signals(number).name
-            _log.warning("%s got %s: all stop at their next exchange.", self._label, name)
+            told = (self._label, signal.Signals(number).name)
+            _tell("%s got %s: all stop at their next exchange.", *told)
 
     def _give_up(self) -> None:
         end_now(
@@ -123,6 +123,11 @@ class Interrupts:
 
     def _collection_ends(self, phase: str, info: Mapping[str, Any]) -> None:
         self._collecting &= phase != "stop"
+
+
+def _tell(*message: str) -> None:
+    """Warns on a thread of its own: the main one may hold a lock that a log's handler takes."""
+    threading.Thread(target=_log.warning, args=message, daemon=True).start()
 
 
 def error_of(number: int) -> KeyboardInterrupt:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import io
 import json
 import os
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
-from sl_jax.imaging.words import readable_json
+from sl_jax.imaging.words import printable, readable_json
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.rubric import Prompts
 from sl_jax.scoring.types import CRITERIA, Call, Failure, Group, GroupScores
@@ -149,8 +151,15 @@ def to_markdown(record: Record) -> str:
         told = "; ".join(f"{name}: {reason}" for name, reason in reasons if reason)
         if failure := scores.failures[index]:
             told = failure.reason
-        said += [f"- {label}: {told}"] if told else []
-    return "\n".join([f"{record.picture_id}: {record.caption}", "", *table, "", *said])
+        said += [f"- {label}: {_plain(told)}"] if told else []
+    title = _plain(f"{record.picture_id}: {record.caption}")
+    return "\n".join([title, "", *table, "", *said])
+
+
+def _plain(text: str) -> str:
+    """One line of Markdown that shows a text of others as it is: no markup, pictures or links."""
+    line = html.escape(printable(" ".join(text.split())), quote=False)
+    return re.sub(r"[\\`*_{}\[\]()#!|]", r"\\\g<0>", line).replace("://", ":&#47;/")
 
 
 def grid_picture(group: Group, scores: GroupScores, render: rendering.RenderConfig) -> np.ndarray:

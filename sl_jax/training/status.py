@@ -279,7 +279,7 @@ class StatusFile(Unwatched):
             status = dataclasses.replace(status, updated=_now(), last_checkpoint=newest)
             partial.write_text(json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
             partial.replace(path)  # so that nobody reads half of it
-        except OSError as error:
+        except Exception as error:  # stores have errors of their own, and none may end a run
             if not self._said:
                 self._said = True
                 _log.warning("%s cannot be written, and tells nothing new: %s", path, error)

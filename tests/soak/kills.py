@@ -109,7 +109,8 @@ def main():
             differing = differences(left_by(folder / "run"), whole)
             runs.append({"kills": moments, "differences": differing})
     kills = [kill for run in runs for kill in run["kills"]]
-    result = about(f"python tests/soak/kills.py --seed {arguments.seed}") | {
+    command = f"python tests/soak/kills.py --kills {arguments.kills} --seed {arguments.seed}"
+    result = about(command) | {
         "epochs": EPOCHS,
         "compared": len(whole),
         "kills": len(kills),

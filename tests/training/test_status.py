@@ -5,6 +5,7 @@ import datetime
 import json
 import logging
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -14,8 +15,9 @@ import unicodedata
 from pathlib import Path
 
 import pytest
+from etils import epath
 
-from sl_jax.parallel.interrupts import Terminated
+from sl_jax.parallel.interrupts import Interrupts, Terminated
 from sl_jax.parallel.processes import ALONE
 from sl_jax.training import status as module
 from sl_jax.training import status_screen
@@ -165,6 +167,26 @@ def test_the_last_warnings_are_kept(tmp_path, quick):
     assert [warning.text for warning in told.warnings] == [f"number {n}" for n in range(3, 8)]
 
 
+def test_a_signal_that_comes_in_a_change_does_not_stop_it(tmp_path, quick):
+    """Handlers run in the thread that they interrupt, with the locks that it holds."""
+    interrupts, held = Interrupts(False, "Process 1"), []
+
+    def interrupted():
+        with status._lock, status._changed._cond:
+            interrupts.take(signal.SIGINT, None)
+        held.append("no more")
+
+    status = StatusFile(tmp_path, 3)
+    thread = threading.Thread(target=interrupted, daemon=True)
+    thread.start()
+    thread.join(60)
+    assert held == ["no more"]
+    _soon(lambda: status._status.warned)
+    status.close("stopped")
+    (warning,) = read_status(tmp_path).warnings
+    assert warning.text == "Process 1 got SIGINT: all stop at their next exchange."
+
+
 def test_a_disk_that_is_full_ends_no_run(tmp_path, quick, caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
     folder = tmp_path / "none"  # a folder that is not there takes no file either
@@ -172,6 +194,27 @@ def test_a_disk_that_is_full_ends_no_run(tmp_path, quick, caplog, monkeypatch):
         status.begin("rollout")
         _soon(lambda: caplog.text)
     assert caplog.text.count("status.json cannot be written") == 1
+
+
+def test_a_store_with_errors_of_its_own_ends_no_run(tmp_path, quick, caplog, monkeypatch):
+    """Nor does it hide how the run ended."""
+
+    class HttpError(Exception):
+        """As of gcsfs."""
+
+    def refuses(path, *_, **__):
+        raise HttpError("503, try again")
+
+    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuses)
+    with pytest.raises(ZeroDivisionError), watched(epath.Path(tmp_path), 3, ALONE) as status:
+        for phase in ("rollout", "judging"):
+            status.begin(phase)
+            _soon(lambda: not status._changed.is_set())
+        _soon(lambda: caplog.text)
+        assert status._thread.is_alive()
+        raise ZeroDivisionError
+    assert caplog.text.count("status.json cannot be written, and tells nothing new: 503") == 1
 
 
 def test_what_is_no_status_is_refused(tmp_path):
@@ -269,3 +312,8 @@ def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
     )
     assert done.returncode == 0 and "finished" in done.stdout, done.stderr
     assert status_screen.EXIT_CODES["finished"] == 0
+
+
+def test_the_screen_of_the_readme_is_that_of_the_program():
+    text, _ = screen(STATUS, "runs/grpo", NOW, 100)
+    assert text in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
