@@ -32,7 +32,8 @@ def changes(records: Sequence[dict], model: str, measures: Mapping[str, int]) ->
         measures: +1 for each name where more is better, -1 where less is.
 
     Returns:
-        Means, difference with its 95 % bootstrap interval and bootstrap error, by measure.
+        Means, difference with its 95 % bootstrap interval and bootstrap error, by measure; how many
+        errors it is better by is None where all pictures differ by the same.
     """
     measured = {
         name: {r["picture"]: r for r in records if r["model"] == name} for name in ("base", model)
@@ -54,6 +55,6 @@ def changes(records: Sequence[dict], model: str, measures: Mapping[str, int]) ->
             "low": change.low,
             "high": change.high,
             "bootstrap_error": deviation,
-            "better_by_errors": better * change.mean / deviation,
+            "better_by_errors": better * change.mean / deviation if deviation else None,
         }
     return found
