@@ -145,7 +145,7 @@ class Bench:
         return found | {"held_out": self._held_out(folder, systems)}
 
     def _held_out(self, folder: Path, systems: Sequence[System]) -> dict:
-        """By set, the base's measures at its own best, or how those of a system differ from them."""
+        """By set, the base's measures at its own best, or how a system's differ from them."""
         base = sampled(_BASE, self._base_setting())
         found = {}
         for name, data in self._sets().items():
