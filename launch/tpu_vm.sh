@@ -360,9 +360,10 @@ training_state() {
 }
 
 # goes_on STATUS: whether a training that ended so goes on by itself when it is started again:
-# terminated (143), or killed otherwise; not after an error that says what to do (1).
+# terminated (143), killed otherwise, or after an error that nobody expected (70); not after one that
+# says what to do (1).
 goes_on() {
-  [ "$1" -gt 128 ] && [ "$1" -ne 130 ]
+  [ "$1" -eq 70 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }
 }
 
 # attend: follows the training until it ends, over lost connections. The status is that of the

@@ -5,6 +5,7 @@ What is wrong is counted, said with advice, kept for inspection, and where it go
 
 import io
 import logging
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,10 +154,15 @@ def keep_spoiled(parts: Parts, epoch: int, update: Spoiled) -> None:
 def _keep(parts: Parts, name: str, **arrays: Any) -> None:
     folder = parts.folder / _FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    if len(list(folder.glob("*.npz"))) < parts.config.health.kept:
+    most = parts.config.health.kept
+    if len(list(folder.glob("*.npz"))) < most:
         content = io.BytesIO()
         np.savez_compressed(content, **arrays)
-        (folder / name).write_bytes(content.getvalue())
+        partial = folder / f".{name}.{uuid.uuid4().hex[:8]}"
+        partial.write_bytes(content.getvalue())
+        partial.replace(folder / name)  # so that nobody finds half of it
+        if folder / name in sorted(folder.glob("*.npz"))[most:]:  # others wrote at the same time
+            (folder / name).unlink(missing_ok=True)
 
 
 def _of_picture(example: Example) -> dict[str, Any]:

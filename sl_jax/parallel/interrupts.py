@@ -17,6 +17,7 @@ GRACE = 25.0  # seconds from SIGTERM; Kubernetes, spot machines and SLURM give 3
 # Exit code, as shells and schedulers report it: the same command goes on. Also where another
 # process was killed.
 TERMINATED = 128 + signal.SIGTERM
+UNEXPECTED = 70  # exit code of an error that nobody expected (EX_SOFTWARE of sysexits.h)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 

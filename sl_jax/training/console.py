@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,7 +11,7 @@ from absl import logging as absl_logging
 from tqdm import tqdm
 
 from sl_jax.imaging.words import printable
-from sl_jax.parallel.interrupts import TERMINATED, OthersGoneError, Terminated
+from sl_jax.parallel.interrupts import TERMINATED, UNEXPECTED, OthersGoneError, Terminated
 
 
 class _AboveBars(logging.Handler):
@@ -55,7 +56,7 @@ def ending_in_a_line(
 
     Args:
         expected: errors that say what to do; exit code 1. Errors of the system, such as a full
-            disk, are expected as well, and name a path.
+            disk, are expected as well, and name a path. All others are shown whole; exit code 70.
         unit: what a run that was stopped is whole after: "epoch", "update"; exit code 130 after
             Ctrl-C, 143 after SIGTERM, or where another process was killed.
         folder: what the run writes to: the path of errors that know none.
@@ -71,6 +72,9 @@ def ending_in_a_line(
         if error.filename is None and error.errno is not None:
             error.filename = folder or None
         sys.exit(f"{type(error).__name__}: {error}")
+    except Exception:  # to tell it from those: what starts runs again has hope
+        traceback.print_exc()
+        sys.exit(UNEXPECTED)
     except Terminated:
         print(f"\nTerminated. The same command goes on after the last complete {unit}.", flush=True)
         sys.exit(TERMINATED)

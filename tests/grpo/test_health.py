@@ -138,3 +138,26 @@ def test_all_groups_of_a_skipped_update_are_kept_up_to_a_number(tmp_path, batch)
     assert len(_kept(tmp_path, batch, skipped=True, kept=3)) == 3
     assert len(_kept(tmp_path, batch, skipped=True, kept=3, epoch=13)) == 3
     assert len(_kept(tmp_path, batch, skipped=True, kept=6, epoch=13)) == 6
+
+
+def test_processes_that_keep_at_the_same_time_keep_no_more_than_that(tmp_path, batch, monkeypatch):
+    """Another one writes, under a name before, between the look and the writing."""
+    savez = np.savez_compressed
+
+    def meanwhile(file, **arrays):
+        savez(file, **arrays)
+        (tmp_path / "not_finite" / "epoch_000001_step_1_slot_0.npz").write_bytes(b"another's")
+
+    monkeypatch.setattr(np, "savez_compressed", meanwhile)
+    assert _kept(tmp_path, batch, kept=1) == ["epoch_000001_step_1_slot_0.npz"]
+
+
+def test_what_cannot_be_written_whole_is_not_there(tmp_path, batch, monkeypatch):
+    monkeypatch.setattr(type(tmp_path), "replace", _full)
+    with pytest.raises(OSError, match="no space"):
+        _kept(tmp_path, batch)
+    assert list((tmp_path / "not_finite").glob("*.npz")) == []
+
+
+def _full(path, target):
+    raise OSError("no space")

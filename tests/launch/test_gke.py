@@ -10,7 +10,7 @@ import pytest
 import yaml
 from documents import ROOT, Manifest, blocks, configured, deployment, instructions, manifests, run
 
-from sl_jax.parallel.interrupts import TERMINATED
+from sl_jax.parallel.interrupts import TERMINATED, UNEXPECTED
 
 PLACE = ROOT / "launch" / "gke"
 JUDGES = ROOT / "launch" / "judge_pool"
@@ -111,6 +111,7 @@ def rule_of(status: int | None) -> int | None:
         (None, "RestartJobSetAndIgnoreMaxRestarts"),
         (TERMINATED, "RestartJobSetAndIgnoreMaxRestarts"),
         (1, "FailJobSet"),
+        (UNEXPECTED, "RestartJobSet"),
         (137, "RestartJobSet"),
         (134, "RestartJobSet"),
     ],

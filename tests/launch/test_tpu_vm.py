@@ -135,7 +135,7 @@ def tails(cloud: Cloud) -> list[int]:
     ("plan", "code", "starts"),
     [
         (("1",), 1, 1),
-        pytest.param(("kill", "143", "0"), 0, 3, marks=pytest.mark.slow),
+        pytest.param(("kill", "143", "70", "0"), 0, 4, marks=pytest.mark.slow),
     ],
 )
 def test_the_status_decides_whether_it_starts_again(cloud, plan, code, starts):

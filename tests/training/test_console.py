@@ -11,9 +11,12 @@ def test_an_expected_error_ends_in_its_message():
     assert end.value.code == "FileNotFoundError: no such folder; please make it"
 
 
-def test_other_errors_are_told_whole():
-    with pytest.raises(ZeroDivisionError), ending_in_a_line((OSError,), "update"):
+def test_other_errors_are_told_whole_and_have_a_code_of_their_own(capsys):
+    with pytest.raises(SystemExit) as end, ending_in_a_line((OSError,), "update"):
         raise ZeroDivisionError
+    assert end.value.code == 70
+    told = capsys.readouterr().err
+    assert told.startswith("Traceback") and "ZeroDivisionError" in told
 
 
 def test_ctrl_c_says_how_to_go_on(capsys):
