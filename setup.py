@@ -16,7 +16,7 @@ CORE = [
     "ml-collections>=1.0",
     "numpy>=2",
     "pillow>=11",
-    "pydantic>=2",
+    "pydantic>=2.7",
     "scipy>=1.14",
     "tqdm",
 ]
@@ -30,7 +30,7 @@ JUDGE = [
 TRAINING = [
     *JUDGE,
     "array_record>=0.8.1",
-    "flax>=0.12",
+    "flax>=0.12.2",
     "grain>=0.2.15",
     "huggingface_hub>=1.3",
     "importlib_resources",
