@@ -1,10 +1,13 @@
-"""What an installed sl_jax contains: the wheel, unpacked and used far from the repository."""
+"""What an installed sl_jax contains, and that it works far from the repository."""
 
 import email
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -72,26 +75,45 @@ def test_the_metadata_name_version_python_and_extras(wheel):
     assert "# Stable-Layers on JAX" in told.get_payload()
 
 
+def _run(python: Path | str, place: Path, *arguments: str, **environment: str) -> str:
+    """What Python prints in a folder far from the repository, with hardly an environment."""
+    done = subprocess.run(
+        [python, *arguments],
+        cwd=place,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(place)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def _train(run: Callable[..., str], place: Path) -> None:
+    """One small epoch of the packaged configuration, base and prompts, to adapter and report."""
+    designs = (
+        "from sl_jax.data import write_designs; write_designs('pictures', 'B', range(8), 64, 3)"
+    )
+    run("-c", designs)
+    small = {
+        **{"epochs": 1, "rollout.groups": 2, "rollout.batch_groups": 2, "rollout.group_size": 2},
+        **{"rollout.steps": 4, "rollout.window_size": 2, "rollout.window_range": (0, 3)},
+        **{"learner.updates": 1, "learner.micro_batch": 4, "evaluation.pictures": 2},
+        **{"evaluation.batch": 2, "evaluation.steps": 2, "data.path": "pictures"},
+    }
+    flags = [f"--config.{name}={value}" for name, value in small.items()]
+    printed = run("-m", "sl_jax.train", "--config=grpo:tiny", *flags)
+    assert "Report: runs/tiny/report.html" in printed
+    assert (place / "runs" / "tiny" / "adapter" / "adapter_config.json").is_file()
+
+
 @pytest.fixture
-def elsewhere(wheel, tmp_path):
+def elsewhere(wheel, tmp_path) -> Callable[..., str]:
     """Runs Python in a folder far from the repository, with the unpacked wheel."""
     wheel.extractall(tmp_path / "site")
     place = tmp_path / "place"
     place.mkdir()
-
-    def run(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=place,
-            env={"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin", "HOME": str(place)},
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    return run
+    return partial(_run, sys.executable, place, PYTHONPATH=str(tmp_path / "site"))
 
 
 def test_the_wheel_works_elsewhere(elsewhere, tmp_path):
@@ -104,21 +126,21 @@ def test_the_wheel_works_elsewhere(elsewhere, tmp_path):
 
 
 def test_the_wheel_trains_elsewhere(elsewhere, tmp_path):
-    """The packaged configuration, base and prompts, with nothing of the repository at hand."""
     source = f"{tmp_path}/site/sl_jax/configs/grpo.py:tiny"
     printed = elsewhere("-m", "sl_jax.train", "--config=grpo:tiny", "--explain")
     assert printed.startswith(f"{source}\n")
-    designs = (
-        "from sl_jax.data import write_designs; write_designs('pictures', 'B', range(8), 64, 3)"
-    )
-    elsewhere("-c", designs)
-    small = {
-        **{"epochs": 1, "rollout.groups": 2, "rollout.batch_groups": 2, "rollout.group_size": 2},
-        **{"rollout.steps": 4, "rollout.window_size": 2, "rollout.window_range": (0, 3)},
-        **{"learner.updates": 1, "learner.micro_batch": 4, "evaluation.pictures": 2},
-        **{"evaluation.batch": 2, "evaluation.steps": 2, "data.path": "pictures"},
-    }
-    flags = [f"--config.{name}={value}" for name, value in small.items()]
-    printed = elsewhere("-m", "sl_jax.train", "--config=grpo:tiny", *flags)
-    assert "Report: runs/tiny/report.html" in printed
-    assert (tmp_path / "place" / "runs" / "tiny" / "adapter" / "adapter_config.json").is_file()
+    _train(elsewhere, tmp_path / "place")
+
+
+@pytest.mark.system
+def test_a_clone_installs_into_an_empty_environment_and_trains(clone, tmp_path):
+    """`pip install` of a clone, with nothing but what it names itself."""
+    python, place = tmp_path / "venv" / "bin" / "python", tmp_path / "place"
+    place.mkdir()
+    kept = {name: os.environ[name] for name in os.environ if name.startswith(("PIP_", "SSL_"))}
+    _run(sys.executable, tmp_path, "-m", "venv", "venv")
+    _run(python, tmp_path, "-m", "pip", "install", "--quiet", f"{clone}[cpu]", **kept)
+    run = partial(_run, python, place)
+    assert run("-m", "sl_jax.train", "--version") == f"sl_jax {sl_jax.__version__}\n"
+    assert not run("-m", "pip", "list", "--format=freeze").count("torch")
+    _train(run, place)
