@@ -17,8 +17,9 @@ SEED = 8
 
 @pytest.fixture(scope="module")
 def one(random_checkpoint, tmp_path_factory):
-    """Runs of one process."""
-    return Runner(random_checkpoint, tmp_path_factory.mktemp("one"), MINIMAL, devices=1)
+    """Runs of one process, which soon have a checkpoint to go on from."""
+    settings = MINIMAL | {"checkpoint.every": 1}
+    return Runner(random_checkpoint, tmp_path_factory.mktemp("one"), settings, devices=1)
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +33,11 @@ def undisturbed(one, tmp_path_factory):
 def test_a_run_killed_in_five_phases_ends_as_one_that_was_not(one, undisturbed, tmp_path):
     """All of it to the last bit: two runs of one seed are one run."""
     rng = np.random.default_rng(SEED)
-    for phase in PHASES:
-        one(tmp_path, kills=[draw_kill(rng, phase)], code=-signal.SIGKILL)
-    one(tmp_path)
+    for number, phase in enumerate(PHASES):
+        said, _ = one(tmp_path, kills=[draw_kill(rng, phase)], code=-signal.SIGKILL)
+        assert ("Going on after epoch" in said[0]) == (number > 0)
+    said, _ = one(tmp_path)
+    assert "Going on after epoch" in said[0]
     assert differences(left_by(tmp_path / "run"), undisturbed) == []
 
 
