@@ -1,6 +1,6 @@
 """The README's commands: each is run here, or by the test that is named, or says what it needs.
 
-A command says so in its comment, or its block in the first line: `# needs a TPU`, `# takes hours`.
+A command says so in its comment, or its block in the first line; see `MARK`.
 """
 
 import ast
@@ -22,7 +22,8 @@ from sl_jax.training.status_screen import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-MARK = re.compile(r"\b(needs|takes)\b")
+# Hardware, a network, or hours.
+MARK = re.compile(r"\b(needs (the hardware|the network|a second host)|takes \w+ hours)\b")
 LIMIT = 1800  # seconds for one command, on a busy machine
 
 # What is in commands that another test runs, and its file.
@@ -131,17 +132,41 @@ def test_every_command_is_run_or_says_what_it_needs():
     found = commands()
     assert len(found) > 20
     for command in found:
-        runs_here = _door(command.text) in SMALL or command.text.startswith("python -c")
+        runs_here = _door(command.text) in SMALL or command.text.startswith(("python -c", "export"))
         assert command.marked or command.elsewhere or runs_here, command
+
+
+def is_run_by(words: str, file: str) -> bool:
+    """Whether a test names the script, door or flag, or takes a block with the words from here."""
+    told = (ROOT / "tests" / file).read_text()
+    last = words.split()[-1].removeprefix("launch/").partition("=")[0]
+    taken = re.findall(r'\bblock\("([^"]+)"\)', told)
+    blocks = [text for text in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) if words in text]
+    return last in told or any(name in text for name in taken for text in blocks)
 
 
 @pytest.mark.parametrize(("words", "file"), ELSEWHERE.items())
 def test_the_test_that_runs_it_is_there(words, file):
-    """It names the script or the flag, or takes the whole block with the command from here."""
     assert any(words in command.text for command in commands()), words
-    told = (ROOT / "tests" / file).read_text()
-    last = words.split()[-1].removeprefix("launch/").removeprefix("sl_jax.").partition("=")[0]
-    assert last.lstrip("-") in told or 'blocks(ROOT / "README.md")' in told, (words, file)
+    assert is_run_by(words, file)
+
+
+@pytest.mark.parametrize(
+    ("words", "file"),
+    [
+        ("bash launch/quickstart.sh", "launch/test_launching_readme.py"),
+        ("python -m sl_jax.judge --audit", "launch/test_launching_readme.py"),
+        ("openssl rand", "launch/test_judge_pool_readme.py"),
+        ("python -m sl_jax.plan", "launch/test_scripts.py"),
+    ],
+)
+def test_a_test_that_does_not_run_it_is_found_out(words, file):
+    assert not is_run_by(words, file)
+
+
+@pytest.mark.parametrize("comment", ["# needs patience", "# no TPU is needed", "# takes a while"])
+def test_only_hardware_a_network_or_hours_excuse(comment):
+    assert not Command("bash other.sh", comment).marked
 
 
 def test_inline_commands_name_what_is_there():

@@ -201,10 +201,14 @@ class RunCheckpoints:
             self._manager.close()
 
     def _require_room(self, tree: Any) -> None:
-        """Before anything is written: half a checkpoint helps nobody, and fills the disk."""
+        """Before anything is written: half a checkpoint helps nobody, and fills the disk.
+
+        All go by what the main process finds: who began to save alone would wait for the others.
+        """
         if is_remote(self.directory):
             return
-        free = shutil.disk_usage(self.directory).free
+        found = shutil.disk_usage(self.directory).free if self._processes.is_main else None
+        free = self._processes.from_main("looking for room", found)
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
         if needed > free:
             raise OSError(f"it takes {needed / 1e6:.1f} MB, and {free / 1e6:.1f} MB are free")

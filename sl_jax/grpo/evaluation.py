@@ -5,13 +5,13 @@ scores of all, and the main process has the layers that the report shows.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Float, UInt8, UInt32
+from jaxtyping import Bool, Float, UInt8, UInt32
 
 from sl_jax import imaging
 from sl_jax.data import EvalSet, Example, FolderError
@@ -56,6 +56,7 @@ class _Pending(NamedTuple):
 
     example: Example
     layers: UInt8[np.ndarray, "l h w 4"]
+    finite: Bool[np.ndarray, " g"]
     submitted: Submitted
 
 
@@ -104,11 +105,13 @@ class Evaluator:
 
         Beside the scores of the evaluation sampler on the same pictures, theirs show what fewer
         steps and noise cost: candidates far below what is evaluated teach little about it.
+        Those that are not finite have no reward.
         """
         rows = self._rows(groups)
         batch = next(self.examples.batches(groups, rows.held))
-        layers = self._candidates(rollout, adapter, window_start, groups, batch, self._keys(batch))
-        return self._finished(self._submitted(batch, layers[:, :1], rows.judged))
+        keys = self._keys(batch)
+        layers, finite = self._candidates(rollout, adapter, window_start, groups, batch, keys)
+        return self._finished(self._submitted(batch, layers[:, :1], rows.judged, finite))
 
     def window_share(
         self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
@@ -116,7 +119,7 @@ class Evaluator:
         """The share of the scores' variance within a group that the window's noise explains.
 
         Of two groups with initial noises of their own, for each picture of the first batch of at
-        most `groups`; see `grpo.spread`.
+        most `groups`, without pictures of which one is not finite; see `grpo.spread`.
         """
         rows, shared = self._rows(groups), rollout.with_shared_noise
         draws = self.config.spread_draws
@@ -124,9 +127,15 @@ class Evaluator:
         pending = []
         for draw in range(draws):
             keys = self._keys(batch, 1 + draw)
-            layers = self._candidates(shared, adapter, window_start, groups, batch, keys)
-            pending.append(self._submitted(batch, layers, rows.judged))
-        scores = self.judging.collect([entry.submitted for draw in pending for entry in draw])
+            layers, finite = self._candidates(shared, adapter, window_start, groups, batch, keys)
+            pending.append(self._submitted(batch, layers, rows.judged, finite))
+        entries = [entry for draw in pending for entry in draw]
+        scores = [
+            replace(found, stage1=np.where(entry.finite, found.stage1, np.nan))
+            for entry, found in zip(
+                entries, self.judging.collect([entry.submitted for entry in entries]), strict=True
+            )
+        ]
         slots = [entry.example.slot for entry in pending[0]]
         places = [draws * slot + draw for draw in range(draws) for slot in slots]
         told = self.judging.share(places, scores)
@@ -141,15 +150,18 @@ class Evaluator:
         groups: int,
         batch: EvalBatch,
         keys: UInt32[np.ndarray, "n words"],
-    ) -> UInt8[np.ndarray, "n g l h w 4"]:
-        """Of the rows that this process holds."""
+    ) -> tuple[UInt8[np.ndarray, "n g l h w 4"], Bool[np.ndarray, "n g"]]:
+        """Of the rows that this process holds, layers and which candidates are finite."""
         grid = LatentGrid(
             batch.layers, batch.bucket.height // PACKED_PIXELS, batch.bucket.width // PACKED_PIXELS
         )
         pictures = laid_out(self.layout, batch.examples, self.prompts, keys, groups)
-        latents = rollout(adapter, pictures, window_start, grid).latents
-        layers = to_local(rollout.decode(latents, grid).layers)
-        return layers.reshape(len(batch.examples), -1, *layers.shape[1:])
+        candidates = rollout(adapter, pictures, window_start, grid)
+        decoded = jax.block_until_ready(rollout.decode(candidates.latents, grid))
+        finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
+        finite = finite.reshape(groups, -1)[list(batch.rows)]
+        layers = to_local(decoded.layers)
+        return layers.reshape(*finite.shape, *layers.shape[1:]), finite
 
     def _rows(self, size: int) -> BatchRows:
         return batch_rows(self.layout.mesh, size, self.judging.processes.index)
@@ -183,12 +195,18 @@ class Evaluator:
         return group_keys(root, [e.slot for e in batch.examples])
 
     def _submitted(
-        self, batch: EvalBatch, stacks: UInt8[np.ndarray, "n g l h w 4"], judged: Sequence[int]
+        self,
+        batch: EvalBatch,
+        stacks: UInt8[np.ndarray, "n g l h w 4"],
+        judged: Sequence[int],
+        finite: Bool[np.ndarray, "n candidates"] | None = None,
     ) -> list[_Pending]:
         """Sends to the judge what this process judges, if all that hold it could read it.
 
-        What waits has the layers of each picture's first candidate.
+        What waits has the layers of each picture's first candidate. All are finite by default.
         """
+        if finite is None:
+            finite = np.ones(stacks.shape[:2], bool)
         unread = self.judging.processes.all_gather(
             "reading held-out pictures",
             [r for r, e in zip(batch.rows, batch.examples, strict=True) if e.is_blank],
@@ -200,7 +218,8 @@ class Evaluator:
         examples, chosen = [batch.examples[place] for place in places], stacks[places]
         names = [e.picture_id for e in examples]
         submitted = self.judging.submit(examples, chosen.reshape(-1, *stacks.shape[2:]), names)
-        return [_Pending(*entry) for entry in zip(examples, chosen[:, 0], submitted, strict=True)]
+        waiting = zip(examples, chosen[:, 0], finite[places], submitted, strict=True)
+        return [_Pending(*entry) for entry in waiting]
 
     def _finished(self, pending: Sequence[_Pending]) -> list[Evaluated]:
         """Everyone's results in order; layers of this process's own."""
@@ -252,7 +271,7 @@ def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
     return Evaluated(
         entry.example,
         entry.layers,
-        float(scores.stage1[0]),
+        float(scores.stage1[0]) if entry.finite[0] else np.nan,
         scores.criteria[0],
         reference_free(entry.layers, entry.example.picture),
     )

@@ -21,7 +21,7 @@ from sl_jax.grpo.phases import Phases
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
 from sl_jax.parallel.processes import ProcessError
-from sl_jax.scoring.records import RECORDS, read_pictures, to_markdown
+from sl_jax.scoring.records import RECORDS, Record, RecordError, read_pictures, to_markdown
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 
 _log = logging.getLogger(__name__)
@@ -124,6 +124,7 @@ class _Books:
         )
         self._folder, self._shown = parts.folder, parts.config.evaluation.shown
         self._findings: set[str] = set()
+        self._unread = False
         self._writer = None
         with self._processes.together("opening the metrics"):
             if self._processes.is_main:
@@ -157,12 +158,21 @@ class _Books:
             self._status.end_epoch(metrics)
             _log.info("%s", epoch_line(epoch, self._epochs, metrics, self._status.pace))
             if evaluated or epoch == 1:
-                kept = read_pictures(self._folder / RECORDS, epoch)
-                for number, (judged, pixels) in enumerate(kept):
+                for number, (judged, pixels) in enumerate(self._judged(epoch)):
                     name = f"judged/{number}"
                     self._writer.picture(epoch, name, pixels, to_markdown(judged))
             if evaluated:
                 warn_of_divergence(read_metrics(self._folder), self._findings)
+
+    def _judged(self, epoch: int) -> list[tuple[Record, np.ndarray]]:
+        """As `read_pictures`; none if they cannot be read, of which the first is warned of."""
+        try:
+            return read_pictures(self._folder / RECORDS, epoch)
+        except (OSError, RecordError) as error:
+            if not self._unread:
+                _log.warning("TensorBoard gets none of epoch %d's judgements: %s", epoch, error)
+            self._unread = True
+            return []
 
     def close(self) -> None:
         """As `MetricsWriter`."""

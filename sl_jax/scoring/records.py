@@ -118,22 +118,32 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 def read_pictures(
     folder: str | os.PathLike[str], epoch: int
 ) -> list[tuple[Record, UInt8[np.ndarray, "h w 3"]]]:
-    """The judged groups of an epoch that are kept as pictures, each with its grid; maybe none."""
+    """The judged groups of an epoch that are kept as pictures, each with its grid; maybe none.
+
+    Raises:
+      OSError, RecordError: something of them cannot be read.
+    """
     root, name = epath.Path(folder), f"epoch_{epoch:06d}"
     kept = sorted(root.glob(f"{name}_*.png"))
     if not kept:
         return []
     records = read_records(root / f"{name}.jsonl")
-    return [(records[_index(path)], _pixels(path)) for path in kept]
+    return [(records[_index(path, len(records))], _pixels(path)) for path in kept]
 
 
-def _index(path: epath.Path) -> int:
-    return int(path.stem.rpartition("_")[2])
+def _index(path: epath.Path, count: int) -> int:
+    number = path.stem.rpartition("_")[2]
+    if not number.isdecimal() or int(number) >= count:
+        raise RecordError(f"{path} is of none of the epoch's {count} judged groups")
+    return int(number)
 
 
 def _pixels(path: epath.Path) -> UInt8[np.ndarray, "h w 3"]:
-    with Image.open(io.BytesIO(path.read_bytes())) as picture:
-        return np.asarray(picture.convert("RGB"))
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as picture:
+            return np.asarray(picture.convert("RGB"))
+    except (ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise RecordError(f"{path} cannot be decoded: {error}") from error
 
 
 def to_markdown(record: Record) -> str:

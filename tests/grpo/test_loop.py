@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import os
 import signal
 from types import SimpleNamespace
@@ -302,6 +303,20 @@ def test_prolonging_a_run(tmp_path, monkeypatch):
     longer.start()
     assert longer.seen == [2, 3]
     assert [record["step"] for record in longer.records()] == [0, 1, 2, 3, 4]
+
+
+def test_judgements_that_cannot_be_read_back_end_no_run(tmp_path, monkeypatch, caplog):
+    """They are shown where an epoch is evaluated, and missed once in the log."""
+    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+    (tmp_path / "judge").mkdir()
+    for epoch in (1, 3, 6):
+        (tmp_path / "judge" / f"epoch_{epoch:06d}.jsonl").write_text("{}\n")
+        (tmp_path / "judge" / f"epoch_{epoch:06d}_000.png").write_bytes(b"")
+    run = Run(tmp_path, monkeypatch)
+    run.start()
+    assert run.seen == list(range(6))
+    assert caplog.text.count("TensorBoard gets none of epoch 1's judgements") == 1
+    assert caplog.text.count("TensorBoard gets none") == 1
 
 
 def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):

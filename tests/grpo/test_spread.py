@@ -53,8 +53,8 @@ class Sampler:
 
     group_size = CANDIDATES
 
-    def __init__(self):
-        self.drawn = []
+    def __init__(self, spoiled=()):
+        self.drawn, self._spoiled = [], spoiled
 
     @property
     def with_shared_noise(self):
@@ -66,7 +66,9 @@ class Sampler:
         initial = 80 + words % 80
         grey = initial[:, None] + np.arange(CANDIDATES) * (1 + words % 7)[:, None]
         self.drawn.append(grey)
-        return SimpleNamespace(latents=grey.astype(np.uint8).ravel())
+        finite = np.ones(grey.size, bool)
+        finite[list(self._spoiled)] = False
+        return SimpleNamespace(latents=grey.astype(np.uint8).ravel(), finite=finite)
 
     def decode(self, latents, grid):
         layers = np.broadcast_to(latents[:, None, None, None, None], (len(latents), 2, 32, 32, 4))
@@ -84,19 +86,34 @@ class Judge:
         )
 
 
-def test_the_evaluator_draws_every_picture_twice_and_compares_all_candidates(tmp_path):
+@pytest.fixture
+def evaluator(tmp_path):
+    """Of five pictures."""
     write_designs(tmp_path, "A", range(5), 32, 2)
     index = scan_folder(tmp_path, make_buckets([(32, 32)]))
-    sampler = Sampler()
     with JudgeWorker(Judge()) as worker:
-        evaluator = Evaluator(
+        yield Evaluator(
             *(None, EvalSet(index, layers=(2,)), lambda e: (np.zeros((len(e), 1, 4)), None)),
             Judging(worker, Rewards((("judge", 1.0),)), JudgeSettings()),
             *(EvaluationConfig(window_share=True), None),
             Layout(make_mesh(MeshConfig(), jax.devices()[:1])),
         )
-        share = evaluator.window_share(sampler, "adapter", 1, groups=8)
+
+
+def test_the_evaluator_draws_every_picture_twice_and_compares_all_candidates(evaluator):
+    sampler = Sampler()
+    share = evaluator.window_share(sampler, "adapter", 1, groups=8)
     first, second = (grey[:5] for grey in sampler.drawn)  # of eight rows three are blank
     assert not np.any(first == second)
     assert share == pytest.approx(window_share(np.stack([first, second], axis=1) / 255), rel=1e-6)
     assert 0 < share < 1
+
+
+def test_candidates_that_are_not_finite_have_no_score(evaluator):
+    """Whatever the judge saw in their zeros: candidate 1 of picture 2, and 0 of picture 4."""
+    sampler = Sampler(spoiled=(2 * CANDIDATES + 1, 4 * CANDIDATES))
+    share = evaluator.window_share(sampler, "adapter", 1, groups=8)
+    whole = np.stack([grey[[0, 1, 3]] for grey in sampler.drawn], axis=1)
+    assert share == pytest.approx(window_share(whole / 255), rel=1e-6)
+    rolled = evaluator.rolled_out(sampler, "adapter", 1, groups=8)
+    assert np.isnan([entry.reward for entry in rolled]).tolist() == [False] * 4 + [True]

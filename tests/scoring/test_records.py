@@ -151,3 +151,17 @@ def test_what_is_no_record_is_named(tmp_path, epoch):
         read_records(path)
     with pytest.raises(FileNotFoundError, match="name a folder"):
         read_records(tmp_path / "..")
+
+
+def test_pictures_that_do_not_come_back_are_named(tmp_path, epoch):
+    JudgeRecords(tmp_path, pictures=1, render=RENDER).write(3, *epoch)
+    (kept,) = tmp_path.glob("epoch_000003_*.png")
+    whole = kept.read_bytes()
+    for content in (b"", whole[:200], whole[:40] + b"\0\0" + whole[42:]):
+        kept.write_bytes(content)
+        with pytest.raises((OSError, RecordError)):
+            read_pictures(tmp_path, 3)
+    kept.write_bytes(whole)
+    kept.rename(tmp_path / "epoch_000003_017.png")  # of an earlier try with more groups
+    with pytest.raises(RecordError, match=r"_017\.png is of none of the epoch's 3 judged groups"):
+        read_pictures(tmp_path, 3)

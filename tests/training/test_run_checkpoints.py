@@ -15,6 +15,7 @@ import pytest
 from sl_jax.checkpoints import orbax
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.parallel.processes import Processes
 
 
 def _tree(value):
@@ -66,6 +67,27 @@ def test_without_room_nothing_is_begun(folder, monkeypatch):
     checkpoints.close()
     assert not list(folder.glob("4*"))
     assert _restored(folder)[0] == 3
+
+
+class Second(Processes):
+    """The second of two processes, which hears of no errors."""
+
+    def __init__(self, told):
+        super().__init__(1, 2)
+        self._told_by_main = told
+
+    def all_gather(self, what, value=None, error=None):
+        return [self._told_by_main, value]
+
+
+@pytest.mark.parametrize(("told", "own"), [(40, 1 << 40), (1 << 40, 40)])
+def test_whether_there_is_room_the_main_process_decides(folder, monkeypatch, told, own):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=own))
+    checkpoints = RunCheckpoints(folder, processes=Second(told))
+    with pytest.raises(CheckpointError) if told < own else contextlib.nullcontext():
+        checkpoints.save(4, _tree(4))
+    checkpoints.close()
+    assert (folder / "4").exists() == (told > own)
 
 
 @pytest.fixture
