@@ -284,7 +284,7 @@ def _tiny() -> ConfigDict:
 def _gpu1() -> ConfigDict:
     """One card of 80 GB, such as an H100."""
     config = _production()
-    # ours: by plan 56.3 of 74.5 GiB, tests/benchmarks/results/plan_table.json
+    # ours: less than the default batches, which take 62.5 of 74.5 GiB by plan
     config.rollout.batch_groups = 2
     config.learner.micro_batch = 1
     config.evaluation.batch = 2
@@ -295,7 +295,7 @@ def _gpu1() -> ConfigDict:
 def _v5e8() -> ConfigDict:
     """Eight v5e chips of 16 GB: a v5litepod-8, topology v5e:2x4."""
     config = _production()
-    # ours: by plan 12.9 of 15.8 GiB, tests/benchmarks/results/plan_table.json
+    # ours: by plan 12.6 of 15.8 GiB, tests/benchmarks/results/plan_table.json
     config.mesh.fsdp = 8
     return config
 
