@@ -110,9 +110,8 @@ def test_a_reward_that_is_no_number_is_found(monkeypatch, reward):
     def run(config):
         folder = Path(config.workdir)
         writer = MetricsWriter(folder)
-        writer.scalars(
-            1, {"judge/reward_mean": reward, "learner/gradient_norm/all": 1.0, "seconds/all": 1.0}
-        )
+        learned = {"learner/gradient_norm/all": 1.0, "learner/micro_batch": 4}
+        writer.scalars(1, {"judge/reward_mean": reward, "seconds/all": 1.0} | learned)
         writer.close()
         (folder / "report.html").touch()
         (folder / "adapter").mkdir()

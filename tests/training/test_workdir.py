@@ -153,7 +153,7 @@ def test_processes_may_have_judges_of_their_own(tmp_path):
         ("judge", {"min_valid": 0.1}, "config.judge.min_valid: 0.5 in process 0"),
         ("judge", {"endpoint": "embedded-vlm"}, "'embedded-vlm' in process 2"),
         ("mesh", {"tensor": 2}, "config.mesh.tensor: 1 in process 0, 2 in process 2"),
-        ("learner", {"micro_batch": 4}, "config.learner.micro_batch: 8 in process 0, 4 in"),
+        ("learner", {"micro_batch": 4}, "config.learner.micro_batch: None in process 0, 4 in"),
         ("evaluation", {"every": 3}, "config.evaluation.every: 10 in process 0, 3 in"),
     ],
 )
