@@ -61,7 +61,7 @@ def _weak(topology: str, chips: int) -> Row:
 _CARD = ("--quick", f"--hbm_gib={(_H100['hbm'] - _RESERVED) / _GIB:.2f}")
 ROWS = (
     Row("v5e:2x2", "v5e:2x2", {}),
-    Row("v5e:2x2, smaller", "v5e:2x2", {"lora.rank": 32, "data.layers": "(3,)"}),
+    Row("v5e:2x2, smaller", "v5e:2x2", {"lora.rank": 16, "data.layers": "(3,)"}),
     Row("v5e:2x4", "v5e:2x4", {}, flags=()),
     Row("v5e:4x4", "v5e:4x4", {"mesh.fsdp": 8, "mesh.tensor": 2}),
     Row("v6e:2x2", "v6e:2x2", {}),
