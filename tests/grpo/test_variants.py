@@ -156,7 +156,7 @@ def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
     # Forward, backward, the old adapter and a reference, each for one prompt or for two.
     passes = (3 + bool(reference)) * (1 if guidance is None else 2) * len(first.gradient_norms)
     once = velocity_flops(bench.pipeline.model.config, bench.grid, candidates[2].text.shape[1])
-    assert learner.flops([scored], bench.adapter) == passes * SAMPLES * once
+    assert learner.work([scored], bench.adapter).flops == passes * SAMPLES * once
     loss = _objective(bench, config, objective, reference, scored, guidance)
     wanted = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(moved))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))
