@@ -246,6 +246,7 @@ def test_pytorch_loads_what_the_readme_exports(place):
     (block,) = python_blocks("import runpy")
     small = {
         "Qwen/Qwen-Image-Layered": MODEL,
+        "from_pretrained(base, ": "from_pretrained(base, processor=None, ",  # it captions alone
         "torch.bfloat16": "torch.float32",
         '"cuda"': '"cpu"',
         "640": "32",
