@@ -23,7 +23,6 @@ _SCRIPT = """
 import json, sys
 from pathlib import Path
 folder, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-sys.path.insert(0, sys.argv[4])
 import jax, numpy as np, pytest
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
@@ -67,15 +66,15 @@ def test_each_reads_half_and_holds_its_own_shards(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    tests = Path(__file__).parents[1]
+    here = Path(__file__).parent
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)]),
+        "PYTHONPATH": os.pathsep.join(map(str, (here.parents[1], here.parent, here))),
     }
     command = (sys.executable, "-c", _SCRIPT, str(tmp_path), port)
     running = [
         subprocess.Popen(
-            [*command, str(index), str(tests)],
+            [*command, str(index)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
