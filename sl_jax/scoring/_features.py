@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from scipy import ndimage
 
 from sl_jax.scoring.request import Seen
@@ -23,6 +23,7 @@ _MATTE = 0.1
 _ALIKE = 0.05
 _STEEP = 0.3
 _GRAIN = 0.04
+_LEVELS = 4
 _TINY = 1e-6
 
 Plane = Float32[np.ndarray, "height width"]
@@ -57,6 +58,17 @@ class Penalties(NamedTuple):
       idle: share of blank objects times `unmatted`: layers that are blank while edges of the source
         have no matte.
       smear: 4·w_i·w_j of pairs of objects in equal colours, relative to the objects' area.
+      mixed: how little the source's colour tells which layer shows a pixel, beyond 0.1, which soft
+        edges and shadows amount to: Σ_i Σ_c p_ic·(1 − p_ic / Σ_j p_jc), p_ic being the share of
+        Σw_i² on pixels whose colour in the source is c, of 4 × 4 × 4 colours. 0 where no two layers
+        share a colour, L − 1 where all show the same ones: a layer that holds another's part
+        shares that one's colours.
+      varied: share of the source's colour variance that is left within layers, beyond 0.15, which
+        textures amount to: Σ_i Σ w_i²·|S − μ_i|² / Σ|S − μ|², μ_i and μ being means. Layers that
+        hold several things, or parts of others'.
+      astray: what of that lies off each layer's *colour line*, the first principal axis of its
+        colours, beyond 0.02: a shaded, textured or two-coloured thing spreads along one line (Omer
+        and Werman, Color lines, CVPR 2004), several things along several.
       scattered: alpha outside each object's largest component, relative to all of it.
       truncated: −∇α_i·∇α_j of pairs where the source has an edge: things cut off by what
         covers them.
@@ -82,6 +94,9 @@ class Penalties(NamedTuple):
     lumped: float
     idle: float
     smear: float
+    mixed: float
+    varied: float
+    astray: float
     scattered: float
     truncated: float
     buried: float
@@ -151,6 +166,7 @@ def penalties(seen: Seen) -> Penalties:
     hole, ghost, fill, unlifted = _background_penalties(scene)
     duplicate, cut, smear, truncated = _pair_penalties(scene)
     scattered, several = _content_penalties(scene)
+    varied, astray = _color_penalties(scene)
     mass = scene.mattes.mean((1, 2))
     return Penalties(
         recomposition=float(error.mean()),
@@ -171,6 +187,9 @@ def penalties(seen: Seen) -> Penalties:
         lumped=float(scene.blank.mean() * (several + unlifted)) if len(mass) else 0.0,
         idle=float(scene.blank.mean() * unmatted) if len(mass) else 0.0,
         smear=smear,
+        mixed=_mixed(scene),
+        varied=varied,
+        astray=astray,
         scattered=scattered,
         truncated=truncated,
         buried=_buried(scene),
@@ -301,6 +320,35 @@ def _pair_penalties(scene: _Scene) -> tuple[float, float, float, float]:
     edges = float(scene.matte_slopes.dot(scene.matte_slopes).sum()) + 1e-3 * size
     covered = float((1 - scene.front[0]).sum()) + 0.01 * size
     return duplicate, cut / edges, smear / covered, (opposed - cut) / edges
+
+
+def _mixed(scene: _Scene) -> float:
+    """Gini impurity of the layers, equal in weight but for specks, given the source's colour."""
+    levels = np.minimum((scene.source * _LEVELS).astype(np.intp), _LEVELS - 1)
+    colors = np.ravel_multi_index(tuple(levels), (_LEVELS,) * 3).ravel()
+    shown = np.square(scene.alphas * scene.front).reshape(len(scene.alphas), -1)
+    counts = np.stack([np.bincount(colors, weights, _LEVELS**3) for weights in shown])
+    shares = counts / (counts.sum(1, keepdims=True) + 0.005 * colors.size)
+    impurity = float((shares * (1 - shares / (shares.sum(0) + _TINY))).sum())
+    return max(0.0, impurity - 0.1)
+
+
+def _color_penalties(scene: _Scene) -> tuple[float, float]:
+    """`varied` and `astray`."""
+    colors = scene.source.reshape(3, -1).astype(np.float64)
+    shown = np.square(scene.alphas * scene.front).reshape(len(scene.alphas), -1)
+    spreads = np.stack([_principal(colors, weights) for weights in shown])
+    total = float(_principal(colors, np.ones_like(colors[0])).sum()) + 1e-3 * colors.shape[1]
+    varied, astray = float(spreads.sum()) / total, float(spreads[:, :-1].sum()) / total
+    return max(0.0, varied - 0.15), max(0.0, astray - 0.02)
+
+
+def _principal(
+    colors: Float[np.ndarray, "3 pixels"], weights: Float[np.ndarray, " pixels"]
+) -> Float[np.ndarray, " 3"]:
+    """Weighted sums of squares of colours about their mean, by principal axis, least first."""
+    centered = colors - (colors @ weights / (weights.sum() + _TINY))[:, None]
+    return np.linalg.eigvalsh((centered * weights) @ centered.T)
 
 
 def _buried(scene: _Scene) -> float:

@@ -3,8 +3,9 @@
 Its only input is the rendered request, so it gives equal scores in process and behind a server,
 and it never sees true layers. The penalties of `_features` enter each criterion as
 1 / (1 + Σ k·penalty), which stays sensitive both near a perfect candidate and far from one. The k
-are calibrated once, on perturbed designs of the procedural family A, so that the mean criterion
-ranks candidates of a group like their L1 error; they are settings of the judge, not of a run.
+are calibrated once, on perturbed designs of the procedural family A (those of `mixed`, `varied` and
+`astray` on rollouts of the tiny base on that family), so that the mean criterion ranks candidates
+of a group like their L1 error; they are settings of the judge, not of a run.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from sl_jax.scoring.types import CRITERIA, Answer, JudgeRequest, PermanentJudgeE
 _STRENGTHS: dict[str, dict[str, float]] = {
     "semantic_separation": {
         "smear": 2.5,
+        "mixed": 0.5,
+        "varied": 2.5,
+        "astray": 8.0,
         "scattered": 1.5,
         "truncated": 0.4,
         "unlifted": 0.3,
@@ -33,7 +37,15 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "unlike": 8.0,
         "buried": 1.0,
     },
-    "alpha_quality": {"partial": 6.0, "misaligned": 1.2, "unmatted": 1.5, "idle": 0.5},
+    "alpha_quality": {
+        "partial": 6.0,
+        "misaligned": 1.2,
+        "unmatted": 1.5,
+        "idle": 0.5,
+        "mixed": 0.5,
+        "varied": 3.0,
+        "astray": 8.0,
+    },
     "background_inpainting": {
         "hole": 6.0,
         "ghost": 0.3,
@@ -43,6 +55,9 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "stained": 8.0,
     },
     "content_distribution": {
+        "mixed": 0.5,
+        "varied": 3.0,
+        "astray": 8.0,
         "sheet": 5.5,
         "duplicate": 1.5,
         "cut": 4.0,
@@ -53,7 +68,7 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "unlike": 8.0,
         "buried": 3.0,
     },
-    "validity": {"recomposition": 16.0, "missing": 40.0, "noise": 7.0},
+    "validity": {"recomposition": 16.0, "missing": 45.0, "noise": 12.0},
 }
 
 

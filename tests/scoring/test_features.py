@@ -58,6 +58,17 @@ def _swallowed(layers: np.ndarray) -> np.ndarray:
     return flawed
 
 
+def _halves_exchanged(layers: np.ndarray) -> np.ndarray:
+    """Each object's layer holds the left half of its own and the right half of the other."""
+    flawed = layers.copy()
+    for mine, other in ((1, 2), (2, 1)):
+        shown = layers[other, ..., 3] > 0
+        right = shown & (np.cumsum(shown, axis=1) > shown.sum(1, keepdims=True) / 2)
+        flawed[mine][right] = layers[other][right]
+        flawed[other][right] = 0
+    return flawed
+
+
 def _with_alpha(picture: np.ndarray) -> np.ndarray:
     return np.concatenate([picture, np.full_like(picture[..., :1], 255)], -1)
 
@@ -87,6 +98,9 @@ _ANSWERS = [
     ("lumped", cases.all_in_one, 0.1),
     ("idle", cases.all_in_background, 0.8),
     ("smear", cases.smeared, 0.3),
+    ("mixed", _halves_exchanged, 0.5),
+    ("varied", cases.all_in_one, 0.1),
+    ("astray", cases.all_in_background, 0.1),
     ("scattered", _with_specks, 0.02),
     ("truncated", _behind_cut_off, 0.1),
     ("buried", _swallowed, 0.8),
