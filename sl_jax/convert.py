@@ -13,6 +13,7 @@ from etils import epath
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter, save_adapter_checkpoint
 from sl_jax.checkpoints.card import CardSettings, training_of, write_card
 from sl_jax.checkpoints.diffusers_lora import write_diffusers
+from sl_jax.checkpoints.disk import disk_problem, require_writable
 from sl_jax.checkpoints.merge import merge
 from sl_jax.checkpoints.peft import write_peft
 from sl_jax.checkpoints.pipeline import parameter_shapes
@@ -21,7 +22,6 @@ from sl_jax.checkpoints.tensor_files import local_path
 from sl_jax.checkpoints.verify import TOLERANCES, compare
 from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import RELEASE
-from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.training.console import set_up_logging
 

@@ -22,6 +22,7 @@ from test_hostile_files import Copies, copies
 
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter
 from sl_jax.checkpoints.card import CardSettings, Training, write_card
+from sl_jax.checkpoints.disk import inside_name
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.pipeline import parameter_shapes
@@ -48,7 +49,6 @@ from sl_jax.eval.report import (
 from sl_jax.eval.run import EvaluationConfig, evaluate
 from sl_jax.inference import prompts
 from sl_jax.inference.decomposer import Sampling
-from sl_jax.inference.disk import inside_name
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.scoring.cache import AnswerCache, CacheError
 from sl_jax.scoring.records import Record, to_markdown
