@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 
@@ -117,6 +118,25 @@ def test_shuffled_rewards_are_the_judges_in_an_order_of_the_groups_name():
     # Over many groups no place is favoured.
     means = np.mean([shuffled(_group(str(n), 8), _Judged(rewards)) for n in range(500)], axis=0)
     np.testing.assert_allclose(means, rewards.mean(), atol=0.05)
+
+
+def test_true_layers_reward_what_is_near_them(monkeypatch):
+    import controls
+
+    from sl_jax.data.procedural import make_design
+
+    monkeypatch.setattr(controls, "Sizes", partial(controls.Sizes, training=4))
+    controls._training_designs.cache_clear()
+    design = make_design("B", 100_002, 64, 3)
+    blank = np.zeros_like(design.layers)
+    exchanged = design.layers[[0, 2, 1]]
+    group = Group("g", design.flat, (design.layers, exchanged, blank))
+    right, other_order, wrong = controls.truth(group, _Judged([0, 0, 0]))
+    assert right == other_order == 0 > wrong
+    stranger = Group("s", make_design("B", 7, 64, 3).flat, (blank,))
+    with pytest.raises(ValueError, match="no training design"):
+        controls.truth(stranger, _Judged([0]))
+    controls._training_designs.cache_clear()
 
 
 def test_arms_have_names_of_their_own_and_fields_that_exist():

@@ -115,6 +115,14 @@ ARMS = (
         "controls",
         {**_SHORT, "rewards": '(("controls.shuffled", 1.0),)'},
     ),
+    Arm(
+        "truth",
+        "the same, rewarded by the true layers",
+        "rl",
+        "controls",
+        # std_floor: errors lie closer together than scores
+        {"rewards": '(("controls.truth", 1.0),)', "advantage.std_floor": "0.001"},
+    ),
     Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
     Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),
     _ablation("recipe", "the headline's settings", {}),

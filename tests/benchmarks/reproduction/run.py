@@ -138,7 +138,9 @@ class Bench:
         chosen = best(development)
         found |= {"development": development, "chosen": str(chosen)}
         if arm.part == "ablations":
-            return found
+            base, system = sampled(_BASE, self._base_setting()), sampled(trained, chosen)
+            records = records_of(data, folder / "chosen", [base, system], _PROTOCOLS)
+            return found | {"against_base": changes(records, system.name, PRIMARY | SANITY)}
         if arm.kind == "rl":
             found["curve"] = self._curve(folder, chosen)
         systems = [] if trained.adapter is None else [sampled(trained, chosen)]

@@ -92,15 +92,16 @@ def controls(results: Sequence[Result]) -> list[str]:
 
 
 def ablations(results: Sequence[Result]) -> list[str]:
-    """On the development set, each arm at its own best setting."""
-    rows = [r for r in results if r["arm"] in _names("ablations") or r["arm"] == "base"]
+    """Changes from the base on the development set, both at their own best settings."""
+    rows = [r for r in results if r["arm"] in _names("ablations")]
     if not rows:
         return []
-    head = ["arm", "order-free L1", "at", "training reward, first to last eighth"]
+    measures = ("layer_l1_order_free", "layerd_cost_0", "reward", "blank_rate")
+    head = ["arm", *(_WORDS[m] for m in measures), "training reward, first to last eighth"]
     lines = [_row(head), _rule(len(head))]
     for result in rows:
-        least = min(result["development"].values())
-        lines.append(_row([_arm(result).what, f"{least:.4f}", result["chosen"], _gain(result)]))
+        cells = [_change(m, result["against_base"][m]) for m in measures]
+        lines.append(_row([_arm(result).what, *cells, _gain(result)]))
     return lines
 
 
