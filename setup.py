@@ -55,7 +55,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist",
     "ruff==0.17.6",
-    "setuptools>=77",
+    "setuptools>=77.0.3",
 ]
 
 setup(
