@@ -13,7 +13,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.checksums import checksums
 from sl_jax.checkpoints.errors import CheckpointError
+from sl_jax.checkpoints.lock import InUseError, sole_writer
 from sl_jax.parallel.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
@@ -55,11 +56,16 @@ class RunCheckpoints:
 
     Every checkpoint holds one pytree of arrays and a small JSON object (positions, counters).
     Saving returns at once and is finished in the background; a step appears when it is whole.
+    Until it is closed, nobody else's are in that directory; see `checkpoints.lock`.
 
     Args:
         directory: made if missing; local or gs://.
         keep: how many of the last are kept; that with the highest reward is kept as well.
         processes: of the run, which save and restore together.
+
+    Raises:
+        CheckpointError: another run writes to the directory, or this one cannot.
+        ProcessError: likewise, of the main process.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 3, processes: Processes = ALONE):
@@ -67,15 +73,18 @@ class RunCheckpoints:
         self._processes = processes
         self._rewards: dict[int, float] = {}
         _require_text(self.directory)
-        with processes.together("clearing up"):
-            if processes.is_main:
-                _clear_up(self.directory)
-        options = ocp.CheckpointManagerOptions(
-            create=True, preservation_policy=_LastAndBest(keep, self._best_of)
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
-        for step in self._manager.all_steps():
-            self._note(step, _reward(self.directory / str(step)))
+        with ExitStack() as stack:
+            with processes.together("opening checkpoints"), self._explained():
+                if processes.is_main:
+                    stack.enter_context(sole_writer(self.directory))
+                    _clear_up(self.directory)
+            options = ocp.CheckpointManagerOptions(
+                create=True, preservation_policy=_LastAndBest(keep, self._best_of)
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            for step in self._manager.all_steps():
+                self._note(step, _reward(self.directory / str(step)))
+            self._lock = stack.pop_all()
 
     @property
     def latest(self) -> int | None:
@@ -197,7 +206,7 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Finishes saving and lets go of the directory; raises as `wait`."""
-        with self._explained():
+        with self._lock, self._explained():
             self._manager.close()
 
     def _require_room(self, tree: Any) -> None:
@@ -218,6 +227,8 @@ class RunCheckpoints:
         """What keeps Orbax from writing, in a line."""
         try:
             yield
+        except InUseError:
+            raise
         except (OSError, ValueError) as error:
             _silence_remains()
             full = "No space left on device" in str(error)
