@@ -15,7 +15,7 @@ CORE = [
     "jaxtyping",
     "ml-collections>=1.0",
     "numpy>=2",
-    "pillow>=11",
+    "pillow>=11.3",
     "pydantic>=2.7",
     "scipy>=1.14",
     "tqdm",
@@ -44,7 +44,7 @@ TRAINING = [
     "pyarrow",
     "safetensors",
     "tensorboardX",
-    "tensorflow-datasets>=4.9.8",
+    "tensorflow-datasets>=4.9.10",
     "transformers>=5",
 ]
 TEST = [

@@ -29,6 +29,11 @@ EXTRA = "test-without-torch"  # what `launch/test.sh` installs with PEERS=no
 PYTHONS = [f"3.{minor}" for minor in range(20)]
 
 
+def printed(command, folder=None):
+    """What a command prints."""
+    return subprocess.check_output(command, cwd=folder, text=True).strip()
+
+
 def told_by_setup(folder):
     """The arguments of `setup`."""
     with contextlib.chdir(folder), mock.patch("setuptools.setup") as setup:
@@ -52,8 +57,7 @@ def interpreter(end, told):
     """Path of the oldest or newest Python that setup.py allows, as `launch` finds it."""
     allowed = [v for v in PYTHONS if v in SpecifierSet(told["python_requires"])]
     version = allowed[0] if end == "oldest" else allowed[-1]
-    command = ["bash", "-c", f". launch/_env.sh; PYTHON= find_python {version}"]
-    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    return printed(["bash", "-c", f". launch/_env.sh; PYTHON= find_python {version}"], ROOT)
 
 
 def counts(report):
@@ -70,19 +74,14 @@ def counts(report):
 
 def installed(python):
     """Version of every package of an environment."""
-    command = [python, "-m", "pip", "list", "--format", "json"]
-    listed = json.loads(subprocess.run(command, check=True, capture_output=True).stdout)
+    listed = json.loads(printed([python, "-m", "pip", "list", "--format", "json"]))
     return {entry["name"]: entry["version"] for entry in listed if entry["name"] != "sl_jax"}
-
-
-def version_of(python):
-    command = [python, "-c", "import platform; print(platform.python_version())"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
 
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("end", choices=("oldest", "newest"))
+    parser.add_argument("tests", nargs="*", help="files; all by default")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
@@ -93,31 +92,32 @@ def main():
         constraints, report = Path(temporary, "constraints.txt"), Path(temporary, "report.xml")
         subprocess.run(["git", "clone", "-q", ROOT, clone], check=True)
         environment = os.environ | {
-            **{"PYTHON": interpreter(arguments.end, told).strip(), "VENV": str(venv)},
-            **{"PEERS": "no", "TIERS": "fast", "WORKERS": str(arguments.workers)},
+            "PYTHON": interpreter(arguments.end, told),
+            "VENV": str(venv),
+            "PEERS": "no",
+            "TIERS": "fast",
+            "WORKERS": str(arguments.workers),
         }
         if arguments.end == "oldest":
             constraints.write_text("".join(f"{n}=={v}\n" for n, v in bounds.items()))
             environment["PIP_CONSTRAINT"] = str(constraints)
         began = time.monotonic()
-        command = ["bash", "launch/test.sh", f"--junitxml={report}"]
+        command = ["bash", "launch/test.sh", f"--junitxml={report}", *arguments.tests]
         ended = subprocess.run(command, cwd=clone, env=environment)
         if not report.exists():
             sys.exit("No test has run; the reason is above.")
         result = {
-            "command": f"python tests/soak/versions.py {arguments.end}",
-            "commit": subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True)[
-                :12
-            ],
-            "python": version_of(venv / "bin" / "python"),
+            "command": " ".join(["python tests/soak/versions.py", arguments.end, *arguments.tests]),
+            "commit": printed(["git", "rev-parse", "--short=12", "HEAD"], clone),
+            "python": printed([venv / "bin" / "python", "--version"]).removeprefix("Python "),
             "cpus": os.cpu_count(),
             "workers": arguments.workers,
             "seconds, with the installation": round(time.monotonic() - began),
             **counts(report),
-            "lower bounds": bounds if arguments.end == "oldest" else None,
-            "without a bound, as pip chose": unbounded if arguments.end == "oldest" else None,
             "installed": installed(venv / "bin" / "python"),
         }
+    if arguments.end == "oldest":
+        result |= {"lower bounds": bounds, "without a bound, as pip chose": unbounded}
     text = json.dumps(result, indent=1)
     print(text)
     if arguments.out:
