@@ -36,6 +36,12 @@ _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
 
 
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; epath would put the current folder before gs://."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.absolute()
+
+
 def _require_text(folder: epath.Path) -> None:
     """Makes sure that Orbax, which takes names for UTF-8, can write there.
 
@@ -69,7 +75,7 @@ class RunCheckpoints:
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 3, processes: Processes = ALONE):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = _absolute(directory)
         self._processes = processes
         self._rewards: dict[int, float] = {}
         _require_text(self.directory)
@@ -253,8 +259,16 @@ class _LastAndBest(preservation_policy.PreservationPolicy):
 def _clear_up(folder: epath.Path) -> None:
     """Removes what a save that was killed left half written, which would stay for ever."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _UNFINISHED in path.name:
+        if _UNFINISHED in path.name or (path.name.isdecimal() and not _is_whole(path)):
             path.rmtree()
+
+
+def _is_whole(step: epath.Path) -> bool:
+    """Whether a checkpoint has been written to its end.
+
+    On a disk it then gets its name; in a bucket, where it has it from the beginning, a last file.
+    """
+    return ocp.utils.is_checkpoint_finalized(step)
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
@@ -319,8 +333,9 @@ def find_step(folder: epath.PathLike) -> epath.Path | None:
     for parent in (folder / "checkpoints", folder):
         if parent.is_dir():
             steps = [p for p in parent.iterdir() if p.name.isdecimal() and (p / _TREE).is_dir()]
-            if steps:
-                return max(steps, key=lambda step: int(step.name))
+            for step in sorted(steps, key=lambda step: int(step.name), reverse=True):
+                if _is_whole(step):
+                    return step
     return None
 
 
@@ -334,7 +349,7 @@ def read_entry(step: epath.PathLike, names: Sequence[str]) -> Any:
     Raises:
         CheckpointError: the checkpoint cannot be read, or has none of these.
     """
-    path = (epath.Path(step) / _TREE).absolute()
+    path = _absolute(step) / _TREE
     handler = ocp.PyTreeCheckpointHandler()
     try:
         tree = handler.metadata(path).tree
