@@ -17,6 +17,17 @@ absolute() {
   esac
 }
 
+# ended STATUS COMMAND: fails as the training did, with what to do.
+ended() {
+  printf '\nTraining ended with status %d. ' "$1" >&2
+  if [ "$1" -eq 1 ]; then
+    printf 'Please put right what stands above, and run the command again.\n' >&2
+  else
+    printf 'The reason stands above. To go on: %s\n' "$2" >&2
+  fi
+  exit "$1"
+}
+
 # suitable PYTHON VERSION...: whether it runs, is one of the versions, and can make environments.
 suitable() {
   "$1" -c 'import ensurepip, sys, venv

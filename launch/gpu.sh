@@ -94,8 +94,4 @@ fi
 status=0
 "$venv/bin/python" -m sl_jax.train "$@" || status=$?
 [ "$status" -ne 130 ] || interrupted
-if [ "$status" -ne 0 ]; then
-  printf '\nTraining ended with status %d; the reason stands above. To go on: %s\n' \
-    "$status" "$again" >&2
-fi
-exit "$status"
+[ "$status" -eq 0 ] || ended "$status" "$again"

@@ -30,6 +30,7 @@ for argument in "$@"; do
       ;;
     --config.workdir=*) workdir="$(absolute "${argument#*=}")" ;;
     --*) overrides+=("$argument") ;;
+    -*) fail "$argument is not known; bash launch/quickstart.sh --help says what is." ;;
     "") fail "FOLDER is empty; please name a folder of pictures, or leave it out." ;;
     *)
       [ -z "$folder" ] || fail "Two folders are given: $folder and $argument. Please give one."
@@ -87,9 +88,7 @@ status=0
 if [ "$status" -eq 130 ]; then
   interrupted
 elif [ "$status" -ne 0 ]; then
-  printf '\nTraining ended with status %d; the reason stands above. To go on: %s\n' \
-    "$status" "$again" >&2
-  exit "$status"
+  ended "$status" "$again"
 fi
 
 place="$workdir"

@@ -36,8 +36,8 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Any) -> N
         print("\nStopped.", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sl_jax"):
         print(
-            f"{error.name} is not installed; please install sl_jax with the extra for this host: "
-            "pip install 'sl_jax[cpu]', or cuda, or tpu; or judge, for one that only judges",
+            f"{error.name} is not installed; please install sl_jax with the extra for this host, "
+            "from its repository: pip install '.[cpu]', or cuda, tpu, or judge, which only judges",
             file=sys.stderr,
         )
     else:

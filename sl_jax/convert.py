@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from etils import epath
 
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter, save_adapter_checkpoint
-from sl_jax.checkpoints.card import CardSettings, write_card
+from sl_jax.checkpoints.card import CardSettings, training_of, write_card
 from sl_jax.checkpoints.diffusers_lora import write_diffusers
+from sl_jax.checkpoints.disk import disk_problem, require_writable
 from sl_jax.checkpoints.merge import merge
 from sl_jax.checkpoints.peft import write_peft
 from sl_jax.checkpoints.pipeline import parameter_shapes
@@ -21,7 +22,6 @@ from sl_jax.checkpoints.tensor_files import local_path
 from sl_jax.checkpoints.verify import TOLERANCES, compare
 from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import RELEASE
-from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.training.console import set_up_logging
 
@@ -94,11 +94,11 @@ def _named(given: str) -> str:
 def to_peft(flags: argparse.Namespace) -> None:
     """Any adapter → PEFT folder, or diffusers LoRA file, with model card and script."""
     found = read_adapter(flags.source)
+    training = training_of(found.config)
     base = flags.base_model or found.base_model or _BASE
     _WRITERS[flags.format](flags.output, found.modules, base, found.layers)
     settings = CardSettings(RELEASE.layers, RELEASE.steps, RELEASE.size, DEFAULT_PROMPT)
-    trained = found.layers is not None and found.base_model is not None
-    write_card(flags.output, flags.format, base, settings, trained)
+    write_card(flags.output, flags.format, base, settings, training)
     modules = counted(len(found.modules), "adapted module")
     print(f"{modules}, README.md and infer.py: {flags.output}")
 

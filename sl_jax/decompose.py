@@ -11,8 +11,8 @@ from absl import app, flags
 
 from sl_jax.checkpoints.adapters import adapter_digest
 from sl_jax.checkpoints.byte_ranges import reachable
+from sl_jax.checkpoints.disk import disk_problem
 from sl_jax.inference.decomposer import RELEASE, Decomposer, PictureDecomposer, Sampling
-from sl_jax.inference.disk import disk_problem
 from sl_jax.inference.fingerprints import checkpoint_digest
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.inference.prompts import DEFAULT_PROMPT

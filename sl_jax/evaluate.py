@@ -9,13 +9,13 @@ import sys
 from absl import app, flags
 
 from sl_jax.checkpoints.byte_ranges import reachable
+from sl_jax.checkpoints.disk import disk_problem
 from sl_jax.eval import options
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.run import BASE, EvaluationConfig, evaluate
 from sl_jax.eval.samples import MOST_LAYERS
 from sl_jax.eval.systems import ModelConfig
 from sl_jax.inference.decomposer import RELEASE
-from sl_jax.inference.disk import disk_problem
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 from sl_jax.scoring import JudgeError
 from sl_jax.scoring.cache import CacheError

@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"arguments {argv[1:]} are not understood; please use --config=FILE")
     if _SELFTEST.value:
         sys.exit(_check_hardware())
-    if _STATUS.value:
+    if _STATUS.present:
         sys.exit(_show_status())
     if _CONFIG.value is None:
         raise app.UsageError("there is nothing to train; please use --config=FILE")

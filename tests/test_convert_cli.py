@@ -86,8 +86,14 @@ def workdir(peft_folder, random_checkpoint, tmp_path_factory):
     checkpoints = RunCheckpoints(folder / "checkpoints")
     checkpoints.save(3, {"adapter": other, "ema": average, "updates": np.int32(7)})
     checkpoints.close()
-    (folder / "config.json").write_text(json.dumps({"model": str(random_checkpoint)}))
+    configured(folder, model=str(random_checkpoint))
     return folder
+
+
+def configured(folder, guidance=1.0, **fields):
+    """Writes the configuration of a run by reward, as far as its adapter goes."""
+    rollout = {"guidance": guidance, "negative_prompt": "much | of <b>it</b>"}
+    (folder / "config.json").write_text(json.dumps({"rollout": rollout, **fields}))
 
 
 def assert_same(found, wanted):
@@ -118,7 +124,12 @@ def test_the_card_tells_how_to_sample(workdir, random_checkpoint, tmp_path):
     card = (tmp_path / "README.md").read_text()
     _, front, text = card.split("---\n", 2)
     assert f"base_model: {random_checkpoint}\n" in front and "library_name: peft\n" in front
-    for part in ("Heun, 50 steps (99 evaluations", "guidance | 1.0", "640 pixels", "layers | 4"):
+    for part in (
+        "Heun, 50 steps (99 evaluations",
+        "guidance | 1.0, that is none, as",
+        "640 pixels",
+        "layers | 4",
+    ):
         assert part in text
     assert "PeftModel.from_pretrained" in text and "Flow-GRPO" in text
     (tmp_path / "config.json").write_text("{}")  # not of a run
@@ -126,7 +137,29 @@ def test_the_card_tells_how_to_sample(workdir, random_checkpoint, tmp_path):
     run("to-peft", tmp_path / "step", tmp_path / "file", "--format", "diffusers")
     card = (tmp_path / "file" / "README.md").read_text()
     assert "load_lora_weights" in card and "Flow-GRPO" not in card
+    assert "| guidance | unknown: the adapter does not say" in card
     assert not re.search(r"\$\w", card + (tmp_path / "infer.py").read_text())
+
+
+def test_the_card_and_the_script_take_the_guidance_of_the_run(workdir, tmp_path):
+    """Also of the adapter that a run exports into its work directory."""
+    run_folder = tmp_path / "run"
+    shutil.copytree(workdir, run_folder)
+    configured(run_folder, 4.0)
+    run("to-peft", run_folder, run_folder / "adapter")
+    for source in (run_folder, run_folder / "adapter"):
+        run("to-peft", source, tmp_path / "out")
+        card = (tmp_path / "out" / "README.md").read_text()
+        (row,) = re.findall(r"^\| guidance \| (.*) \|$", card, re.M)
+        assert row.startswith("4 away from the prompt") and "|" not in row
+        script = runpy.run_path(str(tmp_path / "out" / "infer.py"))
+        assert (script["GUIDANCE"], script["NEGATIVE_PROMPT"]) == (4.0, "much | of <b>it</b>")
+    (run_folder / "config.json").write_text('{"model": "base"}')  # supervised
+    run("to-peft", run_folder, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "guidance | 1.0, that is none" in card and "true layers" in card
+    configured(run_folder, "4")
+    assert "does not tell its guidance" in refused("to-peft", run_folder, tmp_path / "out")
 
 
 @pytest.fixture(scope="module")
@@ -173,9 +206,9 @@ def test_the_script_integrates_to_second_order(workdir, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["peft", "diffusers"])
+@pytest.mark.parametrize(("form", "guidance"), [("peft", 1.0), ("diffusers", 3.0)])
 def test_the_script_gives_the_layers_of_decompose(
-    decomposer, workdir, random_checkpoint, tmp_path, form
+    decomposer, workdir, random_checkpoint, tmp_path, form, guidance
 ):
     """Same noise: the same layers as here, and others than without the adapter."""
     run("to-peft", workdir, tmp_path, "--format", form)
@@ -183,7 +216,7 @@ def test_the_script_gives_the_layers_of_decompose(
     assert (script["LAYERS"], script["STEPS"], script["SIZE"]) == (4, 50, 640)
     draw = np.random.default_rng(0).integers(0, 256, (5, 7, 4), dtype=np.uint8)
     image = Image.fromarray(draw).resize((100, 41), Image.Resampling.BICUBIC)
-    sampling = Sampling(layers=2, steps=3, size=64)
+    sampling = Sampling(layers=2, steps=3, size=64, guidance=guidance)
     resized = script["resized"](image, 64)
     frame = sampling.frame(np.asarray(image))
     assert np.abs(np.asarray(resized, int) - frame[..., :3]).max() <= 1
@@ -191,12 +224,13 @@ def test_the_script_gives_the_layers_of_decompose(
     tokens = (sampling.layers + 1) * (frame.shape[0] // 16) * (frame.shape[1] // 16)
     noise = torch.from_numpy(np.array(initial_noise(key, tokens, 64)))
     pipe = script["load"](str(random_checkpoint), dtype=torch.float32)
-    theirs = script["decompose"](pipe, Image.fromarray(frame[..., :3]), 2, 3, noise=noise)
+    options = {"guidance": guidance, "negative_prompt": " ", "noise": noise}
+    theirs = script["decompose"](pipe, Image.fromarray(frame[..., :3]), 2, 3, **options)
     (ours,) = decomposer.decompose(frame[None], key, sampling)
     found = np.stack([np.asarray(layer) for layer in theirs])
     assert np.abs(found.astype(int) - ours).max() <= 2
     pipe.transformer.disable_adapter_layers() if form == "peft" else pipe.disable_lora()
-    base = script["decompose"](pipe, Image.fromarray(frame[..., :3]), 2, 3, noise=noise)
+    base = script["decompose"](pipe, Image.fromarray(frame[..., :3]), 2, 3, **options)
     assert np.abs(np.asarray(base[1], int) - found[1]).mean() > 2
 
 

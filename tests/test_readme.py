@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import pytest
 from PIL import Image
 
 from sl_jax.data import write_designs
-from sl_jax.training.flags import packaged
+from sl_jax.training.flags import packaged, packaged_file, read_config
 from sl_jax.training.status_screen import EXIT_CODES
 
 ROOT = Path(__file__).parents[1]
@@ -266,7 +267,7 @@ def test_pytorch_loads_what_the_readme_exports(place):
 
 def _said() -> list[str]:
     """Texts of all messages in the sources; a value that is filled in ends one."""
-    found = []
+    found = [path.read_text(encoding="utf-8") for path in (ROOT / "launch").glob("*.sh")]
     for path in (ROOT / "sl_jax").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8"))
         found += [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
@@ -298,6 +299,25 @@ def test_variants_and_exit_codes_of_the_readme_are_those_of_the_program():
     told = README[README.index("### Watching a run") : README.index("### Variants of")]
     codes = {int(code) for code in re.findall(r"^\| (\d) \|", told, re.MULTILINE)}
     assert codes == {1, *EXIT_CODES.values()}
+
+
+def _fields(config: Mapping, path: str = "") -> Iterator[str]:
+    for name, value in config.items():
+        yield f"{path}{name}"
+        if isinstance(value, Mapping):
+            yield from _fields(value, f"{path}{name}.")
+
+
+def test_fields_of_the_readme_are_those_of_the_configurations():
+    configs = [read_config(packaged_file(name)).to_dict() for name in ("grpo", "sft")]
+    known = {field for config in configs for field in _fields(config)}
+    groups = {field.partition(".")[0] for field in known}
+    files = ("judge.py", "judge.sqlite3", "train.py")
+    named = set(re.findall(r"`(?:--)?(?:config\.)?([a-z_]+\.[a-z_.]+[a-z_])\b", README))
+    named |= set(re.findall(r"--config\.([a-z_.]+[a-z_])=", README)) - {"field"}
+    named = {n for n in named if n.partition(".")[0] in groups and n not in files}
+    assert len(named) > 40
+    assert named <= known, named - known
 
 
 def test_the_contents_lead_to_every_section():

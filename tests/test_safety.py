@@ -21,7 +21,8 @@ from safetensors.numpy import load_file
 from test_hostile_files import Copies, copies
 
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter
-from sl_jax.checkpoints.card import CardSettings, write_card
+from sl_jax.checkpoints.card import CardSettings, Training, write_card
+from sl_jax.checkpoints.disk import inside_name
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.pipeline import parameter_shapes
@@ -48,7 +49,6 @@ from sl_jax.eval.report import (
 from sl_jax.eval.run import EvaluationConfig, evaluate
 from sl_jax.inference import prompts
 from sl_jax.inference.decomposer import Sampling
-from sl_jax.inference.disk import inside_name
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.scoring.cache import AnswerCache, CacheError
 from sl_jax.scoring.records import Record, to_markdown
@@ -465,7 +465,8 @@ def test_judgements_are_shown_as_plain_text(text):
 def test_a_model_card_quotes_what_an_adapter_says(tmp_path):
     """The base's name stands in YAML and in code that readers copy."""
     evil = 'x"); import os; os.system("\n---\nlicense: "mit'
-    write_card(tmp_path, "peft", evil, CardSettings(4, 50, 640, "a prompt"), trained=False)
+    settings, training = CardSettings(4, 50, 640, "a prompt"), Training(True, 4.0, evil)
+    write_card(tmp_path, "peft", evil, settings, training)
     card = (tmp_path / "README.md").read_text("utf-8")
     front = card.split("---\n")[1].splitlines()
     assert [line.partition(":")[0] for line in front if line[0] != " "] == [

@@ -42,11 +42,14 @@ class AdapterModules(NamedTuple):
         modules: by dotted name.
         layers: number of blocks of its model, if the source tells.
         base_model: name of its model, if the source tells.
+        config: the configuration of the run that trained it; empty if the source is in no work
+            directory.
     """
 
     modules: dict[str, LoraModule]
     layers: int | None
     base_model: str | None
+    config: Mapping[str, Any]
 
 
 def locate_adapter(name: epath.PathLike) -> AdapterSource:
@@ -135,8 +138,8 @@ def read_adapter(name: epath.PathLike) -> AdapterModules:
     source = locate_adapter(name)
     problems: list[str] = []
     if source.kind == "run":
-        adapter = _run_adapter(source.path)
-        return AdapterModules(to_modules(adapter), stack_size(adapter), _run_model(source.path))
+        adapter, config = _run_adapter(source.path), _run_config(source.path.parent)
+        return AdapterModules(to_modules(adapter), stack_size(adapter), config.get("model"), config)
     modules = _modules(source, problems)
     refuse(name, problems)
     told = None
@@ -144,7 +147,7 @@ def read_adapter(name: epath.PathLike) -> AdapterModules:
         told = read_config(source.path, peft.CONFIG).get("base_model_name_or_path")
         if not isinstance(told, str | None):
             raise CheckpointError(f"{name}: base_model_name_or_path is {told!r}, which is no name")
-    return AdapterModules(modules, None, told)
+    return AdapterModules(modules, None, told, _run_config(source.path))
 
 
 def _modules(source: AdapterSource, problems: list[str]) -> dict[str, LoraModule]:
@@ -166,12 +169,11 @@ def _run_adapter(step: epath.Path) -> Adapter:
     return Adapter(**tree)
 
 
-def _run_model(step: epath.Path) -> str | None:
-    """The model that the configuration of a run names; None outside a work directory."""
-    folder = step.parent.parent
-    if step.parent.name != "checkpoints" or not (folder / "config.json").exists():
-        return None
-    return read_config(folder).get("model")
+def _run_config(part: epath.Path) -> Mapping[str, Any]:
+    """The configuration of the run whose `checkpoints` or `adapter` this is; {} of another's."""
+    run = part.parent
+    inside = part.name in ("checkpoints", "adapter") and (run / "checkpoints").exists()
+    return read_config(run) if inside and (run / "config.json").exists() else {}
 
 
 def save_adapter_checkpoint(folder: epath.PathLike, adapter: Adapter) -> None:

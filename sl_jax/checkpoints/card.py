@@ -1,12 +1,15 @@
 """What stands beside an exported adapter: a model card, and a script that runs it in PyTorch."""
 
 import json
+import math
 import re
+from collections.abc import Mapping
 from string import Template
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from etils import epath
 
+from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.imaging.words import printable
 
 _PLAIN = re.compile(r"[\w./-]+")
@@ -21,8 +24,47 @@ class CardSettings(NamedTuple):
     prompt: str
 
 
+class Training(NamedTuple):
+    """What a run of this package tells of how it trained an adapter.
+
+    Attributes:
+        by_reward: by Flow-GRPO; otherwise supervised, on layers.
+        guidance: scale of classifier-free guidance in training; 1 is none.
+        negative_prompt: that guidance leads away from.
+    """
+
+    by_reward: bool
+    guidance: float
+    negative_prompt: str
+
+
+def training_of(config: Mapping[str, Any]) -> Training | None:
+    """What the configuration of a run says of its training; None of an empty one.
+
+    Raises:
+        CheckpointError: it is not what a run of this package leaves.
+    """
+    if not config:
+        return None
+    rollout = config.get("rollout", {"guidance": 1.0, "negative_prompt": ""})
+    try:
+        scale, negative = rollout["guidance"], rollout["negative_prompt"]
+        if not math.isfinite(scale) or not isinstance(negative, str):
+            raise ValueError(f"guidance {scale!r}, negative_prompt {negative!r}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"the run's config.json does not tell its guidance ({error}); please pass the "
+            "adapter alone, outside the work directory"
+        ) from error
+    return Training("rollout" in config, float(scale), negative)
+
+
 def write_card(
-    folder: epath.PathLike, form: str, base_model: str, settings: CardSettings, trained: bool
+    folder: epath.PathLike,
+    form: str,
+    base_model: str,
+    settings: CardSettings,
+    training: Training | None,
 ) -> None:
     """Writes `README.md` and `infer.py`.
 
@@ -31,7 +73,8 @@ def write_card(
         form: "peft" or "diffusers".
         base_model: name of the model that the adapter is for.
         settings: recommended for inference, and the script's defaults.
-        trained: whether it comes from a run of this package, which the card then tells.
+        training: of the run that it comes from; None if that is unknown. Card and script take its
+            guidance.
     """
     folder = epath.Path(folder)
     base_model = printable(base_model)  # from the adapter, maybe, which may come from anywhere
@@ -41,7 +84,10 @@ def write_card(
         "quoted": base_model if _PLAIN.fullmatch(base_model) else json.dumps(base_model),
         "form": form,
         "evaluations": 2 * settings.steps - 1,
-        "origin": _TRAINED if trained else "",
+        "origin": "" if training is None else _ORIGIN[training.by_reward],
+        "guided": _guided(training),
+        "guidance": 1.0 if training is None else training.guidance,
+        "negative": "" if training is None else training.negative_prompt,
         "loading": Template(_LOADING[form]).substitute(base=json.dumps(base_model)).strip(),
         "library": {"peft": "peft", "diffusers": "diffusers"}[form],
     }
@@ -50,9 +96,27 @@ def write_card(
     (folder / "infer.py").write_text(Template(_SCRIPT).substitute(quoted))
 
 
-_TRAINED = """
+def _guided(training: Training | None) -> str:
+    """The card's word on guidance."""
+    if training is None:
+        return "unknown: the adapter does not say how it was trained; `infer.py` takes none, 1.0"
+    if training.guidance == 1:
+        return "1.0, that is none, as in training"
+    negative = json.dumps(training.negative_prompt).replace("|", "\\u007c")
+    return (
+        f"{training.guidance:g} away from the prompt {negative}, each token's norm kept, as in "
+        "training; two evaluations for one"
+    )
+
+
+_ORIGIN = {
+    True: """
 It was trained by reinforcement learning (Flow-GRPO) from a judge of the layers, with `sl_jax`.
-"""
+""",
+    False: """
+It was trained on designs with their true layers (flow matching), with `sl_jax`.
+""",
+}
 _LOADING = {
     "peft": """
 from peft import PeftModel
@@ -84,7 +148,7 @@ $origin
 | setting | value |
 | --- | --- |
 | sampler | Heun, $steps steps ($evaluations evaluations of the model) |
-| guidance | 1.0, that is none |
+| guidance | $guided |
 | size | longest side $size pixels, sides rounded to multiples of 16 |
 | layers | $layers |
 | prompt | "$prompt", or a caption of the picture |
@@ -122,6 +186,7 @@ from PIL import Image
 HERE = Path(__file__).resolve().parent
 BASE, PROMPT = $base, $prompt
 LAYERS, STEPS, SIZE = $layers, $steps, $size
+GUIDANCE, NEGATIVE_PROMPT = $guidance, $negative  # scale 1 is none
 CELL = 16  # pixels per token, along each side
 
 
@@ -170,8 +235,25 @@ def unfold(tokens, height, width):
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(len(cells), -1, 2 * height, 2 * width)
 
 
+def guided(wanted, unwanted, scale):
+    """Away from `unwanted`, with each token's norm that of `wanted`."""
+    mixed = unwanted + scale * (wanted - unwanted)
+    norms = [x.norm(dim=-1, keepdim=True) for x in (wanted, mixed)]
+    return mixed * norms[0] / norms[1].clamp(min=1e-12)
+
+
 @torch.no_grad()
-def decompose(pipe, image, layers=LAYERS, steps=STEPS, prompt=PROMPT, seed=42, noise=None):
+def decompose(
+    pipe,
+    image,
+    layers=LAYERS,
+    steps=STEPS,
+    prompt=PROMPT,
+    seed=42,
+    guidance=GUIDANCE,
+    negative_prompt=NEGATIVE_PROMPT,
+    noise=None,
+):
     """RGBA images, back to front; `image` comes from `resized`."""
     model, vae, device, dtype = pipe.transformer, pipe.vae, pipe.device, pipe.dtype
     statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=device)
@@ -181,11 +263,12 @@ def decompose(pipe, image, layers=LAYERS, steps=STEPS, prompt=PROMPT, seed=42, n
     pixels = torch.from_numpy(np.array(image.convert("RGBA"))).to(device).permute(2, 0, 1)
     encoded = vae.encode((pixels / 127.5 - 1).to(dtype)[None, :, None]).latent_dist.mode()
     condition = fold((encoded[:, :, 0].float() - mean) / deviation)
-    text, mask = pipe.encode_prompt(prompt, device=device)
+    texts = [prompt] if guidance == 1 else [prompt, negative_prompt]
+    texts = [pipe.encode_prompt(text, device=device) for text in texts]
     grid = np.linspace(1.0, 0.0, steps + 1)[:-1]
     pipe.scheduler.set_timesteps(sigmas=grid, mu=(height * width / 256) ** 0.5, device=device)
 
-    def velocity(x, sigma):
+    def by_prompt(x, sigma, text, mask):
         return model(
             hidden_states=torch.cat([x, condition], dim=1).to(dtype),
             timestep=sigma.reshape(1).to(device, dtype),
@@ -195,6 +278,10 @@ def decompose(pipe, image, layers=LAYERS, steps=STEPS, prompt=PROMPT, seed=42, n
             additional_t_cond=torch.zeros(1, dtype=torch.long, device=device),
             return_dict=False,
         )[0][:, : x.shape[1]].float()
+
+    def velocity(x, sigma):
+        wanted, *unwanted = (by_prompt(x, sigma, *text) for text in texts)
+        return guided(wanted, *unwanted, guidance) if unwanted else wanted
 
     if noise is None:  # drawn on the CPU, so that a seed means the same everywhere
         shape = (1, (layers + 1) * height * width, condition.shape[-1])
@@ -220,12 +307,23 @@ def main():
     parser.add_argument("--size", type=int, default=SIZE)
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
+    parser.add_argument("--negative-prompt", default=NEGATIVE_PROMPT)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     flags = parser.parse_args()
     pipe = load(flags.base, flags.device, getattr(torch, flags.dtype))
     image = resized(Image.open(flags.picture), flags.size)
-    images = decompose(pipe, image, flags.layers, flags.steps, flags.prompt, flags.seed)
+    images = decompose(
+        pipe,
+        image,
+        flags.layers,
+        flags.steps,
+        flags.prompt,
+        flags.seed,
+        flags.guidance,
+        flags.negative_prompt,
+    )
     flags.output.mkdir(parents=True, exist_ok=True)
     composite = Image.new("RGBA", image.size, (0, 0, 0, 0))
     for index, layer in enumerate(images):

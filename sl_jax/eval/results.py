@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from sl_jax.checkpoints.disk import inside_name
 from sl_jax.eval.compare import Measurement
 from sl_jax.eval.layerd import EditScores
 from sl_jax.eval.options import EvaluationError
 from sl_jax.eval.reference_free import ReferenceFree
 from sl_jax.eval.stable_layers import LayerL1
 from sl_jax.eval.stacks import read_stack, write_stack
-from sl_jax.inference.disk import inside_name
 
 _log = logging.getLogger(__name__)
 

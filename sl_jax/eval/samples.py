@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from sl_jax import imaging
+from sl_jax.checkpoints.disk import inside_name
 from sl_jax.data import FolderError, Skipped, make_buckets
 from sl_jax.data.canvas import merge_to
 from sl_jax.data.paired import PairedDesign, is_paired, open_paired
@@ -31,7 +32,6 @@ from sl_jax.data.tfds_pictures import Named, open_record, parse_named, scan_tfds
 from sl_jax.data.threads import in_threads
 from sl_jax.eval.options import EvaluationError
 from sl_jax.eval.stacks import LIMITS, StackError, check_alpha
-from sl_jax.inference.disk import inside_name
 from sl_jax.inference.folder import Entry, find_pictures
 
 PROCEDURAL = "procedural"

@@ -22,6 +22,7 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from sl_jax.checkpoints.byte_ranges import reachable
+from sl_jax.checkpoints.disk import inside_name, require_writable
 from sl_jax.data import FolderError, are_folders, in_threads, list_files
 from sl_jax.data.pictures import (
     PictureError,
@@ -38,7 +39,6 @@ from sl_jax.inference.decomposer import (
     check_seeds,
     picture_keys,
 )
-from sl_jax.inference.disk import inside_name, require_writable
 from sl_jax.inference.outputs import clear_outputs, layer_names, read_record, write_outputs
 
 _MAGIC = frozenset("*?[")

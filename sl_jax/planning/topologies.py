@@ -157,7 +157,7 @@ def devices(slice_: Topology) -> list[Any]:
         if "libtpu" in str(error) and "not" in str(error):
             raise PlanError(
                 f"TPU programs are compiled by libtpu, which is not here ({error}); please "
-                "install it: pip install 'sl_jax[tpu]' (Linux on x86-64)"
+                "install it, from the repository: pip install '.[tpu]' (Linux on x86-64)"
             ) from error
         raise PlanError(f"topology {slice_.name!r} was refused by libtpu: {error}") from error
     return list(described.devices)

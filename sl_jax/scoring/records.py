@@ -162,8 +162,8 @@ def to_markdown(record: Record) -> str:
         if failure := scores.failures[index]:
             told = failure.reason
         said += [f"- {label}: {_plain(told)}"] if told else []
-    title = _plain(f"{record.picture_id}: {record.caption}")
-    return "\n".join([title, "", *table, "", *said])
+    title = ": ".join(filter(None, (record.picture_id, record.caption)))
+    return "\n".join([_plain(title), "", *table, "", *said])
 
 
 def _plain(text: str) -> str:

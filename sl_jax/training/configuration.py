@@ -73,7 +73,7 @@ PARTS = {
 LOG = {
     "log.wandb": Rule(
         lambda project: not project or importlib.util.find_spec("wandb") is not None,
-        "'', or install its package: pip install 'sl_jax[wandb]'",
+        "'', or install its package, from the repository: pip install '.[wandb]'",
     )
 }
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from absl import logging as absl_logging
 from tqdm import tqdm
 
+from sl_jax.checkpoints.disk import disk_problem
 from sl_jax.imaging.words import printable
 from sl_jax.parallel.interrupts import TERMINATED, UNEXPECTED, OthersGoneError, Terminated
 
@@ -56,7 +57,8 @@ def ending_in_a_line(
 
     Args:
         expected: errors that say what to do; exit code 1. Errors of the system, such as a full
-            disk, are expected as well, and name a path. All others are shown whole; exit code 70.
+            disk, are expected as well: path and advice are added. All others are shown whole; exit
+            code 70.
         unit: what a run that was stopped is whole after: "epoch", "update"; exit code 130 after
             Ctrl-C, 143 after SIGTERM, or where another process was killed.
         folder: what the run writes to: the path of errors that know none.
@@ -69,9 +71,8 @@ def ending_in_a_line(
     except expected as error:
         sys.exit(f"{type(error).__name__}: {error}")
     except OSError as error:
-        if error.filename is None and error.errno is not None:
-            error.filename = folder or None
-        sys.exit(f"{type(error).__name__}: {error}")
+        told = str(error) if error.errno is None else disk_problem(error, folder)
+        sys.exit(f"{type(error).__name__}: {told}")
     except Exception:  # to tell it from those: what starts runs again has hope
         traceback.print_exc()
         sys.exit(UNEXPECTED)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from absl import app
+from absl import flags
 from ml_collections import ConfigDict
 
 import sl_jax
@@ -21,13 +21,17 @@ def parse_config_flags(argv: Sequence[str]) -> list[str]:
     """A `flags_parser` for `app.run`: `--config=FILE[:VARIANT]` and `--config.field=value`.
 
     A bare name, as in `--config=grpo:tiny`, means a packaged configuration. Ends the program, with
-    a line for each, where there is no such file or variant or a field is unknown.
+    a line for each, where there is no such file or variant, a field is unknown, or a value cannot
+    be read.
     """
     argv = [_located(arg) for arg in argv]
     problems = list(config_problems(argv))
     if problems:
         sys.exit("ConfigError: this configuration cannot run:\n  " + "\n  ".join(problems))
-    return app.parse_flags_with_usage(argv)
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        sys.exit(f"{error}\nPlease see what there is by --help, and for fields by --explain.")
 
 
 def packaged(name: str, variant: str) -> ConfigDict:
@@ -39,9 +43,12 @@ def read_config(file: Path | str, variant: str | None = None) -> ConfigDict:
     """What a configuration file gives, before the command line changes it.
 
     Raises:
-        ValueError: the file has no such variant.
+        ValueError: the file is no configuration, or has no such variant.
     """
-    return runpy.run_path(str(file))["get_config"](*([] if variant is None else [variant]))
+    found = runpy.run_path(str(file))
+    if "get_config" not in found:
+        raise ValueError(f"{file} defines no get_config; please give a configuration file")
+    return found["get_config"](*([] if variant is None else [variant]))
 
 
 def packaged_file(name: str) -> Path:
@@ -59,7 +66,10 @@ def config_problems(argv: Sequence[str]) -> Iterator[str]:
         return
     file, variant = files[-1].groups()
     if not Path(file).is_file():
-        yield f"{files[-1][0]}: {file} does not exist; please give a configuration file"
+        yield (
+            f"{files[-1][0]}: there is no file {file}; please give a configuration file, such as "
+            "configs/grpo.py, or the name of a packaged one, such as grpo:tiny"
+        )
         return
     try:
         config = read_config(file, variant)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from sl_jax.checkpoints.disk import require_writable
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import ConfigError
 
@@ -41,6 +42,7 @@ def claim(config: Any, identity: Identity, processes: Processes = ALONE) -> epat
     Raises:
         ConfigError: it holds a run of another configuration, or processes have different ones, or
             do not share the directory; differing fields are named.
+        OSError: nothing can be written there.
         ProcessError: the main process met one of these.
     """
     agree(config, identity, processes)
@@ -112,6 +114,7 @@ def _claim(folder: epath.Path, config: Any, identity: Identity) -> None:
                     for name in differing
                 )
             )
+    require_writable(folder)  # before a model is loaded
     folder.mkdir(parents=True, exist_ok=True)
 
 

@@ -145,7 +145,7 @@ def test_served_judges_train_the_adapter_that_the_one_in_process_does(
 ):
     """Though one of them dies in the middle, and whatever is asked again is asked elsewhere."""
     caplog.set_level("INFO", "sl_jax")
-    servers[1].judge.dies_after = 20
+    servers[1].judge.dies_after = 12  # of about 25: before the last metrics, whoever was quicker
     workdir = tmp_path / "run"
     runner(workdir, servers)
     _assert_same(workdir, whole)

@@ -13,12 +13,12 @@ from etils.epath import backend
 from PIL import Image
 from psd_tools import PSDImage
 
+from sl_jax.checkpoints.disk import disk_problem, require_writable
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.data import FolderError, longest_side_size, pictures
 from sl_jax.imaging import flatten, over, recompose, to_uint8
 from sl_jax.inference import folder, outputs
 from sl_jax.inference.decomposer import Sampling
-from sl_jax.inference.disk import disk_problem, require_writable
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 
 SAMPLING = Sampling(layers=3, steps=1, size=32)

@@ -84,7 +84,13 @@ def test_a_failed_self_test_stops_it(node):
     assert node.calls() == [["train", "--selftest"], ["train", *RUN]]
 
 
-@pytest.mark.parametrize("status", [1, 143])
+def test_what_is_wrong_is_put_right_before_it_goes_on(node):
+    done = node.run("gpu.sh", *RUN, SELFTEST="no", train_STATUS="1")
+    assert done.returncode == 1 and "Please put right what stands above" in done.stderr
+    node.calls()
+
+
+@pytest.mark.parametrize("status", [70, 143])
 def test_the_status_of_the_training_is_passed_on(node, status):
     done = node.run("gpu.sh", *RUN, SELFTEST="no", train_STATUS=str(status))
     assert done.returncode == status

@@ -122,6 +122,7 @@ def test_quickstart_with_a_work_directory(installed, tmp_path):
     [
         (["missing"], "missing is not a folder"),
         ([""], "FOLDER is empty"),
+        (["-x"], "-x is not known"),
         ([".", ".."], "Two folders"),
     ],
 )

@@ -37,7 +37,10 @@ def test_known_fields_are_no_problem():
 
 def test_files_and_variants(tmp_path):
     (problem,) = config_problems([f"--config={tmp_path}/none.py"])
-    assert "none.py does not exist" in problem
+    assert "there is no file" in problem and "none.py; please give a configuration" in problem
+    (tmp_path / "other.py").write_text("x = 1")
+    (problem,) = config_problems([f"--config={tmp_path}/other.py"])
+    assert "other.py defines no get_config; please" in problem
     (problem,) = config_problems([f"--config={CONFIG}:tinny"])
     assert "variant 'tinny' is unknown; please use production, tiny" in problem
 
@@ -47,3 +50,10 @@ def test_all_mistakes_end_the_program_together():
         parse_config_flags(["train", "--config=grpo:tiny", "--config.a=1", "--config.b=2"])
     message = str(error.value.code)
     assert "config.a is unknown" in message and "config.b is unknown" in message
+
+
+def test_a_value_that_cannot_be_read_is_named():
+    with pytest.raises(SystemExit) as error:
+        parse_config_flags(["train", "--no_such_flag"])
+    message = str(error.value.code)
+    assert "no_such_flag" in message and "Please see what there is by --help" in message

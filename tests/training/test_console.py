@@ -1,5 +1,7 @@
 """How a command ends where its user can do something about it."""
 
+import errno
+
 import pytest
 
 from sl_jax.training.console import ending_in_a_line
@@ -9,6 +11,14 @@ def test_an_expected_error_ends_in_its_message():
     with pytest.raises(SystemExit) as end, ending_in_a_line((OSError,), "update"):
         raise FileNotFoundError("no such folder; please make it")
     assert end.value.code == "FileNotFoundError: no such folder; please make it"
+
+
+@pytest.mark.parametrize("name", [None, "run/metrics.jsonl"])
+def test_an_error_of_the_system_names_a_path_and_what_to_do(name):
+    with pytest.raises(SystemExit) as end, ending_in_a_line((), "update", "run"):
+        raise OSError(errno.ENOSPC, "full", name)
+    place = name or "run"
+    assert end.value.code.startswith(f"OSError: {place}: No space left on device; please free")
 
 
 def test_other_errors_are_told_whole_and_have_a_code_of_their_own(capsys):

@@ -135,7 +135,7 @@ def test_weights_and_biases_get_pictures_with_what_is_said_of_them(tmp_path, mon
 def test_a_missing_package_is_said_before_training(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (problem,) = broken(SimpleNamespace(log=LogConfig("layers")), LOG)
-    assert "config.log.wandb is 'layers'" in problem and "sl_jax[wandb]" in problem
+    assert "config.log.wandb is 'layers'" in problem and "pip install '.[wandb]'" in problem
     assert list(broken(SimpleNamespace(log=LogConfig()), LOG)) == []
 
 

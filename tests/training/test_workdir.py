@@ -99,6 +99,16 @@ def test_a_start_that_failed_has_claimed_nothing(tmp_path):
     workdir.claim(_config(tmp_path, seed=8, data=DataConfig(path="other pictures")), IDENTITY)
 
 
+@pytest.mark.parametrize("place", ["file", "file/run", "/proc/run"])
+def test_a_folder_that_cannot_be_written_is_found_before_a_model_is_loaded(tmp_path, place):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError) as error:
+        workdir.claim(
+            dataclasses.replace(_config(tmp_path), workdir=str(tmp_path / place)), IDENTITY
+        )
+    assert error.value.filename == str(tmp_path / place)
+
+
 def test_a_damaged_record_is_no_licence(tmp_path):
     config = _config(tmp_path)
     folder = workdir.claim(config, IDENTITY)

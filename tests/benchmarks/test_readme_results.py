@@ -1,0 +1,94 @@
+"""The README's tables and figures are those of the results that lie in the repository."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import growth
+import plan_table
+import pytest
+
+from sl_jax.planning.roofline import JudgePool
+
+README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def results(name: str) -> Any:
+    return json.loads((Path(__file__).parent / "results" / name).read_text())
+
+
+def signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}".replace("-", "−")
+
+
+def interval(row: dict[str, float], digits: int) -> str:
+    mean, low, high = (round(row[name], digits) + 0.0 for name in ("mean", "low", "high"))
+    return f"{mean:.{digits}f} ({low:.{digits}f} … {high:.{digits}f})".replace("-", "−")
+
+
+def change(row: dict[str, float], digits: int) -> str:
+    told = [signed(row[name], digits) for name in ("change", "low", "high")]
+    return f"{told[0]} ({told[1]} … {told[2]})"
+
+
+def of_plans() -> Iterator[str]:
+    plans = results("plan_table.json")
+    for shown in (plan_table.table(plans), growth.table(plans, JudgePool(5.0, 16))):
+        for line in shown.splitlines()[2:]:
+            yield line.partition(" | ")[2]  # what the rows are called is the README's own
+
+
+def of_the_tiny_base() -> Iterator[str]:
+    for name, row in results("tiny_base.json")["rows"].items():
+        if re.match("euler|heun", name):
+            told = [f"{row[f'layerd_{part}']['mean']:.3f}" for part in ("rgb_l1", "alpha_iou")]
+            told += [f"{row[part]['mean']:.4f}" for part in ("layer_l1", "layer_l1_order_free")]
+            told = [interval(row["layerd_cost"], 3), *told, f"{row['psnr']['mean']:.1f} dB"]
+            yield " | ".join((name, *told))
+
+
+def of_the_two_stages() -> Iterator[str]:
+    for name, row in results("judge_fidelity.json")["rows"].items():
+        if name != "precise":
+            of = ("precise", "order_free_l1")
+            told = [interval(row[f"{stage}_{o}"], 2) for o in of for stage in ("stage1", "reward")]
+            yield " | ".join(told)
+
+
+def of_training() -> Iterator[str]:
+    seeds = [seed["held_out"] for seed in results("training_moves.json")["seeds"].values()]
+    digits = {"reward": 4, "layer_l1_order_free": 4, "layerd_cost_0": 3, "psnr": 2}
+    for name, places in digits.items():
+        before = f"{seeds[0][name]['before']:.{places}f}"
+        yield " | ".join([before, *(change(seed[name], places) for seed in seeds)])
+    supervised = results("sft_pairs.json")["held_out"]
+    for name, places in (digits | {"layer_l1_background": 4}).items():
+        if row := supervised.get(name):
+            yield f"{row['before']:.{places}f} | {change(row, places)}"
+
+
+def of_the_peer() -> Iterator[str]:
+    for row in results("against_pytorch.json"):
+        if row["ratio_to_peer"] is not None:
+            digits = 1 if row["ratio_to_peer"] > 1 else 2
+            yield f"| {row['ratio_to_peer']:.{digits}f} |"
+
+
+@pytest.mark.parametrize(
+    "rows", [of_plans, of_the_tiny_base, of_the_two_stages, of_training, of_the_peer]
+)
+def test_a_table_is_that_of_the_results(rows):
+    expected = list(rows())
+    assert len(expected) >= 5
+    missing = [row for row in expected if row not in README]
+    assert not missing, "\n".join(missing)
+
+
+def test_the_quickstart_takes_what_it_took():
+    seconds = results("quickstart.json")["seconds"]
+    told = re.search(r"takes (\d+) s to install and (\d+) s to train", " ".join(README.split()))
+    assert [int(part) for part in told.groups()] == [
+        round(seconds[part]) for part in ("installation", "training")
+    ]
