@@ -39,7 +39,7 @@ _UNKNOWN_FIELD = frozenset({400, 422, 501})
 _FILTERED = re.compile(r"content[_ -]?(filter|policy)|moderation|safety", re.IGNORECASE)
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _LONGEST_RETRY_AFTER = 3600.0
-_TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2")
+_TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2", "openai")
 
 
 class OpenAIJudge:
@@ -228,9 +228,8 @@ class OpenAIJudge:
         if isinstance(error, openai.APITimeoutError | TimeoutError):
             return TransientJudgeError(f"{self.name}: no answer within {self.config.timeout:g} s")
         cause = error.__cause__ or error
-        return TransientJudgeError(
-            f"{self.name}: {type(cause).__name__}: {self._clean(str(cause))}"
-        )
+        told = ": ".join(filter(None, (type(cause).__name__, self._clean(str(cause)))))
+        return TransientJudgeError(f"{self.name}: {told}")
 
     def _clean(self, text: str) -> str:
         return printable(redacted(" ".join(text.split()), self._key))[:300]

@@ -5,18 +5,18 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from services import free_ports, wait_for
 
 from sl_jax.scoring import EmbeddedJudge, Group, JudgeWorker, TwoStageJudge, cases
 from sl_jax.scoring.encoding import RequestConfig
@@ -29,24 +29,6 @@ DEPLOYMENT = Path(os.environ.get("DEPLOYMENT_VENV", ROOT / ".venv-deployment"))
 TOKEN = "a-token-of-the-test"
 GROUPS = 40
 pytestmark = pytest.mark.system
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return listening.getsockname()[1]
-
-
-def wait_for(what: str, found: Callable[[], bool], seconds: float) -> None:
-    """Returns once it is so.
-
-    Raises:
-      TimeoutError: it was not so in time.
-    """
-    end = time.monotonic() + seconds
-    while not found():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.2)
 
 
 def descendants(of: int) -> dict[int, str]:
@@ -67,7 +49,7 @@ class Cluster:
     """A Ray node of this machine, and the application of `ray_embedded.yaml` on it."""
 
     def __init__(self, place: Path):
-        self.place, self.port = place, free_port()
+        self.place, (self.port,) = place, free_ports(1)
         self.environment = os.environ | {
             "HOME": str(place),
             "JUDGE_TOKEN": TOKEN,
@@ -84,7 +66,7 @@ class Cluster:
         configuration = yaml.safe_load((PLACE / "ray_embedded.yaml").read_text())
         configuration["http_options"] = {"host": "127.0.0.1", "port": self.port}
         (self.place / "judge.yaml").write_text(yaml.safe_dump(configuration))
-        ports = f"--port={free_port()} --ray-client-server-port={free_port()}"
+        ports = "--port={} --ray-client-server-port={}".format(*free_ports(2))
         node = f"--head --block --num-cpus=4 {ports}"
         small = f"--include-dashboard=false --object-store-memory={100 * 2**20}"
         self._run("ray", "start", *node.split(), *small.split(), f"--temp-dir={self.place}")

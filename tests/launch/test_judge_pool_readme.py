@@ -3,18 +3,17 @@
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from services import LIMIT, free_ports
 
 from sl_jax.data import write_designs
 from sl_jax.scoring.records import read_records
 
 ROOT = Path(__file__).parents[2]
-LIMIT = 900  # seconds, on a busy machine
 # The same program, in less time.
 SMALL = {
     "epochs": "1",
@@ -41,14 +40,6 @@ def commands() -> str:
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     (block,) = [block for block in blocks if "--config.judge.endpoints=http://127" in block]
     return block
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [found.getsockname()[1] for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
 
 
 def test_they_are_three_and_name_the_ports_that_they_serve():

@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from services import LIMIT, free_ports, wait_for
 
 from sl_jax.data import write_designs
 from sl_jax.scoring.records import read_records
@@ -26,7 +26,6 @@ from sl_jax.scoring.records import read_records
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scontrol", "scancel")
 TOKEN = "a-token-of-the-test"
-LIMIT = 900  # seconds, on a busy machine
 pytestmark = pytest.mark.system
 
 # Without cgroups, and with more cores than the machine may have: tasks share them.
@@ -79,27 +78,6 @@ def program(name: str) -> str:
     found = shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")
     assert found, f"{name} is missing: please install slurm-wlm and munge, as .ci/run does"
     return found
-
-
-def free_ports(count: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [found.getsockname()[1] for found in sockets]
-    for found in sockets:
-        found.close()
-    return ports
-
-
-def wait_for(what: str, found: Callable[[], bool], seconds: float = LIMIT) -> None:
-    """Returns once it is so.
-
-    Raises:
-      TimeoutError: it was not so in time.
-    """
-    end = time.monotonic() + seconds
-    while not found():
-        if time.monotonic() > end:
-            raise TimeoutError(f"{what}: not within {seconds:g} s")
-        time.sleep(0.2)
 
 
 class Slurm:

@@ -66,6 +66,10 @@ def _soon(holds):
         time.sleep(0.01)
 
 
+def _time(status):
+    return datetime.datetime.fromisoformat(status.updated)
+
+
 def _told(folder):
     return json.loads((folder / "status.json").read_text())
 
@@ -314,6 +318,34 @@ def test_what_the_terminal_cannot_show_is_replaced(tmp_path):
     assert status_screen.EXIT_CODES["finished"] == 0
 
 
-def test_the_screen_of_the_readme_is_that_of_the_program():
-    text, _ = screen(STATUS, "runs/grpo", NOW, 100)
+def test_the_screen_of_the_readme_is_that_of_the_program(monkeypatch):
+    """Of the run that it names, as its status.json was."""
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    warned = (
+        "Held-out pictures are judged by the judge of training: scores that rise there too may "
+        "show how to please it. config.evaluation.judge names another."
+    )
+    told = Status(
+        state="running",
+        of=24,
+        started="2026-11-28T07:01:42Z",
+        updated="2026-11-28T07:08:21Z",
+        host="vm",
+        pid=15505,
+        heartbeat=10.0,
+        processes=1,
+        version="0.1.0",
+        phase="rollout",
+        phase_since="2026-11-28T07:08:21Z",
+        epoch=5,
+        reward=0.53652,
+        held_out=0.54552,
+        seconds_per_epoch=32.375,
+        seconds_left=615.1,
+        judge={"up": 2.0, "a/up": 1.0, "b/up": 1.0, "waiting": 0.0, "requests": 512.0, "p95": 0.48},
+        last_checkpoint=4,
+        warnings=(Warned("2026-11-28T07:01:49Z", warned),),
+        warned=2,
+    )
+    text, _ = screen(told, "runs/pool", _time(told) + datetime.timedelta(seconds=3.2), 80)
     assert text in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
