@@ -80,8 +80,9 @@ _SIX: Settings = {
     "rollout.window_size": "4",
     "rollout.window_range": "(0, 5)",
 }
-# One clip range per ratio, chosen at 64 px; four tokens a frame at 32 px, 64 at 128 px.
-_CLIPS = {"plain": 1e-3, "guard": 3e-4, "velocity": 3e-2}
+# One clip range per ratio: its spread at 64 px, in the first epoch's second update. A frame is four
+# tokens at 32 px, 16 at 64 px, 64 at 128 px.
+_CLIPS = {"plain": 1.3e-4, "guard": 1.4e-4, "velocity": 2.8e-2}
 _SIDES = (32, 64, 128)
 
 
@@ -93,8 +94,9 @@ def _ratio(ratio: str, side: int) -> Arm:
     clip = str(_CLIPS[ratio])
     settings = {
         **_schedule(6),
+        "optimizer.decay_steps": "0",
         "rollout.groups": "4",
-        "rollout.batch_groups": "4",
+        "rollout.batch_groups": "2",
         "learner.updates": "2",
         "learner.micro_batch": "16",
         "objective.ratio": ratio,

@@ -248,9 +248,10 @@ def _liked(records: Sequence[dict]) -> dict[str, str]:
 
 
 def _training(run: Path) -> dict:
-    """What the training's own log says of its beginning and end, and how long it took."""
+    """What the training's own log says of its beginning, its end and all of it; its seconds."""
     log = [record for record in read_metrics(run) if "judge/reward_mean" in record]
-    ends = {"first": log[: len(log) // 8 + 1], "last": log[-(len(log) // 8) - 1 :]}
+    eighth = len(log) // 8 + 1
+    parts = {"first": log[:eighth], "last": log[-eighth:], "all": log}
     watched = (
         "judge/reward_mean",
         "judge/stage1_mean",
@@ -264,7 +265,7 @@ def _training(run: Path) -> dict:
         "seconds": round(sum(record.get("seconds/all", 0.0) for record in log)),
     } | {
         when: {name: _mean(record[name] for record in part) for name in watched}
-        for when, part in ends.items()
+        for when, part in parts.items()
     }
 
 

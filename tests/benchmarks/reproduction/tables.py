@@ -113,9 +113,9 @@ def ratios(results: Sequence[Result]) -> list[str]:
     head = ["arm", "clip range", "clipped", "spread of the ratio"]
     lines = [_row(head), _rule(len(head))]
     for result in rows:
-        last = result["training"]["last"]
-        clipped = last["learner/clipped_low/all"] + last["learner/clipped_high/all"]
-        clip, spread = result["settings"]["objective.clip_low"], last["learner/ratio_std/all"]
+        log, clip = result["training"]["all"], result["settings"]["objective.clip_low"]
+        clipped = log["learner/clipped_low/all"] + log["learner/clipped_high/all"]
+        spread = log["learner/ratio_std/all"]
         lines.append(_row([_arm(result).what, clip, f"{100 * clipped:.1f} %", f"{spread:.2e}"]))
     return lines
 
