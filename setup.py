@@ -15,7 +15,7 @@ CORE = [
     "jaxtyping",
     "ml-collections>=1.0",
     "numpy>=2",
-    "pillow>=11",
+    "pillow>=11.3",
     "pydantic>=2.7",
     "scipy>=1.14",
     "tqdm",
@@ -44,7 +44,7 @@ TRAINING = [
     "pyarrow",
     "safetensors",
     "tensorboardX",
-    "tensorflow-datasets>=4.9.8",
+    "tensorflow-datasets>=4.9.10",
     "transformers>=5",
 ]
 TEST = [
@@ -55,7 +55,7 @@ TEST = [
     "pytest>=8",
     "pytest-xdist",
     "ruff==0.17.6",
-    "setuptools>=77",
+    "setuptools>=77.0.3",
 ]
 
 setup(

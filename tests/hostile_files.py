@@ -148,7 +148,9 @@ def _of_mode(mode: str, end: str, seed: int) -> bytes:
         known = {"HSV": "RGB", "PA": "P", "RGBa": "RGBA", "LAB": "LAB"}[mode]
         image = Image.new("LAB", SIDE[::-1], (136, 208, 195)) if mode == "LAB" else image
         return encoded(image if mode == "LAB" else image.convert(known), form)
-    return encoded(image.convert(mode), form)
+    # Pillow before 13 reads no YCbCr that is not compressed.
+    options = {"compression": "tiff_lzw"} if mode == "YCbCr" else {}
+    return encoded(image.convert(mode), form, **options)
 
 
 def _with_text(compressed: bytes) -> bytes:

@@ -13,7 +13,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.checksums import checksums
 from sl_jax.checkpoints.errors import CheckpointError
+from sl_jax.checkpoints.lock import InUseError, sole_writer
 from sl_jax.parallel.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
@@ -33,6 +34,12 @@ _RECORD = "record/metadata"  # where Orbax keeps the JSON object
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
+
+
+def _absolute(path: epath.PathLike) -> epath.Path:
+    """As Orbax wants it; epath would put the current folder before gs://."""
+    path = epath.Path(path)
+    return path if is_remote(path) else path.absolute()
 
 
 def _require_text(folder: epath.Path) -> None:
@@ -55,27 +62,35 @@ class RunCheckpoints:
 
     Every checkpoint holds one pytree of arrays and a small JSON object (positions, counters).
     Saving returns at once and is finished in the background; a step appears when it is whole.
+    Until it is closed, nobody else's are in that directory; see `checkpoints.lock`.
 
     Args:
         directory: made if missing; local or gs://.
         keep: how many of the last are kept; that with the highest reward is kept as well.
         processes: of the run, which save and restore together.
+
+    Raises:
+        CheckpointError: another run writes to the directory, or this one cannot.
+        ProcessError: likewise, of the main process.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 3, processes: Processes = ALONE):
-        self.directory = epath.Path(directory).absolute()
+        self.directory = _absolute(directory)
         self._processes = processes
         self._rewards: dict[int, float] = {}
         _require_text(self.directory)
-        with processes.together("clearing up"):
-            if processes.is_main:
-                _clear_up(self.directory)
-        options = ocp.CheckpointManagerOptions(
-            create=True, preservation_policy=_LastAndBest(keep, self._best_of)
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
-        for step in self._manager.all_steps():
-            self._note(step, _reward(self.directory / str(step)))
+        with ExitStack() as stack:
+            with processes.together("opening checkpoints"), self._explained():
+                if processes.is_main:
+                    stack.enter_context(sole_writer(self.directory))
+                    _clear_up(self.directory)
+            options = ocp.CheckpointManagerOptions(
+                create=True, preservation_policy=_LastAndBest(keep, self._best_of)
+            )
+            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            for step in self._manager.all_steps():
+                self._note(step, _reward(self.directory / str(step)))
+            self._lock = stack.pop_all()
 
     @property
     def latest(self) -> int | None:
@@ -197,7 +212,7 @@ class RunCheckpoints:
 
     def close(self) -> None:
         """Finishes saving and lets go of the directory; raises as `wait`."""
-        with self._explained():
+        with self._lock, self._explained():
             self._manager.close()
 
     def _require_room(self, tree: Any) -> None:
@@ -218,6 +233,8 @@ class RunCheckpoints:
         """What keeps Orbax from writing, in a line."""
         try:
             yield
+        except InUseError:
+            raise
         except (OSError, ValueError) as error:
             _silence_remains()
             full = "No space left on device" in str(error)
@@ -242,8 +259,16 @@ class _LastAndBest(preservation_policy.PreservationPolicy):
 def _clear_up(folder: epath.Path) -> None:
     """Removes what a save that was killed left half written, which would stay for ever."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _UNFINISHED in path.name:
+        if _UNFINISHED in path.name or (path.name.isdecimal() and not _is_whole(path)):
             path.rmtree()
+
+
+def _is_whole(step: epath.Path) -> bool:
+    """Whether a checkpoint has been written to its end.
+
+    On a disk it then gets its name; in a bucket, where it has it from the beginning, a last file.
+    """
+    return ocp.utils.is_checkpoint_finalized(step)
 
 
 def _checksum(content: Mapping[str, Any]) -> int:
@@ -308,8 +333,9 @@ def find_step(folder: epath.PathLike) -> epath.Path | None:
     for parent in (folder / "checkpoints", folder):
         if parent.is_dir():
             steps = [p for p in parent.iterdir() if p.name.isdecimal() and (p / _TREE).is_dir()]
-            if steps:
-                return max(steps, key=lambda step: int(step.name))
+            for step in sorted(steps, key=lambda step: int(step.name), reverse=True):
+                if _is_whole(step):
+                    return step
     return None
 
 
@@ -323,7 +349,7 @@ def read_entry(step: epath.PathLike, names: Sequence[str]) -> Any:
     Raises:
         CheckpointError: the checkpoint cannot be read, or has none of these.
     """
-    path = (epath.Path(step) / _TREE).absolute()
+    path = _absolute(step) / _TREE
     handler = ocp.PyTreeCheckpointHandler()
     try:
         tree = handler.metadata(path).tree

@@ -1,6 +1,7 @@
 """Epochs: roll out, decode, judge, turn scores into advantages, update."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Bool
 from sl_jax.flow.sampler import window_starts
 from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.config import GrpoConfig, StopConfig
-from sl_jax.grpo.health import Health, Spoiled, keep_spoiled
+from sl_jax.grpo.health import Health
 from sl_jax.grpo.judging import judged_advantages
 from sl_jax.grpo.learner import LearnerState, Scored, StepReport, UpdateReport
 from sl_jax.grpo.metrics import (
@@ -24,6 +25,7 @@ from sl_jax.grpo.metrics import (
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.rolling import Rolled, await_scores, record, roll_out
+from sl_jax.grpo.spoiled import Spoiled, keep_spoiled
 from sl_jax.models.lora import Adapter
 from sl_jax.scoring import GroupScores, summarize
 
@@ -104,7 +106,8 @@ class Epochs:
         record(parts, epoch + 1, [batch for entry in done for batch in entry.rolled], judged)
         with parts.processes.together("keeping samples that are not finite"):
             for entry in done:
-                update = Spoiled(entry.rolled, entry.advantages, entry.updated is False)
+                skipped = entry.updated is False
+                update = Spoiled(entry.rolled, entry.advantages, skipped, entry.report)
                 keep_spoiled(parts, epoch + 1, update)
         metrics = _metrics(parts, state, done)
         metrics |= self._health.look([e.updated for e in done], [e.advantages for e in done])
@@ -151,6 +154,7 @@ def _learn(
             old = None if state.adapter is sampler else sampler
             # An epoch that is cut short goes on from its beginning, whose adapter may sample, too.
             how = {"donate": state.adapter is not begun, "too_far": _too_far(parts)}
+            how["between"] = partial(parts.processes.barrier, "learning")  # where signals come
             state, report = parts.learner.update(state, scored, old, kl_left, **how)
             stopped = report.stopped
             jax.block_until_ready(state.updates)

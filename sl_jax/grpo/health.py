@@ -1,26 +1,19 @@
 """Whether a run is well: updates that are not finite, rewards without spread, a policy that drifts.
 
-What is wrong is counted, said with advice, kept for inspection, and where it goes on stops the run.
+What is wrong is counted, said with advice, and where it goes on stops the run.
 """
 
-import io
 import logging
-import uuid
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from sl_jax.data import Example
 from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.config import HealthConfig
-from sl_jax.grpo.parts import Parts
-from sl_jax.grpo.rolling import Rolled
+from sl_jax.grpo.spoiled import FOLDER
 
 _log = logging.getLogger(__name__)
 
-_FOLDER = "not_finite"  # in the work directory
 IN_A_ROW = "learner/not_finite_in_a_row"
 _DRIFT = {
     "kl": ("learner/kl_old/all", "The KL per latent scalar from the policy that rolled out"),
@@ -106,92 +99,8 @@ class Health:
         if self._grew and self._not_finite >= self._config.not_finite:
             raise NotFiniteError(
                 f"{self._not_finite} updates in a row were not finite and were skipped; samples of "
-                f"them are in {_FOLDER} in the work directory. The run stops with a checkpoint. "
+                f"them are in {FOLDER} in the work directory. The run stops with a checkpoint. "
                 "Please look at them, and start another run from an earlier checkpoint's adapter "
                 "(config.init_adapter) with a lower optimizer.learning_rate; started again as it "
                 "is, this one goes on"
             )
-
-
-class Spoiled(NamedTuple):
-    """An update, and what it should have learned from.
-
-    Attributes:
-        rolled: its batches.
-        advantages: of their groups.
-        skipped: whether it was not finite itself.
-    """
-
-    rolled: Sequence[Rolled]
-    advantages: Advantages
-    skipped: bool
-
-
-def keep_spoiled(parts: Parts, epoch: int, update: Spoiled) -> None:
-    """Writes groups with candidates that are not finite, or all of a skipped update, for a person.
-
-    `not_finite/epoch_000012_step_34_slot_5.npz`, of the first `health.kept` of them, by the process
-    whose devices hold them: the picture and where it stands in the run, which candidates are
-    finite, their latents, and x, x_next and mean of the trained steps with advantage and weight.
-    numpy reads it without pickle.
-    """
-    size = parts.config.rollout.batch_groups
-    for number, batch in enumerate(update.rolled):
-        spoiled = update.skipped | ~batch.finite.all(axis=1)
-        for example in batch.pictures.examples if spoiled.any() else ():
-            if spoiled[example.slot]:
-                place = number * size + example.slot
-                _keep(
-                    parts,
-                    f"epoch_{epoch:06d}_step_{example.step}_slot_{example.slot}.npz",
-                    **_of_picture(example),
-                    **_of_group(batch, example.slot),
-                    advantage=update.advantages.advantage[place],
-                    weight=update.advantages.weight[place],
-                )
-
-
-def _keep(parts: Parts, name: str, **arrays: Any) -> None:
-    folder = parts.folder / _FOLDER
-    folder.mkdir(parents=True, exist_ok=True)
-    most = parts.config.health.kept
-    if len(list(folder.glob("*.npz"))) < most:
-        content = io.BytesIO()
-        np.savez_compressed(content, **arrays)
-        partial = folder / f".{name}.{uuid.uuid4().hex[:8]}"
-        partial.write_bytes(content.getvalue())
-        partial.replace(folder / name)  # so that nobody finds half of it
-        if folder / name in sorted(folder.glob("*.npz"))[most:]:  # others wrote at the same time
-            (folder / name).unlink(missing_ok=True)
-
-
-def _of_picture(example: Example) -> dict[str, Any]:
-    return {
-        "picture": example.picture,
-        "picture_id": example.picture_id,
-        "caption": example.caption,
-        "layers": example.layers,
-        "step": example.step,
-        "slot": example.slot,
-    }
-
-
-def _of_group(batch: Rolled, row: int) -> dict[str, Any]:
-    candidates, count = batch.candidates, batch.finite.shape[1]
-    window = {name: getattr(candidates.window, name) for name in ("x", "x_next", "mean")}
-    return {
-        "latents": _rows(candidates.latents, 0, row * count, count),
-        **{name: _rows(array, 1, row * count, count) for name, array in window.items()},
-        "index": np.asarray(candidates.window.index),
-        "finite": batch.finite[row],
-    }
-
-
-def _rows(array: jax.Array, axis: int, start: int, count: int) -> np.ndarray:
-    """Rows of a global array along `axis` that a device of this process holds."""
-    for shard in array.addressable_shards:
-        first = shard.index[axis].start or 0
-        if first <= start and start + count <= first + shard.data.shape[axis]:
-            rows = range(start - first, start - first + count)
-            return np.take(np.asarray(shard.data), rows, axis)
-    raise ValueError(f"rows {start} to {start + count} of {array.shape} are not in this process")

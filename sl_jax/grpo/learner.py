@@ -252,6 +252,7 @@ class Learner:
         *,
         donate: bool = False,
         too_far: Callable[[Sequence[StepReport]], bool] | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> tuple[LearnerState, UpdateReport]:
         """One optimizer step over all samples and window steps of `batches`.
 
@@ -265,6 +266,8 @@ class Learner:
             donate: whether nobody needs `state` after an update that is applied.
             too_far: told of all steps before the gradient is applied, says whether it is not to
                 be; the same in all processes.
+            between: called after each micro-batch of a window step, while devices have one to do
+                and one more waiting; what it raises ends the update, and `state` holds.
         """
         if not any(np.any(batch.weight) for batch in batches):
             return state, UpdateReport([], [], None)
@@ -277,6 +280,8 @@ class Learner:
                     part, report = self._accumulate(
                         state.adapter, batch, step, (old, reference), part, kl_left
                     )
+                    jax.block_until_ready(reports[-1:])
+                    between()
                     reports.append(report)
             total, norm = self._add(total, part)
             norms.append((reports[-1].index, norm))
@@ -420,14 +425,17 @@ class Learner:
             from_everywhere(np.asarray(values, np.float32), rows)
             for values in (batch.advantage, batch.weight / steps)
         )
-        per_sample = (batch.candidates.condition, advantage, weight)
+        per_sample = (batch.candidates.condition, advantage, weight, batch.candidates.finite)
         for part in range(samples // size):
             yield self._select(window, per_sample, jnp.int32(number), jnp.int32(part), size=size)
 
     def _micro_batch(
         self, window: Any, per_sample: Any, number: Array, part: Array, *, size: int
     ) -> Step:
-        """Samples `part` of window step `number`, taken evenly from every shard of the batch."""
+        """Samples `part` of window step `number`, taken evenly from every shard of the batch.
+
+        Zeros stand for those that are not finite: they have no weight, but 0 · nan is nan.
+        """
         shards = batch_shards(self._layout.mesh)
 
         def chosen(x: Array) -> Array:
@@ -436,10 +444,13 @@ class Learner:
                 parts[:, part].reshape(size, *x.shape[1:]), ("batch", *(None,) * (x.ndim - 1))
             )
 
-        condition, advantage, weight = jax.tree.map(chosen, per_sample)
-        x, x_next, mean = (
-            chosen(field[number]) for field in (window.x, window.x_next, window.mean)
+        condition, advantage, weight, finite = jax.tree.map(chosen, per_sample)
+        states = (chosen(field[number]) for field in (window.x, window.x_next, window.mean))
+        x, x_next, mean, picture, text = (
+            jnp.where(finite[:, None, None], values, 0)
+            for values in (*states, condition.picture, condition.text)
         )
+        condition = condition._replace(picture=picture, text=text)
         return Step(x, x_next, mean, window.index[number], condition, advantage, weight)
 
     def _velocity(

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, UInt32
 
 from sl_jax.data import Example, FolderError, StepPictures
 from sl_jax.grpo.batches import group_keys, laid_out, rows_here
@@ -95,7 +95,9 @@ def record(
         parts.judging.record(epoch, groups, judged, told)
 
 
-def _keys(seed: int, step: int, examples: Sequence[Example]) -> np.ndarray:
+def rollout_keys(
+    seed: int, step: int, examples: Sequence[Example]
+) -> UInt32[np.ndarray, "n words"]:
     """Data of one key per group, from its place in the run and nothing else."""
     return group_keys(jax.random.fold_in(jax.random.key(seed), step), [e.slot for e in examples])
 
@@ -113,11 +115,12 @@ def _sampled(
         parts.layout,
         step.examples,
         parts.prompts,
-        _keys(parts.config.seed, step.step, step.examples),
+        rollout_keys(parts.config.seed, step.step, step.examples),
         parts.config.rollout.batch_groups,
     )
     candidates = parts.rollout(adapter, pictures, start, grid)
     jax.block_until_ready(candidates.latents)
+    parts.processes.barrier("decoding")  # where signals come
     phases.computed(parts.rollout.work(candidates, start, grid))
     phases.begin("decoding")
     decoded = jax.block_until_ready(parts.rollout.decode(candidates.latents, grid))

@@ -56,8 +56,7 @@ class Candidates(NamedTuple):
         latents: x₀ of all frames.
         window: the stochastic steps.
         condition: of every sample.
-        finite: whether all of this was finite; of samples that were not, zeros stand here, so that
-            the learner, which gives them no weight, meets no nan. Known to every process.
+        finite: whether all of this is finite. Known to every process.
     """
 
     latents: Float[Array, "b n c"]
@@ -70,7 +69,7 @@ class Decoded(NamedTuple):
     """Layers of every sample, back to front, without frame 0, which is the whole picture again.
 
     Attributes:
-        layers: straight RGBA.
+        layers: straight RGBA; transparent black where pixels are not finite.
         finite: whether the pixels were, before they were rounded. Known to every process.
     """
 
@@ -214,7 +213,9 @@ class Rollout:
         velocity = partial(velocity_function, model, params, variables, **told)
         sampled = self._one_by_one if self.one_by_one(grid) else self._together
         trajectory = sampled(velocity, groups, keys, table.sigmas, window_start, grid)
-        return _without_spoiled(trajectory, groups.repeat(self._config.group_size))
+        condition = groups.repeat(self._config.group_size)
+        finite = _finite(trajectory, condition)
+        return Candidates(trajectory.final, trajectory.window, condition, finite)
 
     def one_by_one(self, grid: LatentGrid) -> bool:
         """Whether the candidates of a group are sampled one at a time."""
@@ -339,24 +340,15 @@ def _by_group(turns: sampler.Trajectory) -> sampler.Trajectory:
     )
 
 
-def _without_spoiled(trajectory: sampler.Trajectory, condition: Condition) -> Candidates:
-    """The candidates, with zeros in place of all that belongs to one that is not finite."""
+def _finite(trajectory: sampler.Trajectory, condition: Condition) -> Bool[Array, " b"]:
+    """Which samples are finite in all that is kept of them."""
     window = trajectory.window
     values = (trajectory.final, condition.picture, condition.text)  # [B, ·, ·]
     steps = (window.x, window.x_next, window.mean)  # [W, B, ·, ·]
-    finite = jnp.stack(
+    return jnp.stack(
         [jnp.isfinite(x).all(axis=(1, 2)) for x in values]
         + [jnp.isfinite(x).all(axis=(0, 2, 3)) for x in steps]
     ).all(axis=0)
-    latents, picture, text, x, x_next, mean = (
-        jnp.where(finite[:, None, None], value, 0) for value in (*values, *steps)
-    )
-    return Candidates(
-        latents,
-        window._replace(x=x, x_next=x_next, mean=mean),
-        condition._replace(picture=picture, text=text),
-        finite,
-    )
 
 
 def _decoded(
@@ -365,7 +357,8 @@ def _decoded(
     def frames(x: Float[Array, "k i j z"]) -> tuple[Array, Array]:
         raw = denormalize_latents(x, vae.config)
         pixels = vae.apply({"params": params}, raw, method="decode")
-        return to_uint8(pixels), jnp.isfinite(pixels).all(axis=(1, 2, 3))
+        finite = jnp.isfinite(pixels)
+        return to_uint8(jnp.where(finite, pixels, -1)), finite.all(axis=(1, 2, 3))
 
     layers, finite = each_layer(frames, latents, grid, devices)
     return Decoded(layers, finite.all(axis=1))

@@ -39,7 +39,7 @@ _UNKNOWN_FIELD = frozenset({400, 422, 501})
 _FILTERED = re.compile(r"content[_ -]?(filter|policy)|moderation|safety", re.IGNORECASE)
 _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _LONGEST_RETRY_AFTER = 3600.0
-_TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2")
+_TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2", "openai")
 
 
 class OpenAIJudge:

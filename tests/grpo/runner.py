@@ -114,7 +114,16 @@ class Runner:
             here[name] = value
         return config
 
-    def start(self, folder, servers=((),), fields=None, own=({}, {}), kills=(None, None)):
+    def start(
+        self,
+        folder,
+        servers=((),),
+        fields=None,
+        own=({}, {}),
+        kills=(None, None),
+        faults=None,
+        inside=(),
+    ):
         """One process per list of servers; what they print goes to `printed_0.txt` and so on.
 
         Args:
@@ -122,6 +131,8 @@ class Runner:
             fields: of the configuration of all processes.
             own: fields of each.
             kills: see `one_process.py`, one for each.
+            faults: see `one_process.py`, for all.
+            inside: of which command, and its arguments, each is the child.
         """
         folder.mkdir(exist_ok=True)
         count = len(servers)
@@ -140,15 +151,16 @@ class Runner:
                 "distributed": distributed,
                 "config": self.configuration(folder / "run", servers[index], changed),
                 "kill": kills[index],
+                **(faults or {}),
             }
             arguments = folder / f"arguments_{index}.json"
             arguments.write_text(json.dumps(given))
             printed = folder / f"printed_{index}.txt"
-            started.append(self._process(arguments, printed, self.environment(count)))
+            started.append(self._process(arguments, printed, self.environment(count), inside))
         return started
 
-    def _process(self, arguments, printed, environment):
-        command = [sys.executable, str(PROGRAM), str(arguments)]
+    def _process(self, arguments, printed, environment, inside):
+        command = [*inside, sys.executable, str(PROGRAM), str(arguments)]
         with printed.open("w") as file:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
 

@@ -364,10 +364,10 @@ def test_a_sliding_window_moves_by_one_and_stays_at_the_end():
 
 def test_keys_depend_on_step_and_slot_alone():
     examples = [SimpleNamespace(slot=slot) for slot in range(4)]
-    keys = rolling._keys(1, 5, examples)
+    keys = rolling.rollout_keys(1, 5, examples)
     assert len(np.unique(keys, axis=0)) == 4
-    assert np.array_equal(rolling._keys(1, 5, examples[2:]), keys[2:])
-    assert not np.array_equal(rolling._keys(1, 6, examples), keys)
+    assert np.array_equal(rolling.rollout_keys(1, 5, examples[2:]), keys[2:])
+    assert not np.array_equal(rolling.rollout_keys(1, 6, examples), keys)
 
 
 def test_records_are_json_lines(whole, tmp_path, monkeypatch):

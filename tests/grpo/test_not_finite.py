@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_spoiled import NAME, example, keep, read
 
 from sl_jax.grpo import epoch
 from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig
 from sl_jax.grpo.learner import Learner, Scored, UpdateReport
 from sl_jax.grpo.metrics import learner_metrics
 from sl_jax.grpo.objective import ObjectiveConfig
+from sl_jax.grpo.rolling import Rolled, rollout_keys
 from sl_jax.grpo.rollout import Rollout
 from sl_jax.parallel.processes import Processes
 from sl_jax.training.optimizer import OptimizerConfig
@@ -37,21 +39,21 @@ def _of_spoiled(bench):
     return np.repeat(np.arange(bench.groups) == SPOILED, size)
 
 
-def test_zeros_stand_for_them_and_the_others_stay(bench, rollout, spoiled):
+def test_they_are_noticed_and_the_others_stay(bench, rollout, spoiled):
     whole = rollout(bench.adapter, bench.pictures(), 1, bench.grid)
     out = _of_spoiled(bench)
     assert np.array_equal(spoiled.finite, ~out) and np.all(whole.finite)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves((spoiled, whole)))
-    assert not np.any(np.asarray(spoiled.latents)[out])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(whole))
+    assert np.isnan(np.asarray(spoiled.latents)[out]).all()
     assert np.array_equal(np.asarray(spoiled.latents)[~out], np.asarray(whole.latents)[~out])
     assert np.array_equal(spoiled.window.mean[:, ~out], whole.window.mean[:, ~out])
 
 
 def test_a_picture_that_is_not_finite_is_noticed(bench, rollout, spoiled):
     out = _of_spoiled(bench)
-    latents = jnp.where(out[:, None, None], jnp.inf, spoiled.latents)
-    assert np.array_equal(rollout.decode(latents, bench.grid).finite, ~out)
-    assert np.all(rollout.decode(spoiled.latents, bench.grid).finite)
+    decoded = rollout.decode(spoiled.latents, bench.grid)
+    assert np.array_equal(decoded.finite, ~out)
+    assert not np.any(np.asarray(decoded.layers)[out])  # the judge sees the same everywhere
 
 
 def test_the_others_are_learned_from(bench, rollout, spoiled):
@@ -69,8 +71,45 @@ def test_the_others_are_learned_from(bench, rollout, spoiled):
     assert (int(state.updates), int(state.skipped)) == (2, 0)
     metrics = learner_metrics([first, second])
     assert all(np.isfinite(value) for value in metrics.values())
-    # Zeros are no rollout of the learner's: they do not count as a mismatch.
+    # They do not count as a mismatch either.
     assert metrics["learner/mismatch_log_ratio/all"] < 1e-3
+
+
+def test_what_is_kept_repeats_the_rollout(tmp_path, bench, rollout):
+    """Of the real model, where a prompt is not finite: to the last bit, group by group."""
+    pictures, size = bench.pictures(), bench.config.group_size
+    examples = tuple(example(s, np.asarray(pictures.pixels[s])) for s in range(bench.groups))
+    keys = jax.random.wrap_key_data(jnp.asarray(rollout_keys(5, 7, examples)))
+    text = pictures.text.at[SPOILED, 1, 60:].set(jnp.nan)
+    pictures = pictures._replace(text=text, keys=keys)
+    candidates = rollout(bench.adapter, pictures, 1, bench.grid)
+    finite = np.asarray(candidates.finite).reshape(bench.groups, size)
+    assert finite.sum() == 14 and not finite[SPOILED].any()
+    rolled = Rolled(SimpleNamespace(examples=examples), [], candidates, bench.grid, finite, {})
+    names = keep(tmp_path, [rolled], skipped=True, groups=bench.groups)
+    assert len(names) == bench.groups
+
+    again = bench.pictures(seed=1)
+    for name in names:
+        told, kept = read(tmp_path, name)
+        slot = told["slot"]
+        key = jax.random.wrap_key_data(jnp.asarray(told["key"], jnp.uint32))
+        again = again._replace(
+            pixels=again.pixels.at[slot].set(kept["picture"]),
+            text=again.text.at[slot].set(kept["text"][0]),
+            text_lengths=pictures.text_lengths,
+            keys=again.keys.at[slot].set(key),
+        )
+        assert bool(told["told_not_finite"]) == (slot == SPOILED)
+        assert all(c["finite"] == (slot != SPOILED) for c in told["candidates"])
+    (found,) = read(tmp_path, NAME)[0]["told_not_finite"]
+    assert found == {"field": "text", "count": 4, "of": 5 * 64, "first": [1, 60]}
+    repeated = rollout(bench.adapter, again, told["window"][0], bench.grid)
+    for name in names:
+        told, kept = read(tmp_path, name)
+        rows = slice(told["slot"] * size, (told["slot"] + 1) * size)
+        assert np.array_equal(kept["latents"], repeated.latents[rows], equal_nan=True)
+        assert np.array_equal(kept["mean"], repeated.window.mean[:, rows], equal_nan=True)
 
 
 @pytest.mark.parametrize("left", [0, 1, 4])

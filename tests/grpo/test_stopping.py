@@ -49,7 +49,7 @@ class Learner:
     def __init__(self):
         self.seen = []
 
-    def update(self, state, scored, old, kl_left, *, donate, too_far):
+    def update(self, state, scored, old, kl_left, *, donate, too_far, between):
         assert (old is None) == (state.adapter.lora["a"][0] == 0) == (not donate)
         moved = float(state.adapter.lora["a"][0])
         report = _report([moved] * 3)

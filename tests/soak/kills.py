@@ -35,7 +35,8 @@ LAST = "exporting"  # there, a run is about to end
 class ForkingRunner(Runner):
     """Starts processes from one that has imported everything, which saves half of a start."""
 
-    def _process(self, arguments, printed, environment):
+    def _process(self, arguments, printed, environment, inside):
+        assert not inside
         os.environ.update(environment)  # taken over when the first one starts
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["sl_jax.train", "sl_jax.grpo.run", "one_process"])
