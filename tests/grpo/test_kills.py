@@ -86,7 +86,7 @@ def test_a_run_whose_disk_is_full_or_read_only_says_so_and_goes_on(
     (said,), _ = one(tmp_path, kills=[stop], inside=inside, code=1)
     *_, last = said.strip().splitlines()
     reason = {"read-only": "Read-only file system", "full": "No space left on device|no space"}
-    assert re.match(rf"(OSError|CheckpointError): .*({reason[kind]}).*{run}", last), said
+    assert re.match(rf"(OSError|CheckpointError): (?=.*{run}).*({reason[kind]})", last), said
     assert "Traceback" not in said
     run.rmdir()
     left.rename(run)
