@@ -25,10 +25,11 @@ from sl_jax.scoring.types import CRITERIA, Answer, JudgeRequest, PermanentJudgeE
 
 _STRENGTHS: dict[str, dict[str, float]] = {
     "semantic_separation": {
-        "smear": 2.5,
+        "smear": 4.0,
         "mixed": 0.5,
         "varied": 2.5,
         "astray": 8.0,
+        "duplicate": 2.0,
         "scattered": 1.5,
         "truncated": 0.4,
         "unlifted": 0.3,
@@ -52,14 +53,14 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "fill": 2.0,
         "unlifted": 0.5,
         "idle": 0.5,
-        "stained": 8.0,
+        "stained": 20.0,
     },
     "content_distribution": {
         "mixed": 0.5,
         "varied": 3.0,
         "astray": 8.0,
         "sheet": 5.5,
-        "duplicate": 1.5,
+        "duplicate": 4.0,
         "cut": 4.0,
         "truncated": 1.2,
         "lumped": 3.2,
@@ -68,7 +69,7 @@ _STRENGTHS: dict[str, dict[str, float]] = {
         "unlike": 8.0,
         "buried": 3.0,
     },
-    "validity": {"recomposition": 16.0, "missing": 45.0, "noise": 12.0},
+    "validity": {"recomposition": 24.0, "missing": 45.0, "noise": 12.0},
 }
 
 
