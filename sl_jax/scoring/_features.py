@@ -55,8 +55,8 @@ class Penalties(NamedTuple):
       cut: −∇α_i·∇α_j of pairs of objects where the source has no edge: one thing in two layers.
       lumped: share of blank objects times the evidence that another layer holds several things
         or the background holds things.
-      idle: share of blank objects times `unmatted`: layers that are blank while edges of the source
-        have no matte.
+      idle: share of blank objects times `unmatted` beyond 0.03: layers that are blank while edges of
+        the source have no matte.
       smear: 4·w_i·w_j of pairs of objects in equal colours, relative to the objects' area.
       mixed: how little the source's colour tells which layer shows a pixel, beyond 0.1, which soft
         edges and shadows amount to: Σ_i Σ_c p_ic·(1 − p_ic / Σ_j p_jc), p_ic being the share of
@@ -185,7 +185,7 @@ def penalties(seen: Seen) -> Penalties:
         duplicate=duplicate,
         cut=cut,
         lumped=float(scene.blank.mean() * (several + unlifted)) if len(mass) else 0.0,
-        idle=float(scene.blank.mean() * unmatted) if len(mass) else 0.0,
+        idle=float(scene.blank.mean() * max(0.0, unmatted - 0.03)) if len(mass) else 0.0,
         smear=smear,
         mixed=_mixed(scene),
         varied=varied,
