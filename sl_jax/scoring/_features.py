@@ -55,8 +55,8 @@ class Penalties(NamedTuple):
       cut: −∇α_i·∇α_j of pairs of objects where the source has no edge: one thing in two layers.
       lumped: share of blank objects times the evidence that another layer holds several things
         or the background holds things.
-      idle: share of blank objects times `unmatted` beyond 0.03: layers that are blank while edges of
-        the source have no matte.
+      idle: share of blank objects times `unmatted` beyond 0.03: blank layers while edges of the
+        source have no matte.
       smear: 4·w_i·w_j of pairs of objects in equal colours, relative to the objects' area.
       mixed: how little the source's colour tells which layer shows a pixel, beyond 0.1, which soft
         edges and shadows amount to: Σ_i Σ_c p_ic·(1 − p_ic / Σ_j p_jc), p_ic being the share of
