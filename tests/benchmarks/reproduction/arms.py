@@ -62,6 +62,8 @@ RECIPE: Settings = {
     "rollout.steps": "4",
     "rollout.window_size": "3",
     "rollout.window_range": "(0, 3)",
+    # Twice this rate loses on the development set after 50 epochs what it has won.
+    "optimizer.learning_rate": "5e-4",
     "learner.updates": "1",
     "learner.micro_batch": str(_CANDIDATES),
     "learner.ema": "0.97",
@@ -71,8 +73,8 @@ RECIPE: Settings = {
     "distributed.cpu_devices": "1",
 }
 PAIRS: Settings = {"steps": "3000", "eval_every": "500", "checkpoint_every": "500"}
-# Ablations train for a part of the headline's epochs, beside the recipe at that length.
-_SHORT = _schedule(30)
+# Ablations train for a part of the headline's epochs at twice its rate, beside the recipe so.
+_SHORT = {**_schedule(30), "optimizer.learning_rate": "1e-3"}
 _VLM = {**_SHORT, "judge.endpoint": "embedded-vlm"}
 _WINDOW: Settings = {"rollout.window_size": "1"}
 _SIX: Settings = {
