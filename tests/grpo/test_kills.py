@@ -72,9 +72,7 @@ DISKS = {
 
 
 @pytest.mark.parametrize("kind", DISKS)
-def test_a_run_whose_disk_is_full_or_read_only_says_so_and_goes_on(
-    one, undisturbed, tmp_path, kind
-):
+def test_a_run_whose_disk_fails_says_so_and_goes_on(one, undisturbed, tmp_path, kind):
     """On real ones: in a mount namespace of its own, which the kernel may refuse."""
     run, left = tmp_path / "run", tmp_path / "run.left"
     run.mkdir()
@@ -85,8 +83,8 @@ def test_a_run_whose_disk_is_full_or_read_only_says_so_and_goes_on(
         pytest.skip("the kernel refuses a user and mount namespace")
     (said,), _ = one(tmp_path, kills=[stop], inside=inside, code=1)
     *_, last = said.strip().splitlines()
-    reason = {"read-only": "Read-only file system", "full": "No space left on device|no space"}
-    assert re.match(rf"(OSError|CheckpointError): .*({reason[kind]}).*{run}", last), said
+    assert re.match(r"\w+Error: ", last) and str(run) in last, said
+    assert re.search({"read-only": "read-only", "full": "no space"}[kind], last, re.I), said
     assert "Traceback" not in said
     run.rmdir()
     left.rename(run)
