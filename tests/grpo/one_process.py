@@ -46,7 +46,7 @@ def main(arguments: dict) -> None:
     set_up_logging()
     begun("starting")
     with (
-        ending_in_a_line(train._EXPECTED, "epoch"),
+        ending_in_a_line(train._EXPECTED, "epoch", arguments["config"]["workdir"]),
         joined(DistributedConfig(**arguments["distributed"])) as processes,
     ):
         assert len(jax.local_devices()) == arguments["devices"]
