@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 from sl_jax.scoring.embedded import EmbeddedConfig, EmbeddedJudge
 from sl_jax.scoring.keys import read_key
@@ -73,6 +74,7 @@ def _serve() -> None:
 
 
 def _print_audit() -> None:
+    absl_logging.set_verbosity(absl_logging.WARNING)  # not a line for each request
     report = asyncio.run(_audited())
     print(report.to_text())
     if _JSON.value:

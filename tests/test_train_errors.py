@@ -1,6 +1,7 @@
 """Errors of the system end a training run in one line that names a path."""
 
 import errno
+import os
 
 import pytest
 
@@ -31,8 +32,9 @@ def test_a_disk_that_takes_nothing(tmp_path, monkeypatch, number, names):
     file = [str(tmp_path / "run" / "some.file")] if names else []
 
     def claim(*args):
-        raise OSError(number, "the disk says no", *file)
+        raise OSError(number, os.strerror(number), *file)
 
     monkeypatch.setattr("sl_jax.grpo.run.work.claim", claim)
     told = _ended(tmp_path / "run")
-    assert "the disk says no" in told and (file or [str(tmp_path / "run")])[0] in told
+    place = (file or [str(tmp_path / "run")])[0]
+    assert f"{place}: {os.strerror(number)}; please" in told

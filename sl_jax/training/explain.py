@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import io
 import re
+import shutil
 import textwrap
 import tokenize
 import typing
@@ -21,7 +22,7 @@ from sl_jax.training.flags import packaged, packaged_file, read_config
 
 ORIGINS = ("paper", "release", "peer", "ours", "unmeasured", "yours")
 
-_WIDTH = 100
+_WIDTH = 100  # at most, and where there is no terminal
 _ENTRY = re.compile(r"(\w+(?:, \w+)*): (.*)", re.DOTALL)
 
 
@@ -142,14 +143,16 @@ def explained(
     before = read_config(file, variant or None).to_dict()
     told = _inherited(before, base) | origins(Path(file), variant or None)
     lines, found = [source, ""], meanings(kind)
+    width = min(_WIDTH, shutil.get_terminal_size((_WIDTH, 0)).columns)
     for name, meaning in found.items():
         origin, mark = told.get(name) or f"{Path(file).name} does not say", ""
         if any(name == path or name.startswith(f"{path}.") for path in given):
             origin = f"your command line; in the file {_shown(before, name)}, {origin}"
             mark = "  (overridden)"
-        lines.append(f"config.{name} = {_shown(config, name)}{mark}")
+        head = f"config.{name} = {_shown(config, name)}{mark}"
+        lines += textwrap.wrap(head, width, subsequent_indent=" " * 8, break_on_hyphens=False)
         for said in (meaning.text, f"Takes {meaning.values}.", f"Origin: {origin}"):
-            lines += textwrap.wrap(said, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+            lines += textwrap.wrap(said, width, initial_indent="    ", subsequent_indent="    ")
     return "\n".join([*lines, "", f"{len(found)} fields, {len(given)} overridden."])
 
 

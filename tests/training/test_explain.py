@@ -162,6 +162,14 @@ def test_a_file_that_builds_on_the_packaged_one_has_its_origins(tmp_path):
     assert "Origin: peer: flow_grpo" in entries["optimizer.b2"]
 
 
+@pytest.mark.parametrize("columns", [80, 100])
+def test_it_fits_the_terminal(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = _explained(f"{FILE}:tiny", packaged("grpo", "tiny"))
+    _, *lines = text.splitlines()  # after the file's path
+    assert 0.9 * columns < max(map(len, lines)) <= columns
+
+
 def test_secrets_are_not_shown():
     config = packaged("grpo", "tiny")
     config.judge.request.extra = {"api_key": "s3cret", "top_k": 5}
