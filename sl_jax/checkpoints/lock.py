@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -53,7 +53,8 @@ def sole_writer(folder: epath.PathLike) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # by its holder alone; see `_open`
+        with suppress(OSError):  # of a disk that fails: unlocked, the file means nothing
+            path.unlink()  # by its holder alone; see `_open`
         os.close(descriptor)
 
 

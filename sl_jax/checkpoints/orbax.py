@@ -32,6 +32,10 @@ _log = logging.getLogger(__name__)
 _TREE = "tree"
 _RECORD = "record/metadata"  # where Orbax keeps the JSON object
 _UNFINISHED = ".orbax-checkpoint-tmp"
+_REASONS = {
+    "No space left on device": "no space is left",
+    "Read-only file system": "it is read-only",
+}
 _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
 
@@ -237,8 +241,8 @@ class RunCheckpoints:
             raise
         except (OSError, ValueError) as error:
             _silence_remains()
-            full = "No space left on device" in str(error)
-            reason = "no space is left" if full else " ".join(str(error).split())
+            known = (text for words, text in _REASONS.items() if words in str(error))
+            reason = next(known, " ".join(str(error).split()))
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
                 "are whole. Please make room or allow writing there; the same command then goes on"

@@ -12,6 +12,7 @@ from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig, StopCon
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.metrics import beyond
 from sl_jax.grpo.objective import Mismatch, ObjectiveMetrics
+from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.processes import Processes
 
 UPDATES = 4
@@ -53,6 +54,7 @@ class Learner:
         assert (old is None) == (state.adapter.lora["a"][0] == 0) == (not donate)
         moved = float(state.adapter.lora["a"][0])
         report = _report([moved] * 3)
+        between()
         self.seen.append(moved)
         if too_far is not None and too_far([report]):
             return state, UpdateReport([report], [], None, stopped=True)
@@ -122,3 +124,20 @@ def test_the_main_process_decides_for_all(monkeypatch, caplog, decision):
     assert int(state.updates) == (0 if decision else UPDATES)
     assert ("nothing was learned" in caplog.text) == decision
     assert [what for what, _ in processes.told] == ["bounds of an update"] * (1 if decision else 4)
+
+
+class Stopped(Processes):
+    """A process that hears of another's SIGTERM between the micro-batches of the second update."""
+
+    def all_gather(self, what, value=None, error=None):
+        self.heard = [*getattr(self, "heard", []), what]
+        if self.heard.count("learning") == 2:
+            raise Terminated
+        return super().all_gather(what, value, error)
+
+
+def test_signals_come_between_micro_batches(monkeypatch):
+    learner = Learner()
+    with pytest.raises(Terminated):
+        _epoch(monkeypatch, learner, StopConfig(), Stopped())
+    assert len(learner.seen) == 1

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import resource
 import shutil
 import sys
@@ -234,6 +235,12 @@ def test_nothing_readable(folder):
         _restored(folder)
     # Storage that fails for a while must not cost the checkpoints.
     assert {"1", "2", "3"} <= {path.name for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/run/checkpoints", "/a/b"])
+def test_a_bucket_is_not_below_the_current_folder(path):
+    assert os.fspath(orbax._absolute(path)) == path
+    assert os.fspath(orbax._absolute("a")) == os.path.abspath("a")
 
 
 def test_a_step_of_ones_choice(folder):
