@@ -17,7 +17,7 @@ class Arm(NamedTuple):
             base, "base" is the base.
         part: the table that it stands in, which decides what is measured: "headline" and "controls"
             on the held-out sets; "ablations", which defaults may follow, on the development set
-            alone; "ratios" nothing but the training's own log.
+            alone, sampled as suits the base; "ratios" nothing but the training's own log.
         settings: fields of the configuration, beyond those of its kind.
         seeds: of the training.
     """
@@ -109,18 +109,18 @@ ARMS = (
     Arm("tuned", "Flow-GRPO by the judge's scores", "rl", "headline", seeds=(0, 1, 2)),
     Arm(
         "shuffled",
-        "the same, rewards shuffled within groups",
+        "rewards shuffled within groups, 30 epochs",
         "rl",
         "controls",
         {**_SHORT, "rewards": '(("controls.shuffled", 1.0),)'},
     ),
     Arm(
         "truth",
-        "the same, rewarded by the true layers",
+        "rewarded by the true layers, 30 epochs",
         "rl",
         "controls",
         # std_floor: errors lie closer together than scores
-        {"rewards": '(("controls.truth", 1.0),)', "advantage.std_floor": "0.001"},
+        {**_SHORT, "rewards": '(("controls.truth", 1.0),)', "advantage.std_floor": "0.001"},
     ),
     Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
     Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),

@@ -134,13 +134,13 @@ class Bench:
         if arm.part == "ratios":
             return found
         data = self.sizes.development_set
+        if arm.part == "ablations":
+            systems = [sampled(part, self._base_setting()) for part in (_BASE, trained)]
+            records = records_of(data, folder / "against_base", systems, _PROTOCOLS)
+            return found | {"against_base": changes(records, arm.name, PRIMARY | SANITY)}
         development = developed(trained, data, folder / "development")
         chosen = best(development)
         found |= {"development": development, "chosen": str(chosen)}
-        if arm.part == "ablations":
-            base, system = sampled(_BASE, self._base_setting()), sampled(trained, chosen)
-            records = records_of(data, folder / "chosen", [base, system], _PROTOCOLS)
-            return found | {"against_base": changes(records, system.name, PRIMARY | SANITY)}
         if arm.kind == "rl":
             found["curve"] = self._curve(folder, chosen)
         systems = [] if trained.adapter is None else [sampled(trained, chosen)]

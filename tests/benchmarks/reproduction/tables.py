@@ -92,7 +92,7 @@ def controls(results: Sequence[Result]) -> list[str]:
 
 
 def ablations(results: Sequence[Result]) -> list[str]:
-    """Changes from the base on the development set, both at their own best settings."""
+    """Changes from the base on the development set, sampled as suits the base."""
     rows = [r for r in results if r["arm"] in _names("ablations")]
     if not rows:
         return []
