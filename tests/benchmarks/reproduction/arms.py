@@ -92,6 +92,7 @@ def _ratio(ratio: str, side: int) -> Arm:
     settings = {
         **_schedule(6),
         "optimizer.decay_steps": "0",
+        "optimizer.learning_rate": "1e-3",
         "rollout.groups": "4",
         "rollout.batch_groups": "2",
         "learner.updates": "2",
