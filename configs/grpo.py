@@ -145,7 +145,7 @@ def _production() -> ConfigDict:
     judge.model = ""
     judge.key_env = ""
 
-    judge.two_stage = True  # paper: Stable-Layers
+    judge.two_stage = True  # paper: Stable-Layers; ours: pays on the tiny base, see the README
     judge.stage2_weight = 0.7  # unmeasured
     judge.grids = 1  # unmeasured
     judge.asks = 3  # unmeasured
