@@ -66,7 +66,7 @@ class Watch:
     def table(self, grid):
         return None
 
-    def update(self, state, scored, old, kl_left, *, donate, too_far):
+    def update(self, state, scored, old, kl_left, *, donate, too_far, between):
         self.events.append(("update", _number(state.adapter), _number(old), donate))
         self.learned.append(np.stack([batch.candidates.latents for batch in scored]))
         moved = SimpleNamespace(lora={"a": state.adapter.lora["a"] + 0.5})
