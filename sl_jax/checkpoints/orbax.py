@@ -183,7 +183,10 @@ class RunCheckpoints:
                 ),
             )
             return found["tree"], _content(found["record"]), None
-        except _UNREADABLE as error:
+        except Exception as error:
+            # Of an array that cannot be decoded Orbax raises an `Exception` of no kind.
+            if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+                raise
             return None, {}, " ".join(str(error).split()) or type(error).__name__
 
     def _set_aside(self, steps: Sequence[int]) -> None:
