@@ -280,8 +280,9 @@ class StatusFile(Unwatched):
             partial.write_text(json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
             partial.replace(path)  # so that nobody reads half of it
         except Exception as error:  # stores have errors of their own, and none may end a run
-            if not self._said:
-                self._said = True
+            with self._lock:  # the last is written from another thread
+                said, self._said = self._said, True
+            if not said:
                 _log.warning("%s cannot be written, and tells nothing new: %s", path, error)
 
 
