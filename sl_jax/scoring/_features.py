@@ -166,7 +166,7 @@ def penalties(seen: Seen) -> Penalties:
     hole, ghost, fill, unlifted = _background_penalties(scene)
     duplicate, cut, smear, truncated = _pair_penalties(scene)
     scattered, several = _content_penalties(scene)
-    varied, astray = _color_penalties(scene)
+    mixed, varied, astray = _color_penalties(scene)
     mass = scene.mattes.mean((1, 2))
     return Penalties(
         recomposition=float(error.mean()),
@@ -187,7 +187,7 @@ def penalties(seen: Seen) -> Penalties:
         lumped=float(scene.blank.mean() * (several + unlifted)) if len(mass) else 0.0,
         idle=float(scene.blank.mean() * max(0.0, unmatted - 0.03)) if len(mass) else 0.0,
         smear=smear,
-        mixed=_mixed(scene),
+        mixed=mixed,
         varied=varied,
         astray=astray,
         scattered=scattered,
@@ -322,25 +322,27 @@ def _pair_penalties(scene: _Scene) -> tuple[float, float, float, float]:
     return duplicate, cut / edges, smear / covered, (opposed - cut) / edges
 
 
-def _mixed(scene: _Scene) -> float:
-    """Gini impurity of the layers, equal in weight but for specks, given the source's colour."""
-    levels = np.minimum((scene.source * _LEVELS).astype(np.intp), _LEVELS - 1)
-    colors = np.ravel_multi_index(tuple(levels), (_LEVELS,) * 3).ravel()
-    shown = np.square(scene.alphas * scene.front).reshape(len(scene.alphas), -1)
-    counts = np.stack([np.bincount(colors, weights, _LEVELS**3) for weights in shown])
-    shares = counts / (counts.sum(1, keepdims=True) + 0.005 * colors.size)
-    impurity = float((shares * (1 - shares / (shares.sum(0) + _TINY))).sum())
-    return max(0.0, impurity - 0.1)
-
-
-def _color_penalties(scene: _Scene) -> tuple[float, float]:
-    """`varied` and `astray`."""
+def _color_penalties(scene: _Scene) -> tuple[float, float, float]:
+    """`mixed`, `varied` and `astray`."""
     colors = scene.source.reshape(3, -1).astype(np.float64)
     shown = np.square(scene.alphas * scene.front).reshape(len(scene.alphas), -1)
     spreads = np.stack([_principal(colors, weights) for weights in shown])
     total = float(_principal(colors, np.ones_like(colors[0])).sum()) + 1e-3 * colors.shape[1]
     varied, astray = float(spreads.sum()) / total, float(spreads[:, :-1].sum()) / total
-    return max(0.0, varied - 0.15), max(0.0, astray - 0.02)
+    return (
+        max(0.0, _impurity(scene.source, shown) - 0.1),
+        max(0.0, varied - 0.15),
+        max(0.0, astray - 0.02),
+    )
+
+
+def _impurity(source: Planes, shown: Float32[np.ndarray, "layers pixels"]) -> float:
+    """Gini impurity of the layers, equal in weight but for specks, given the source's colour."""
+    levels = np.minimum((source * _LEVELS).astype(np.intp), _LEVELS - 1)
+    colors = np.ravel_multi_index(tuple(levels), (_LEVELS,) * 3).ravel()
+    counts = np.stack([np.bincount(colors, weights, _LEVELS**3) for weights in shown])
+    shares = counts / (counts.sum(1, keepdims=True) + 0.005 * colors.size)
+    return float((shares * (1 - shares / (shares.sum(0) + _TINY))).sum())
 
 
 def _principal(
