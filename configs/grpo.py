@@ -65,16 +65,16 @@ def _production() -> ConfigDict:
     rollout = config.rollout = ConfigDict()
     rollout.groups = 32  # unmeasured: flow_grpo uses 48
     rollout.batch_groups = 8  # ours: fits eight v5e chips by plan
-    rollout.group_size = 8  # ours: 4, 8 and 16 do alike on the tiny base; peers use 8 to 24
+    rollout.group_size = 8  # ours: tiny base, 16: less for L1, more for LayerD; peers: 8 to 24
     rollout.steps = 10  # paper: Flow-GRPO
     rollout.shift = placeholder(float)  # release: the checkpoint's own rule
     rollout.dynamics = "flow_sde"  # paper: Flow-GRPO
     rollout.noise_level = 1.2  # peer: verl-omni's Qwen-Image recipes; flow_grpo's default is 0.7
-    rollout.window_size = 2  # peer: Flow-GRPO-Fast; on the tiny base 1 gains what 3 do
+    rollout.window_size = 2  # peer: Flow-GRPO-Fast; on the tiny base 1 gains about what 3 do
     rollout.window_range = (0, 5)  # peer: Flow-GRPO-Fast
     rollout.window_order = "drawn"  # peer: Flow-GRPO-Fast; MixGRPO slides
     rollout.window_epochs = 25  # paper: MixGRPO, arXiv 2507.21802
-    rollout.group_noise = "shared"  # ours: no difference on the tiny base
+    rollout.group_noise = "shared"  # unmeasured: no difference with 3 stochastic steps of 4
     rollout.ode_method = "euler"  # paper: Flow-GRPO
     rollout.train_frames = "all"  # unmeasured
     rollout.guidance = 1.0  # release: Stable-Layers; the base's README samples with 4

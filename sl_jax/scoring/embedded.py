@@ -3,9 +3,10 @@
 Its only input is the rendered request, so it gives equal scores in process and behind a server,
 and it never sees true layers. The penalties of `_features` enter each criterion as
 1 / (1 + Σ k·penalty), which stays sensitive both near a perfect candidate and far from one. The k
-are calibrated once, on perturbed designs of the procedural family A (those of `mixed`, `varied` and
-`astray` on rollouts of the tiny base on that family), so that the mean criterion ranks candidates
-of a group like their L1 error; they are settings of the judge, not of a run.
+are settings of the judge, not of a run. They were calibrated on perturbed designs of the procedural
+family A, so that the mean criterion ranks candidates of a group like their L1 error; then, with
+`mixed`, `varied` and `astray`, on rollouts of the tiny base on A and, with true layers, on B, where
+training had found out what the judge did not see.
 """
 
 from __future__ import annotations

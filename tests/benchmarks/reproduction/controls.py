@@ -29,7 +29,7 @@ def shuffled(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
 def truth(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
     """The negative order-free L1 to the true layers, which no judge can see.
 
-    What training with these reaches is what the algorithm can do by that measure with any judge.
+    Beside what a judge's rewards teach, it tells the algorithm's part from the judge's.
 
     Raises:
         ValueError: the picture is none of the training designs of family B.
