@@ -32,7 +32,7 @@ class Arm(NamedTuple):
 
 # What training by reward takes beyond configs/grpo.py:tiny, and supervised training beyond
 # configs/sft.py:tiny; chosen on the development set.
-_EPOCHS, _CANDIDATES = 80, 128  # candidates per epoch
+_EPOCHS, _CANDIDATES = 200, 128  # candidates per epoch
 
 
 def _schedule(epochs: int) -> Settings:

@@ -86,9 +86,15 @@ class Sizes:
         return f"procedural:B:{self.development}:{LAYERS}:{SIZE}:2000000"
 
     @property
+    def held_out_seeds(self) -> range:
+        """Of B and of C. The first designs, from 0, were looked at while the judge was made."""
+        return range(3_000_000, 3_000_000 + self.held_out)
+
+    @property
     def held_out_set(self) -> str:
-        """As `sl_jax.evaluate` takes it: seeds from 0."""
-        return f"procedural:B:{self.held_out}:{LAYERS}:{SIZE}"
+        """As `sl_jax.evaluate` takes it."""
+        seeds = self.held_out_seeds
+        return f"procedural:B:{len(seeds)}:{LAYERS}:{SIZE}:{seeds.start}"
 
 
 class Trained(NamedTuple):

@@ -14,7 +14,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,8 +86,10 @@ class Bench:
             return
         digest = base_digest()
         print(f"--- {arm.name}, seed {seed}: {arm.what}", flush=True)
-        began, cpu = time.monotonic(), os.times()
-        trained = self._trained(arm, seed)
+        spent = self._folder(arm, seed) / "spent.json"
+        with _adding_up(spent):
+            trained = self._trained(arm, seed)
+            measured = self._measured(arm, seed, trained)
         result = {
             "arm": arm.name,
             "seed": seed,
@@ -94,9 +97,8 @@ class Bench:
             "command": f"bash launch/reproduce.sh --arm {arm.name} --seed {seed}",
             "settings": dict(self._settings(arm)),
             "base_sha256": digest,
-            **self._measured(arm, seed, trained),
-            "seconds": round(time.monotonic() - began),
-            "cpu_seconds": round(sum(os.times()[:4]) - sum(cpu[:4])),
+            **measured,
+            **json.loads(spent.read_text()),
             "machine": _machine(),
         }
         if base_digest() != digest:
@@ -232,9 +234,25 @@ class Bench:
             partial = self.work / "artwork.part"
             shutil.rmtree(partial, ignore_errors=True)
             read = artwork.read_artwork(self._wheels)
-            artwork.write_designs(read, partial, range(self.sizes.held_out), SIZE, LAYERS)
+            artwork.write_designs(read, partial, self.sizes.held_out_seeds, SIZE, LAYERS)
             partial.rename(folder)
         return folder
+
+
+@contextmanager
+def _adding_up(path: Path) -> Iterator[None]:
+    """Adds what the block takes to what earlier starts took, those killed outright excepted."""
+    earlier = json.loads(path.read_text()) if path.exists() else {"seconds": 0, "cpu_seconds": 0}
+    began, cpu = time.monotonic(), sum(os.times()[:4])
+    try:
+        yield
+    finally:
+        spent = {
+            "seconds": earlier["seconds"] + round(time.monotonic() - began),
+            "cpu_seconds": earlier["cpu_seconds"] + round(sum(os.times()[:4]) - cpu),
+        }
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(spent))
 
 
 def _liked(records: Sequence[dict]) -> dict[str, str]:
