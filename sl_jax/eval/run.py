@@ -169,7 +169,6 @@ def _evaluated(config: EvaluationConfig, plan: Plan, work: Work) -> Evaluated:
         base=base.name,
         systems=plan.systems,
         layers=work.layers,
-        adapters=config.adapters,
         left_out=work.left_out,
         details=_details(config, plan),
     )
@@ -193,7 +192,8 @@ def _details(config: EvaluationConfig, plan: Plan) -> dict[str, str]:
         told["seed"] = f"{config.model.seed} for the first picture, one more for each next"
         told["guidance"] = f"{config.model.guidance:g}"
         told["samplers"] = ", ".join(map(str, config.samplers))
-    told |= {f"adapter {name}": where for name, where in config.adapters}
+    adapters = (system.adapter for system in plan.systems if system.adapter)
+    told |= {f"adapter {name}": where for name, where in adapters}
     told |= {f"layers {name}": where for name, where in config.layers}
     for system in plan.systems:
         told |= {

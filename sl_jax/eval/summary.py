@@ -58,7 +58,6 @@ class Evaluated:
       measurements: of every system and picture.
       base: name of the system that others are compared with.
       systems: all of them, in the order of tables.
-      adapters: names and places, for the curves of their runs.
       left_out: what is missing.
       details: settings, by name.
       layers: a system's layers of a picture; None if there are none.
@@ -69,9 +68,13 @@ class Evaluated:
     base: str
     systems: tuple[System, ...]
     layers: Callable[[System, EvalPicture, Sample], np.ndarray | None]
-    adapters: tuple[Named, ...] = ()
     left_out: tuple[LeftOut, ...] = ()
     details: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def adapters(self) -> tuple[Named, ...]:
+        """Those that the systems sample with, each once."""
+        return tuple(dict.fromkeys(s.adapter for s in self.systems if s.adapter))
 
     @property
     def pair(self) -> tuple[str, str]:

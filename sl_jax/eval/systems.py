@@ -22,7 +22,7 @@ from sl_jax.checkpoints.pipeline import (
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data.pictures import longest_side_size, resize_to
 from sl_jax.eval.baselines import BASELINES, Baseline
-from sl_jax.eval.options import SamplerChoice
+from sl_jax.eval.options import Named, SamplerChoice
 from sl_jax.eval.samples import EvalPicture, Sample
 from sl_jax.eval.stacks import StackError, read_stack
 from sl_jax.inference.decomposer import (
@@ -67,6 +67,7 @@ class System:
         number of layers.
       batch: tasks per call.
       stamp: for a picture, what changes when its layers do; results of other layers do not count.
+      adapter: name and place of the adapter that it samples with.
     """
 
     name: str
@@ -75,6 +76,7 @@ class System:
     make: Make
     batch: int = 1
     stamp: Callable[[EvalPicture], str] = lambda picture: ""
+    adapter: Named | None = None
 
 
 def baseline_systems() -> list[System]:
@@ -205,7 +207,8 @@ class Model:
                 self._decomposer(adapter).decompose(frames, keys, sampling, batch=config.batch)
             )
 
-        return System(name, "model", settings, make, config.batch)
+        named = Named(adapter, self._where[adapter]) if adapter else None
+        return System(name, "model", settings, make, config.batch, adapter=named)
 
     def _digest(self, adapter: str | None) -> str:
         """Of an adapter, or of the model itself, each computed once."""

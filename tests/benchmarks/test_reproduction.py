@@ -4,16 +4,20 @@ import json
 import os
 import subprocess
 import sys
+import time
 import zipfile
+from dataclasses import replace
 from functools import partial
 from io import BytesIO
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from sl_jax.scoring import Group
+from sl_jax.imaging import recompose
+from sl_jax.scoring import Group, GroupScores, cases
 
 _HERE = Path(__file__).parent
 _PATHS = (_HERE, _HERE / "reproduction")
@@ -95,28 +99,51 @@ def test_designs_of_artwork_are_canonical_and_repeatable(wheels, layers):
     assert not np.array_equal(design, other)
 
 
-class _Judged:
-    def __init__(self, reward):
-        self.reward = np.asarray(reward, float)
+def _judged(rewards) -> GroupScores:
+    rewards = np.asarray(rewards, float)
+    count = len(rewards)
+    return GroupScores(
+        group_id="g",
+        criteria=np.repeat(rewards[:, None], 5, axis=1),
+        stage1=rewards,
+        stage2=np.full(count, np.nan),
+        reward=rewards,
+        valid=np.ones(count, bool),
+        two_stage=False,
+        reasons=((),) * count,
+        failures=(None,) * count,
+        grid_failure=None,
+        capped=np.zeros(count, bool),
+        grid_scores=np.empty((0, count)),
+        permutations=np.empty((0, count), int),
+    )
 
 
-def _group(name: str, count: int) -> Group:
-    blank = np.zeros((2, 8, 8, 4), np.uint8)
-    return Group(name, np.zeros((8, 8, 3), np.uint8), tuple(blank for _ in range(count)))
+def _group(name: str, count: int, blank: int = 0) -> Group:
+    """Of candidates that are as good as each other, but for the last, which show nothing."""
+    design = cases.design(32)
+    candidates = (design,) * (count - blank) + (cases.all_in_background(design),) * blank
+    return Group(name, recompose(design), candidates)
 
 
-def test_shuffled_rewards_are_the_judges_in_an_order_of_the_groups_name():
+def test_shuffled_rewards_are_the_defaults_in_an_order_of_the_groups_name():
     from controls import shuffled
 
-    rewards = np.arange(8) / 10
+    rewards = np.arange(1, 9) / 10
     first, again, other = (
-        shuffled(_group(name, 8), _Judged(rewards)) for name in ("1.0.a", "1.0.a", "2.0.a")
+        shuffled(_group(name, 8), _judged(rewards)) for name in ("1.0.a", "1.0.a", "2.0.a")
     )
     np.testing.assert_array_equal(first, again)
-    assert sorted(first) == sorted(rewards)
+    np.testing.assert_allclose(sorted(first), rewards)
     assert not np.array_equal(first, other)
+    # What vetoes take is taken from somebody.
+    vetoed = shuffled(_group("v", 8, blank=2), _judged(rewards))
+    np.testing.assert_allclose(sorted(vetoed), [0.05, 0.05, *rewards[:6]])
     # Over many groups no place is favoured.
-    means = np.mean([shuffled(_group(str(n), 8), _Judged(rewards)) for n in range(500)], axis=0)
+    many = _group("many", 8)
+    means = np.mean(
+        [shuffled(replace(many, group_id=str(n)), _judged(rewards)) for n in range(500)], axis=0
+    )
     np.testing.assert_allclose(means, rewards.mean(), atol=0.05)
 
 
@@ -131,11 +158,11 @@ def test_true_layers_reward_what_is_near_them(monkeypatch):
     blank = np.zeros_like(design.layers)
     exchanged = design.layers[[0, 2, 1]]
     group = Group("g", design.flat, (design.layers, exchanged, blank))
-    right, other_order, wrong = controls.truth(group, _Judged([0, 0, 0]))
+    right, other_order, wrong = controls.truth(group, _judged([0, 0, 0]))
     assert right == other_order == 0 > wrong
     stranger = Group("s", make_design("B", 7, 64, 3).flat, (blank,))
     with pytest.raises(ValueError, match="no training design"):
-        controls.truth(stranger, _Judged([0]))
+        controls.truth(stranger, _judged([0]))
     controls._training_designs.cache_clear()
 
 
@@ -154,6 +181,57 @@ def test_arms_have_names_of_their_own_and_fields_that_exist():
             for part in parts:
                 owner = owner[part]
             assert last in owner, field
+
+
+def test_no_set_has_designs_of_another():
+    from measuring import LAYERS, SIZE, Sizes
+
+    sizes = Sizes()
+    development = int(sizes.development_set.rpartition(":")[2])
+    sets = {
+        "training": sizes.training_seeds,
+        "development": range(development, development + sizes.development),
+        "held out": sizes.held_out_seeds,
+        "seen while the judge was made": range(1000),
+        "of the judge's fidelity": range(5_000_000, 5_010_000),
+    }
+    for name, other in combinations(sets, 2):
+        assert set(sets[name]).isdisjoint(sets[other]), (name, other)
+    assert sizes.held_out_set == f"procedural:B:256:{LAYERS}:{SIZE}:{sizes.held_out_seeds.start}"
+
+
+def test_results_are_of_the_arms_as_they_are():
+    """A recipe that changes leaves no result of another behind, nor does a base."""
+    from arms import ARMS
+    from measuring import base_digest
+    from run import RESULTS, settings_of
+
+    found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
+    assert set(found) == {f"{arm.name}_{seed}" for arm in ARMS for seed in arm.seeds}
+    for arm in ARMS:
+        for seed in arm.seeds:
+            result = found[f"{arm.name}_{seed}"]
+            assert result["settings"] == dict(settings_of(arm)), arm.name
+            assert result["base_sha256"] == base_digest()
+
+
+def test_the_favourite_is_a_candidate_with_a_score():
+    from run import _liked
+
+    rewards = {"a": np.nan, "b": 0.2, "c": 0.4, "d": np.nan}
+    records = [{"picture": "p", "model": m, "reward": r} for m, r in rewards.items()]
+    assert _liked(records) == {"p": "c"}
+
+
+def test_seconds_add_up_over_starts(tmp_path):
+    from run import _adding_up
+
+    path = tmp_path / "arm" / "spent.json"
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt), _adding_up(path):
+            time.sleep(0.6)
+            raise KeyboardInterrupt
+    assert json.loads(path.read_text())["seconds"] == 2
 
 
 def test_the_best_setting_has_the_least_error():
@@ -184,7 +262,8 @@ def test_a_small_reproduction_measures_trains_and_goes_on(wheels, tmp_path):
         "found = tables.read_results(results)\n"
         "print('\\n'.join(tables.headline(found) + tables.controls(found)))\n"
         "tables._curve(tables._of(found, 'tuned'), results / 'curve.svg')\n"
-        "tables._picture(work / 'tuned_0' / 'held_out_B' / 'layers', 4).save(results / 'l.png')\n"
+        "layers = work / 'tuned_0' / 'held_out_B' / 'layers'\n"
+        "tables._picture(layers, sizes.held_out_seeds).save(results / 'l.png')\n"
     )
     paths = os.pathsep.join(map(str, _PATHS))
     environment = os.environ | {"PYTHONPATH": paths, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
@@ -214,6 +293,8 @@ def test_a_small_reproduction_measures_trains_and_goes_on(wheels, tmp_path):
         # The favourite of several is liked no less than the first of them.
         assert found["best_of_0"]["held_out"][name]["reward"]["change"] >= 0
     assert "| order-free L1 |" in told and "favourite" in told
+    page = json.loads((tmp_path / "work" / "tuned_0" / "held_out_B" / "report.json").read_text())
+    assert "tuned: Training reward" in [curve["title"] for curve in page["curves"]]
     assert (results / "curve.svg").exists() and (results / "l.png").exists()
     times = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
     reproduce()

@@ -36,11 +36,11 @@ _EPOCHS, _CANDIDATES = 200, 128  # candidates per epoch
 
 
 def _schedule(epochs: int) -> Settings:
-    """The learning rate falls to nothing over the epochs; checkpoints at thirds."""
+    """The learning rate falls to nothing over the epochs; checkpoints at thirds, or oftener."""
     return {
         "epochs": str(epochs),
         "optimizer.decay_steps": str(epochs),
-        "checkpoint.every": str(epochs // 3),
+        "checkpoint.every": str(min(epochs // 3, 25)),
         "checkpoint.keep": "10",
         "evaluation.every": str(epochs),
     }
@@ -109,15 +109,22 @@ ARMS = (
     Arm("base", "the base at its own best settings", "base", "headline"),
     Arm("tuned", "Flow-GRPO by the judge's scores", "rl", "headline", seeds=(0, 1, 2)),
     Arm(
+        "short",
+        "Flow-GRPO by the judge's scores, 30 epochs at twice the rate",
+        "rl",
+        "controls",
+        _SHORT,
+    ),
+    Arm(
         "shuffled",
-        "rewards shuffled within groups, 30 epochs",
+        "the same with rewards shuffled within groups",
         "rl",
         "controls",
         {**_SHORT, "rewards": '(("controls.shuffled", 1.0),)'},
     ),
     Arm(
         "truth",
-        "rewarded by the true layers, 30 epochs",
+        "the same, rewarded by the true layers",
         "rl",
         "controls",
         # std_floor: errors lie closer together than scores
@@ -125,7 +132,7 @@ ARMS = (
     ),
     Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
     Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),
-    _ablation("recipe", "the headline's settings", {}),
+    _ablation("recipe", "the headline's settings but for epochs and rate", {}),
     _ablation(
         "vlm_one_stage", "VLM-like judge, stage 1 alone", {**_VLM, "judge.two_stage": "False"}
     ),
@@ -138,6 +145,12 @@ ARMS = (
         {"rollout.group_noise": "independent"},
     ),
     _ablation("window", "one step of those three stochastic and trained", _WINDOW),
+    _ablation(
+        "all_steps",
+        "all four steps stochastic and trained",
+        {"rollout.window_size": "4", "rollout.window_range": "(0, 4)"},
+    ),
+    _ablation("rank_4", "LoRA rank 4", {"lora.rank": "4", "lora.alpha": "8"}),
     _ablation("rank_64", "LoRA rank 64", {"lora.rank": "64", "lora.alpha": "128"}),
     *(_ratio(ratio, side) for ratio in _CLIPS for side in _SIDES),
 )

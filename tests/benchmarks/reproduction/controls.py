@@ -10,20 +10,22 @@ from measuring import LAYERS, SIZE, Sizes
 from sl_jax.data.procedural import Design, make_design
 from sl_jax.eval.stable_layers import layer_l1
 from sl_jax.scoring import Group, GroupScores
+from sl_jax.scoring.rewards import Rewards
 
+_DEFAULT = Rewards()
 _BLOCK = 8  # pixels of what a picture is recognised by
 _ALIKE = 3.0  # levels of 255, on the mean: JPEG changes less, another design more
 
 
 def shuffled(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
-    """The judge's rewards, dealt out anew within the group: equal spread, and no information.
+    """The default's rewards, dealt out anew within the group: equal spread, and no information.
 
     The order follows from the group's name, so that a run that goes on repeats it. What training
     with these still improves, the judge is not the cause of.
     """
     digest = hashlib.sha256(group.group_id.encode()).digest()
     generator = np.random.default_rng(np.frombuffer(digest, "<u8"))
-    return generator.permutation(scores.reward)
+    return generator.permutation(_DEFAULT(group, scores).reward)
 
 
 def truth(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:

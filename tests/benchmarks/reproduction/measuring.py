@@ -52,9 +52,9 @@ class Setting(NamedTuple):
 SETTINGS = tuple(
     Setting(SamplerChoice(method, steps), guidance)
     for guidance, choices in {
-        1.0: {"euler": (2, 3, 4, 6, 10, 20), "heun": (4, 10)},
-        1.5: {"euler": (4, 10)},
-        4.0: {"euler": (4, 10)},  # the base model's README
+        1.0: {"euler": (1, 2, 3, 4, 6, 10, 20), "heun": (4, 10)},
+        1.5: {"euler": (2, 4, 10)},
+        4.0: {"euler": (2, 4, 10)},  # the base model's README
     }.items()
     for method, counts in choices.items()
     for steps in counts
@@ -149,12 +149,12 @@ def records_of(
 
 
 def _system(trained: Trained, setting: Setting, name: str, seed: int = _SEED) -> System:
-    model = _model(trained.adapter, setting.guidance, seed)
-    return model.system(name, "adapter" if trained.adapter else None, setting.sampler)
+    model = _model(trained, setting.guidance, seed)
+    return model.system(name, trained.name if trained.adapter else None, setting.sampler)
 
 
 @cache
-def _model(adapter: Path | None, guidance: float, seed: int) -> Model:
+def _model(trained: Trained, guidance: float, seed: int) -> Model:
     config = ModelConfig(
         "tiny",
         DEFAULT_PROMPT,
@@ -163,4 +163,4 @@ def _model(adapter: Path | None, guidance: float, seed: int) -> Model:
         seed=seed,
         batch=_BATCH,
     )
-    return Model(config, {"adapter": str(adapter)} if adapter else {})
+    return Model(config, {trained.name: str(trained.adapter)} if trained.adapter else {})

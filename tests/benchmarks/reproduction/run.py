@@ -10,6 +10,7 @@ Tables, curves and pictures are made from the files by `tables.py`.
 
 import argparse
 import json
+import math
 import os
 import platform
 import shutil
@@ -95,7 +96,7 @@ class Bench:
             "seed": seed,
             "what": arm.what,
             "command": f"bash launch/reproduce.sh --arm {arm.name} --seed {seed}",
-            "settings": dict(self._settings(arm)),
+            "settings": dict(settings_of(arm)),
             "base_sha256": digest,
             **measured,
             **json.loads(spent.read_text()),
@@ -108,11 +109,6 @@ class Bench:
         partial.write_text(json.dumps(result, indent=1) + "\n")
         partial.replace(path)
 
-    def _settings(self, arm: Arm) -> Mapping[str, str]:
-        if arm.kind == "rl":
-            return {**RECIPE, **arm.settings}
-        return {**PAIRS, **arm.settings} if arm.kind == "pairs" else {}
-
     def _trained(self, arm: Arm, seed: int) -> Trained:
         """The arm's adapter; the base where it has none."""
         if arm.kind in ("base", "best_of"):
@@ -120,7 +116,7 @@ class Bench:
         run = self._folder(arm, seed) / "run"
         config, data = ("sft", self._pairs()) if arm.kind == "pairs" else ("grpo", self._flat())
         door = {"sft": "sft", "grpo": "train"}[config]
-        settings = {"data.path": data, "workdir": run, "seed": seed, **self._settings(arm)}
+        settings = {"data.path": data, "workdir": run, "seed": seed, **settings_of(arm)}
         module(
             door,
             f"--config=configs/{config}.py:tiny",
@@ -229,14 +225,21 @@ class Bench:
         return folder
 
     def _artwork(self) -> Path:
-        folder = self.work / "artwork"
+        seeds = self.sizes.held_out_seeds
+        folder = self.work / f"artwork_{seeds.start}_{len(seeds)}"
         if not folder.exists():
-            partial = self.work / "artwork.part"
+            partial = folder.with_suffix(".part")
             shutil.rmtree(partial, ignore_errors=True)
             read = artwork.read_artwork(self._wheels)
-            artwork.write_designs(read, partial, self.sizes.held_out_seeds, SIZE, LAYERS)
+            artwork.write_designs(read, partial, seeds, SIZE, LAYERS)
             partial.rename(folder)
         return folder
+
+
+def settings_of(arm: Arm) -> Mapping[str, str]:
+    """What an arm is trained with, beyond its configuration file."""
+    common = {"rl": RECIPE, "pairs": PAIRS}.get(arm.kind, {})
+    return {**common, **arm.settings}
 
 
 @contextmanager
@@ -260,7 +263,7 @@ def _liked(records: Sequence[dict]) -> dict[str, str]:
     found: dict[str, dict] = {}
     for record in records:
         known = found.setdefault(record["picture"], record)
-        if record["reward"] > known["reward"]:
+        if math.isnan(known["reward"]) or record["reward"] > known["reward"]:
             found[record["picture"]] = record
     return {picture: record["model"] for picture, record in found.items()}
 

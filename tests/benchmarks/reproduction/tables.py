@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from arms import ARMS, Arm
-from measuring import LAYERS, PRIMARY, SANITY, SIZE
+from measuring import LAYERS, PRIMARY, SANITY, SIZE, Sizes
 from PIL import Image
 
 from sl_jax.data.procedural import make_design
@@ -53,7 +53,8 @@ def main() -> None:
         _curve(tuned, given.results / "curve.svg")
     layers = given.work / "tuned_0" / "held_out_B" / "layers"
     if layers.is_dir():
-        _picture(layers).save(given.results / "layers.png", optimize=True)
+        picture = _picture(layers, Sizes().held_out_seeds[:_SHOWN])
+        picture.save(given.results / "layers.png", optimize=True)
 
 
 def read_results(folder: Path) -> list[Result]:
@@ -182,10 +183,10 @@ def _curve(tuned: Sequence[Result], path: Path) -> None:
     figure.savefig(path, metadata={"Date": None})
 
 
-def _picture(layers: Path, shown: int = _SHOWN) -> Image.Image:
+def _picture(layers: Path, seeds: Sequence[int]) -> Image.Image:
     """[picture | true layers | layers of the base | tuned], a design per row."""
     rows = []
-    for seed in range(shown):
+    for seed in seeds:
         true = make_design("B", seed, SIZE, LAYERS).layers
         folders = [layers / name / f"B-{seed:06d}" for name in ("base", "tuned")]
         made = [[np.asarray(Image.open(p)) for p in sorted(f.glob("*.png"))] for f in folders]
