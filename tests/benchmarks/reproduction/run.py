@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,6 +49,7 @@ from sl_jax.training.metrics import read_metrics
 RESULTS = Path(__file__).parents[1] / "results" / "reproduction"
 _SAMPLES = 8  # of "best_of"
 _BASE = Trained("base", None)
+_OF_A_STEP = re.compile(r"learner/(ratio_std|kl_old)/step_\d+")
 _PROTOCOLS = ("stable_layers", "layerd", "reference_free", "judge")
 
 
@@ -273,6 +275,7 @@ def _training(run: Path) -> dict:
     log = [record for record in read_metrics(run) if "judge/reward_mean" in record]
     eighth = len(log) // 8 + 1
     parts = {"first": log[:eighth], "last": log[-eighth:], "all": log}
+    always = set(log[0]).intersection(*log)  # a window that moves leaves out steps
     watched = (
         "judge/reward_mean",
         "judge/stage1_mean",
@@ -280,6 +283,7 @@ def _training(run: Path) -> dict:
         "learner/clipped_low/all",
         "learner/clipped_high/all",
         "learner/ratio_std/all",
+        *sorted(name for name in always if _OF_A_STEP.fullmatch(name)),
     )
     return {
         "epochs": len(log),
