@@ -116,14 +116,6 @@ ARMS = (
         "controls",
         {"rewards": '(("controls.shuffled", 1.0),)'},
     ),
-    Arm(
-        "truth",
-        "the same, rewarded by the true layers",
-        "rl",
-        "controls",
-        # std_floor: errors lie closer together than scores
-        {"rewards": '(("controls.truth", 1.0),)', "advantage.std_floor": "0.001"},
-    ),
     Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
     Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),
     _ablation("recipe", "three of four steps stochastic and trained, G = 8, rank 16", {}),
@@ -143,6 +135,12 @@ ARMS = (
         "all_steps",
         "all four steps",
         {"rollout.window_size": "4", "rollout.window_range": "(0, 4)"},
+    ),
+    _ablation(
+        "truth",
+        "rewarded by the true layers' order-free L1",
+        # std_floor: errors lie closer together than scores
+        {"rewards": '(("controls.truth", 1.0),)', "advantage.std_floor": "0.001"},
     ),
     _ablation("rank_4", "LoRA rank 4", {"lora.rank": "4", "lora.alpha": "8"}),
     _ablation("rank_64", "LoRA rank 64", {"lora.rank": "64", "lora.alpha": "128"}),
