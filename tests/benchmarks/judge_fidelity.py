@@ -36,6 +36,7 @@ from sl_jax.scoring import EmbeddedConfig, EmbeddedJudge, Group, GroupScores, Tw
 from sl_jax.scoring.stats import rank_correlation, spread
 
 _NOISE_LEVELS = (0.0, 0.5, 1.0, 2.0, 4.0)  # points of 10; of the grid, four times as many of 100
+FIRST_SEED = 5_000_000  # of the designs
 _BATCH = 8
 _FILES = ("output", "candidates", "plot")
 
@@ -48,7 +49,7 @@ def main() -> None:
     parser.add_argument("--group-size", type=int, default=8)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--size", type=int, default=64)
-    parser.add_argument("--first-seed", type=int, default=5_000_000)
+    parser.add_argument("--first-seed", type=int, default=FIRST_SEED)
     parser.add_argument("--window-size", type=int, default=4)
     parser.add_argument("--candidates", type=Path, help="file that keeps the candidates")
     parser.add_argument("--output", type=Path)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -108,7 +107,7 @@ def _judged(rewards) -> GroupScores:
         stage1=rewards,
         stage2=np.full(count, np.nan),
         reward=rewards,
-        valid=np.ones(count, bool),
+        valid=np.isfinite(rewards),
         two_stage=False,
         reasons=((),) * count,
         failures=(None,) * count,
@@ -136,6 +135,10 @@ def test_shuffled_rewards_are_the_defaults_in_an_order_of_the_groups_name():
     np.testing.assert_array_equal(first, again)
     np.testing.assert_allclose(sorted(first), rewards)
     assert not np.array_equal(first, other)
+    # Who has no score gets none, and nobody's is lost.
+    missing = shuffled(_group("1.0.a", 8), _judged([np.nan, *rewards[1:]]))
+    assert np.isnan(missing[0])
+    np.testing.assert_allclose(sorted(missing[1:]), rewards[1:])
     # What vetoes take is taken from somebody.
     vetoed = shuffled(_group("v", 8, blank=2), _judged(rewards))
     np.testing.assert_allclose(sorted(vetoed), [0.05, 0.05, *rewards[:6]])
@@ -184,7 +187,8 @@ def test_arms_have_names_of_their_own_and_fields_that_exist():
 
 
 def test_no_set_has_designs_of_another():
-    from measuring import LAYERS, SIZE, Sizes
+    from judge_fidelity import FIRST_SEED
+    from measuring import Sizes
 
     sizes = Sizes()
     development = int(sizes.development_set.rpartition(":")[2])
@@ -193,18 +197,20 @@ def test_no_set_has_designs_of_another():
         "development": range(development, development + sizes.development),
         "held out": sizes.held_out_seeds,
         "seen while the judge was made": range(1000),
-        "of the judge's fidelity": range(5_000_000, 5_010_000),
+        "of the judge's fidelity": range(FIRST_SEED, FIRST_SEED + 10_000),
     }
     for name, other in combinations(sets, 2):
         assert set(sets[name]).isdisjoint(sets[other]), (name, other)
-    assert sizes.held_out_set == f"procedural:B:256:{LAYERS}:{SIZE}:{sizes.held_out_seeds.start}"
+    assert int(sizes.held_out_set.rpartition(":")[2]) == sizes.held_out_seeds.start
 
 
 def test_results_are_of_the_arms_as_they_are():
     """A recipe that changes leaves no result of another behind, nor does a base."""
     from arms import ARMS
-    from measuring import base_digest
+    from measuring import SETTINGS, Sizes, base_digest
     from run import RESULTS, settings_of
+
+    digest, settings = base_digest(), {str(setting) for setting in SETTINGS}
 
     found = {path.stem: json.loads(path.read_text()) for path in RESULTS.glob("*.json")}
     assert set(found) == {f"{arm.name}_{seed}" for arm in ARMS for seed in arm.seeds}
@@ -212,26 +218,78 @@ def test_results_are_of_the_arms_as_they_are():
         for seed in arm.seeds:
             result = found[f"{arm.name}_{seed}"]
             assert result["settings"] == dict(settings_of(arm)), arm.name
-            assert result["base_sha256"] == base_digest()
+            assert result["sets"] == Sizes().sets_of(arm.part), arm.name
+            assert result["base_sha256"] == digest
+            assert set(result.get("development", settings)) == settings
+
+
+def test_a_result_of_other_designs_is_not_taken(tmp_path):
+    from arms import ARMS
+    from measuring import Sizes, base_digest
+    from run import Bench
+
+    arm = next(arm for arm in ARMS if arm.kind == "base")
+    sets = Sizes().sets_of(arm.part)
+    told = {"settings": {}, "base_sha256": base_digest(), "sets": sets}
+    path = tmp_path / "base_0.json"
+    path.write_text(json.dumps(told))
+    bench = Bench(tmp_path / "work", tmp_path, tmp_path)
+    bench.run(arm, 0)
+    path.write_text(json.dumps(told | {"sets": sets | {"B": "procedural:B:256:3:64"}}))
+    with pytest.raises(ValueError, match=r"base_0.json was made from other sets; please move"):
+        bench.run(arm, 0)
 
 
 def test_the_favourite_is_a_candidate_with_a_score():
     from run import _liked
 
-    rewards = {"a": np.nan, "b": 0.2, "c": 0.4, "d": np.nan}
+    rewards = {"a": None, "b": 0.2, "c": 0.4, "d": None}
     records = [{"picture": "p", "model": m, "reward": r} for m, r in rewards.items()]
     assert _liked(records) == {"p": "c"}
 
 
-def test_seconds_add_up_over_starts(tmp_path):
-    from run import _adding_up
+def test_seconds_add_up_over_starts(tmp_path, monkeypatch):
+    import run
 
+    clock = iter((10.0, 12.5, 100.0, 100.25))
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
     path = tmp_path / "arm" / "spent.json"
     for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), _adding_up(path):
-            time.sleep(0.6)
+        with pytest.raises(KeyboardInterrupt), run._adding_up(path):
             raise KeyboardInterrupt
-    assert json.loads(path.read_text())["seconds"] == 2
+    assert json.loads(path.read_text())["seconds"] == 2.75
+
+
+def test_what_a_ratio_spreads_is_told_for_a_policy_that_moves_as_far():
+    from run import _spread_per_movement
+    from tables import ratios
+
+    log = [
+        {
+            "learner/ratio_std/step_0": 0.2,
+            "learner/kl_old/step_0": 0.02,
+            "learner/ratio_std/all": 1,
+        },
+        {"learner/ratio_std/step_1": 0.6, "learner/kl_old/step_1": 0.02},
+        {"judge/reward_mean": 0.1},  # nothing to learn from
+    ]
+    assert _spread_per_movement(log) == pytest.approx((1 * 3) ** 0.5)
+    assert _spread_per_movement(log[2:]) is None
+
+    def result(side, spread):
+        log = {"learner/clipped_low/all": 0.1, "learner/clipped_high/all": 0.05}
+        return {
+            "arm": f"plain_{side}",
+            "settings": {"objective.clip_low": "1e-4", "objective.ratio": "plain"},
+            "training": {
+                "all": log | {"learner/ratio_std/all": 1e-4},
+                "spread_per_movement": spread,
+            },
+        }
+
+    both = ratios([result(32, 0.03), result(64, 0.02)])
+    assert both[2].endswith("| 15.0 % | 1.00e-04 | 1.50 |") and both[3].endswith("| 1.00 |")
+    assert ratios([result(32, 0.03)])[2].endswith("| 1.00e-04 |  |")
 
 
 def test_the_best_setting_has_the_least_error():

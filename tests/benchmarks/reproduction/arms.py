@@ -71,7 +71,7 @@ RECIPE: Settings = {
     "learner.ema": "0.97",
     # The precise judge says in a grid what it says of each alone.
     "judge.two_stage": "False",
-    # A core per arm: two run side by side.
+    # One device is faster on one core than two.
     "distributed.cpu_devices": "1",
 }
 PAIRS: Settings = {"steps": "3000", "eval_every": "500", "checkpoint_every": "500"}
@@ -118,7 +118,7 @@ ARMS = (
     ),
     Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
     Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),
-    _ablation("recipe", "three of four steps stochastic and trained, G = 8, rank 16", {}),
+    _ablation("small", "three of four steps stochastic and trained, G = 8, rank 16", {}),
     _ablation(
         "vlm_one_stage", "VLM-like judge, stage 1 alone", {**_VLM, "judge.two_stage": "False"}
     ),

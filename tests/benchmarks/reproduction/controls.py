@@ -18,14 +18,17 @@ _ALIKE = 3.0  # levels of 255, on the mean: JPEG changes less, another design mo
 
 
 def shuffled(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
-    """The default's rewards, dealt out anew within the group: equal spread, and no information.
+    """The default's rewards, dealt out anew among those of a group that have one: no information.
 
     The order follows from the group's name, so that a run that goes on repeats it. What training
     with these still improves, the judge is not the cause of.
     """
     digest = hashlib.sha256(group.group_id.encode()).digest()
     generator = np.random.default_rng(np.frombuffer(digest, "<u8"))
-    return generator.permutation(_DEFAULT(group, scores).reward)
+    rewards = _DEFAULT(group, scores).reward.copy()
+    known = np.isfinite(rewards)
+    rewards[known] = generator.permutation(rewards[known])
+    return rewards
 
 
 def truth(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:

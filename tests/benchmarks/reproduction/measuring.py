@@ -80,6 +80,14 @@ class Sizes:
         """From 100,000, as the quickstart's."""
         return range(100_000, 100_000 + self.training)
 
+    def sets_of(self, part: str) -> dict[str, str]:
+        """What an arm of a part is measured on, so that its result is not taken for another's."""
+        if part == "ratios":
+            return {}
+        seeds = self.held_out_seeds
+        held_out = {"B": self.held_out_set, "C": f"artwork:{len(seeds)}:{seeds.start}"}
+        return {"development": self.development_set} | ({} if part == "ablations" else held_out)
+
     @property
     def development_set(self) -> str:
         """As `sl_jax.evaluate` takes it."""

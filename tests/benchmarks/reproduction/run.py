@@ -13,10 +13,10 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
+import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +49,6 @@ from sl_jax.training.metrics import read_metrics
 RESULTS = Path(__file__).parents[1] / "results" / "reproduction"
 _SAMPLES = 8  # of "best_of"
 _BASE = Trained("base", None)
-_OF_A_STEP = re.compile(r"learner/(ratio_std|kl_old)/step_\d+")
 _PROTOCOLS = ("stable_layers", "layerd", "reference_free", "judge")
 
 
@@ -83,11 +82,24 @@ class Bench:
         self._wheels = wheels
 
     def run(self, arm: Arm, seed: int) -> None:
-        """Trains and measures an arm, unless its result is there."""
-        path = self.results / f"{arm.name}_{seed}.json"
+        """Trains and measures an arm, unless its result is there.
+
+        Raises:
+            ValueError: a result is there, of another base, other settings, or other designs.
+        """
+        path, digest = self.results / f"{arm.name}_{seed}.json", base_digest()
+        made_from = {
+            "settings": dict(settings_of(arm)),
+            "base_sha256": digest,
+            "sets": self.sizes.sets_of(arm.part),
+        }
         if path.exists():
+            found = json.loads(path.read_text())
+            differing = [name for name, value in made_from.items() if found.get(name) != value]
+            if differing:
+                told = " and ".join(differing)
+                raise ValueError(f"{path} was made from other {told}; please move it away")
             return
-        digest = base_digest()
         print(f"--- {arm.name}, seed {seed}: {arm.what}", flush=True)
         spent = self._folder(arm, seed) / "spent.json"
         with _adding_up(spent):
@@ -98,10 +110,9 @@ class Bench:
             "seed": seed,
             "what": arm.what,
             "command": f"bash launch/reproduce.sh --arm {arm.name} --seed {seed}",
-            "settings": dict(settings_of(arm)),
-            "base_sha256": digest,
+            **made_from,
             **measured,
-            **json.loads(spent.read_text()),
+            **{name: round(value) for name, value in json.loads(spent.read_text()).items()},
             "machine": _machine(),
         }
         if base_digest() != digest:
@@ -253,29 +264,30 @@ def _adding_up(path: Path) -> Iterator[None]:
         yield
     finally:
         spent = {
-            "seconds": earlier["seconds"] + round(time.monotonic() - began),
-            "cpu_seconds": earlier["cpu_seconds"] + round(sum(os.times()[:4]) - cpu),
+            "seconds": earlier["seconds"] + time.monotonic() - began,
+            "cpu_seconds": earlier["cpu_seconds"] + sum(os.times()[:4]) - cpu,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(spent))
+        partial = path.with_suffix(".part")
+        partial.write_text(json.dumps(spent))
+        partial.replace(path)
 
 
 def _liked(records: Sequence[dict]) -> dict[str, str]:
     """By picture, the system that the judge scored highest."""
-    found: dict[str, dict] = {}
-    for record in records:
-        known = found.setdefault(record["picture"], record)
-        if math.isnan(known["reward"]) or record["reward"] > known["reward"]:
-            found[record["picture"]] = record
-    return {picture: record["model"] for picture, record in found.items()}
+    scored = [record for record in records if record["reward"] is not None]
+    scored.sort(key=lambda record: record["reward"])
+    return {record["picture"]: record["model"] for record in scored}
 
 
 def _training(run: Path) -> dict:
-    """What the training's own log says of its beginning, its end and all of it; its seconds."""
+    """What the training's own log says of its beginning, its end and all of it; its seconds.
+
+    Epochs in which no group's rewards differ have no update, and tell nothing of one.
+    """
     log = [record for record in read_metrics(run) if "judge/reward_mean" in record]
     eighth = len(log) // 8 + 1
     parts = {"first": log[:eighth], "last": log[-eighth:], "all": log}
-    always = set(log[0]).intersection(*log)  # a window that moves leaves out steps
     watched = (
         "judge/reward_mean",
         "judge/stage1_mean",
@@ -283,19 +295,37 @@ def _training(run: Path) -> dict:
         "learner/clipped_low/all",
         "learner/clipped_high/all",
         "learner/ratio_std/all",
-        *sorted(name for name in always if _OF_A_STEP.fullmatch(name)),
     )
     return {
         "epochs": len(log),
+        "epochs_with_an_update": sum(watched[-1] in record for record in log),
+        "spread_per_movement": _spread_per_movement(log),
         "seconds": round(sum(record.get("seconds/all", 0.0) for record in log)),
     } | {
-        when: {name: _mean(record[name] for record in part) for name in watched}
+        when: {name: _mean(record.get(name) for record in part) for name in watched}
         for when, part in parts.items()
     }
 
 
-def _mean(values) -> float:
-    return float(np.mean(list(values)))
+def _spread_per_movement(log: Sequence[Mapping[str, float]]) -> float | None:
+    """The ratio's spread for a policy that moves by a standard deviation of its noise.
+
+    The KL per element is half the square of that movement. Geometric mean over epochs and steps;
+    None if the policy was never seen to have moved.
+    """
+    found = []
+    for record in log:
+        for name, spread in record.items():
+            head, _, step = name.rpartition("/")
+            if head == "learner/ratio_std" and step != "all" and spread:
+                found.append(spread / math.sqrt(2 * record[f"learner/kl_old/{step}"]))
+    return statistics.geometric_mean(found) if found else None
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are; None if there are none."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 def _machine() -> dict[str, str]:

@@ -9,8 +9,6 @@ designs, picture, true layers, layers of the base, layers after training.
 
 import argparse
 import json
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -111,36 +109,26 @@ def ablations(results: Sequence[Result]) -> list[str]:
 def ratios(results: Sequence[Result]) -> list[str]:
     """Does one clip range mean the same at every size? Share clipped at each.
 
-    By policies that have moved as far, the KL per element says, it would clip alike if the last
-    column were 1.
+    Of policies that have moved as far it clips as much where the last column is 1.
     """
     rows = [r for r in results if r["arm"] in _names("ratios")]
     if not rows:
         return []
+    by_arm = {result["arm"]: result for result in rows}
     head = ["arm", "clip range", "clipped", "spread of the ratio", "per movement, 64 px: 1"]
     lines = [_row(head), _rule(len(head))]
     for result in rows:
         log, clip = result["training"]["all"], result["settings"]["objective.clip_low"]
         clipped = log["learner/clipped_low/all"] + log["learner/clipped_high/all"]
         spread = log["learner/ratio_std/all"]
-        ratio = result["settings"]["objective.ratio"]
-        (middle,) = (r for r in rows if r["arm"] == f"{ratio}_{SIZE}")
-        moved = f"{_per_movement(result) / _per_movement(middle):.2f}"
+        middle = f"{result['settings']['objective.ratio']}_{SIZE}"
+        moved = ""
+        if middle in by_arm:
+            per, of = (r["training"]["spread_per_movement"] for r in (result, by_arm[middle]))
+            moved = f"{per / of:.2f}"
         cells = [_arm(result).what, clip, f"{100 * clipped:.1f} %", f"{spread:.2e}", moved]
         lines.append(_row(cells))
     return lines
-
-
-def _per_movement(result: Result) -> float:
-    """Spread of the ratio for a policy that moves by a standard deviation; geometric mean of steps.
-
-    The KL per element of a step is half the square of that.
-    """
-    log = result["training"]["all"]
-    steps = [name.rpartition("/")[2] for name in log if name.startswith("learner/kl_old/step")]
-    spreads = [log[f"learner/ratio_std/{step}"] for step in steps]
-    moved = [math.sqrt(2 * log[f"learner/kl_old/{step}"]) for step in steps]
-    return statistics.geometric_mean(s / m for s, m in zip(spreads, moved, strict=True))
 
 
 def _of(results: Sequence[Result], arm: str) -> list[Result]:
