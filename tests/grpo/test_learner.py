@@ -145,6 +145,23 @@ def test_the_epochs_state_outlives_its_updates(bench, scored, learner):
     assert int(state.updates) == 2 and int(start.updates) == 0
 
 
+def test_what_is_raised_between_micro_batches_ends_the_update_and_leaves_the_state(bench, scored):
+    learner, calls = _learner(bench, micro_batch=4), []
+
+    def between():
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    state = learner.start(bench.adapter)
+    with pytest.raises(KeyboardInterrupt):
+        learner.update(state, [scored], donate=True, between=between)
+    interrupted, _ = learner.update(state, [scored], between=between)
+    undisturbed, _ = learner.update(state, [scored])
+    assert len(calls) == 3 + SAMPLES // 4 * bench.config.window_size
+    assert _same(interrupted, undisturbed)
+
+
 def test_a_non_finite_update_changes_nothing_but_its_count(bench, scored, learner):
     start = learner.start(bench.adapter)
     kept = jax.tree.map(np.array, start)
