@@ -95,7 +95,10 @@ def test_a_run_whose_disk_fails_says_so_and_goes_on(one, undisturbed, tmp_path, 
 def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_not(
     random_checkpoint, tmp_path
 ):
-    """SIGTERM to one in an update, then SIGKILL to one and to the other: nobody waits for ever."""
+    """SIGTERM to one in an update, SIGKILL to one and to the other, whose checkpoint is damaged.
+
+    Nobody waits for ever, and all go on from the same checkpoint.
+    """
     settings = MINIMAL | {"epochs": 5, "checkpoint.every": 2, "evaluation.every": 5}
     settings |= {"learner.updates": 1, "learner.micro_batch": 2}
     runner = Runner(random_checkpoint, tmp_path, settings, devices=2)
@@ -111,9 +114,10 @@ def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_no
     assert all("goes on after the last complete epoch" in text for text in said)
     assert find_step(folder / "run").name == "1"
 
-    for killed in (1, 0):
+    saving = {"phase": "checkpointing", "number": 0, "delay": 0.05}
+    for killed, moment in ((1, learning), (0, saving)):
         kills = [None, None]
-        kills[killed] = learning
+        kills[killed] = moment
         since = []
 
         def wait(started, killed=killed, since=since):
@@ -133,7 +137,14 @@ def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_no
         else:
             assert code == 143 and f"OthersGoneError: process {killed}" in told, told
             assert "they go on from the newest checkpoint" in told
-    runner(folder, both)
+    newest, before = sorted(_whole_steps(folder / "run"), reverse=True)[:2]
+    for path in (folder / "run" / "checkpoints" / str(newest)).rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:-1])
+    said, _ = runner(folder, both)
+    assert all(f"Checkpoint {newest}" in text and "is passed over" in text for text in said)
+    assert f"Going on after epoch {before}." in said[0]
+    assert (folder / "run" / "checkpoints" / f"damaged-{newest}").is_dir()
     assert differences(left_by(folder / "run"), left_by(tmp_path / "whole" / "run")) == []
 
 
@@ -161,6 +172,10 @@ def test_what_is_not_finite_in_one_process_all_leave_out_and_stop_for(random_che
     assert [r["rollout/not_finite"] for r in records] == [0, 2, 0, 0, 0]
     assert [r["learner/updates"] for r in records] == [1, 2, 2, 2, 3]
     assert [r["learner/skipped_updates"] for r in records] == [0, 0, 1, 2, 2]
+
+
+def _whole_steps(run):
+    return [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdecimal()]
 
 
 class _Ended(Exception):
