@@ -122,6 +122,7 @@ class Runner:
         fields=None,
         own=({}, {}),
         kills=(None, None),
+        faults=None,
         inside=(),
     ):
         """One process per list of servers; what they print goes to `printed_0.txt` and so on.
@@ -131,6 +132,7 @@ class Runner:
             fields: of the configuration of all processes.
             own: fields of each.
             kills: see `one_process.py`, one for each.
+            faults: see `one_process.py`, for all.
             inside: of which command, and its arguments, each is the child.
         """
         folder.mkdir(exist_ok=True)
@@ -150,6 +152,7 @@ class Runner:
                 "distributed": distributed,
                 "config": self.configuration(folder / "run", servers[index], changed),
                 "kill": kills[index],
+                **(faults or {}),
             }
             arguments = folder / f"arguments_{index}.json"
             arguments.write_text(json.dumps(given))
