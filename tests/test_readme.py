@@ -180,6 +180,10 @@ def test_inline_commands_name_what_is_there():
             assert f'"--{flag}"' in text, (script, flag)
     for name in re.findall(r"`bash (launch/\S+\.sh)", README):
         assert (ROOT / name).is_file(), name
+    for command in re.findall(r"`pytest ([^`]+)`", README):
+        files, _, chosen = command.partition(" -k ")
+        texts = [(ROOT / name).read_text() for name in re.findall(r"tests/\S+", files)]
+        assert re.search(rf"def test_\w*{chosen}", "".join(texts)), command
 
 
 @pytest.fixture(scope="module")

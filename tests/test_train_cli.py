@@ -117,6 +117,11 @@ def _records(workdir):
     return [repeatable(record) for record in read_metrics(workdir)]
 
 
+def _written(workdir):
+    """When each file was; a folder in which a lock comes and goes is none."""
+    return {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+
+
 def _assert_same_run(workdir, other):
     # The header's settings stand in no fixed order, the tensors do.
     here, there = (
@@ -235,11 +240,11 @@ def test_every_epoch_is_a_line_and_the_status_is_there(trainer, finished):
 @pytest.mark.slow
 def test_a_finished_run_says_so(trainer, finished):
     workdir, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    before = _written(workdir)
     code, printed = trainer(workdir)
     assert code == 0
     assert "This run is finished: 3 epochs." in printed
-    assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob("*")}
+    assert before == _written(workdir)
 
 
 @pytest.mark.slow
@@ -307,6 +312,9 @@ def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
     records = _records(whole)[1:]
     assert [record["rollout/staleness"] for record in records] == [0, 1]
     assert [record["rollout/window_start"] for record in records] == [0, 1]
+    for first, record in enumerate(records):  # what slides is what is trained
+        steps = {name for name in record if name.startswith("learner/ratio_std/step_")}
+        assert steps == {f"learner/ratio_std/step_{step}" for step in (first, first + 1)}
     assert [record["learner/updates"] for record in records] == [2, 4]
     assert all(record["learner/stopped_updates"] == 0 for record in records)
     # The first update of a later epoch already finds another policy than the one that sampled.

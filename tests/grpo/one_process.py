@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 
@@ -13,7 +14,10 @@ def main(arguments: dict) -> None:
 
     Errors and interrupts end it as they end `sl_jax.train`. With "kill", which names a phase, how
     many times it begins before that, and seconds from its beginning, it gets a signal there:
-    SIGKILL, or the "signal" that is named.
+    SIGKILL, or the "signal" that is named; with "pace" each micro-batch is said from then on, and
+    takes so many seconds more. "lost" is after how many seconds without a sign of life a process
+    counts as killed. "spoiled" says what is not finite in which "process": the "prompt" of a step
+    and slot, and advantages from one "update" on.
     """
     import jax
     import numpy as np
@@ -24,10 +28,12 @@ def main(arguments: dict) -> None:
     from sl_jax import train
     from sl_jax.grpo import phases, run
     from sl_jax.grpo.config import from_mapping
+    from sl_jax.parallel import processes as module
     from sl_jax.parallel.joining import DistributedConfig, joined
     from sl_jax.training.console import ending_in_a_line, set_up_logging
 
     begun = _killer(arguments.get("kill"))
+    module._LOST = arguments.get("lost", module._LOST)
     begin, gather = phases.Phases.begin, run.to_everywhere
 
     def noted_phase(self, name):
@@ -50,6 +56,9 @@ def main(arguments: dict) -> None:
         joined(DistributedConfig(**arguments["distributed"])) as processes,
     ):
         assert len(jax.local_devices()) == arguments["devices"]
+        spoiled = arguments.get("spoiled")
+        if spoiled and spoiled["process"] == processes.index:
+            _spoil(**spoiled)
         train.run(from_mapping(arguments["config"], jax.device_count()), processes)
 
 
@@ -65,8 +74,49 @@ def _killer(plan: dict | None):
             left[name] -= 1
             if left[name] == -1:
                 threading.Timer(plan["delay"], die).start()
+                if "pace" in plan:
+                    _slow_down(plan["pace"])
 
     return begun
+
+
+def _slow_down(seconds):
+    from sl_jax.grpo.learner import Learner
+
+    accumulate = Learner._accumulate
+
+    def slowly(*args):
+        print("A micro-batch", flush=True)
+        time.sleep(seconds)
+        return accumulate(*args)
+
+    Learner._accumulate = slowly
+
+
+def _spoil(process, prompt, update):
+    """Where only this process notices: the others have other rows of the batch."""
+    import numpy as np
+
+    from sl_jax.grpo import epoch
+    from sl_jax.grpo.prompts import PromptTable
+
+    read, scored, updates = PromptTable.__call__, epoch._scored, []
+
+    def spoiled_read(self, examples):
+        hidden, lengths = read(self, examples)
+        for row, example in enumerate(examples):
+            if [example.step, example.slot] == prompt:
+                hidden[row] = np.nan
+        return hidden, lengths
+
+    def spoiled_scored(*args):
+        batches, worth = scored(*args)
+        updates.append(1)
+        if len(updates) > update:
+            batches = [batch._replace(advantage=np.nan * batch.advantage) for batch in batches]
+        return batches, worth
+
+    PromptTable.__call__, epoch._scored = spoiled_read, spoiled_scored
 
 
 if __name__ == "__main__":

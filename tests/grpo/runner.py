@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy as safetensors
+from etils import epath
 
 from sl_jax.checkpoints.orbax import find_step, read_entry
 from sl_jax.data import write_designs
@@ -121,6 +122,7 @@ class Runner:
         fields=None,
         own=({}, {}),
         kills=(None, None),
+        faults=None,
         inside=(),
     ):
         """One process per list of servers; what they print goes to `printed_0.txt` and so on.
@@ -130,6 +132,7 @@ class Runner:
             fields: of the configuration of all processes.
             own: fields of each.
             kills: see `one_process.py`, one for each.
+            faults: see `one_process.py`, for all.
             inside: of which command, and its arguments, each is the child.
         """
         folder.mkdir(exist_ok=True)
@@ -149,6 +152,7 @@ class Runner:
                 "distributed": distributed,
                 "config": self.configuration(folder / "run", servers[index], changed),
                 "kill": kills[index],
+                **(faults or {}),
             }
             arguments = folder / f"arguments_{index}.json"
             arguments.write_text(json.dumps(given))
@@ -202,11 +206,12 @@ def left_by(workdir):
     """All that a run leaves but for what the clock and the servers decide, as name → content.
 
     Arrays of the newest checkpoint (adapter, average, moments, counters) and the exported adapter
-    to the last bit, the position in the data, metrics, and judgements.
+    to the last bit, the position in the data, metrics, and judgements. The work directory may be
+    a remote one, and is an absolute path.
     """
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     step = find_step(workdir)
-    names = ocp.PyTreeCheckpointHandler().metadata((step / "tree").absolute()).tree
+    names = ocp.PyTreeCheckpointHandler().metadata(step / "tree").tree
     tree = {name: read_entry(step, [name]) for name in names}
     found = {
         f"checkpoint {step.name} {jax.tree_util.keystr(path)}": np.asarray(leaf).tobytes()
@@ -229,7 +234,7 @@ def left_by(workdir):
 
 def load_file(path):
     """Name → shape and bytes of the tensors of a safetensors file."""
-    return {name: (x.shape, x.tobytes()) for name, x in safetensors.load_file(path).items()}
+    return {n: (x.shape, x.tobytes()) for n, x in safetensors.load(path.read_bytes()).items()}
 
 
 def differences(found, expected):

@@ -8,10 +8,17 @@ import pytest
 from test_refused_pictures import Phases, scores
 
 from sl_jax.grpo import epoch
-from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig, StopConfig
+from sl_jax.grpo.config import (
+    AdvantageConfig,
+    GrpoConfig,
+    HealthConfig,
+    LearnerConfig,
+    RolloutConfig,
+    StopConfig,
+)
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.metrics import beyond
-from sl_jax.grpo.objective import Mismatch, ObjectiveMetrics
+from sl_jax.grpo.objective import Mismatch, ObjectiveConfig, ObjectiveMetrics
 from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.processes import Processes
 
@@ -45,13 +52,15 @@ def test_each_bound_is_of_a_mean_over_weights(field, value):
 
 
 class Learner:
-    """Moves by a log ratio of 0.02 with each update."""
+    """Moves by a log ratio of 0.02 with each update, and keeps what it was told."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.kl_left, self.advantages = [], [], []
 
     def update(self, state, scored, old, kl_left, *, donate, too_far, between):
         assert (old is None) == (state.adapter.lora["a"][0] == 0) == (not donate)
+        self.kl_left.append(kl_left)
+        self.advantages += [batch.advantage for batch in scored]
         moved = float(state.adapter.lora["a"][0])
         report = _report([moved] * 3)
         between()
@@ -66,13 +75,23 @@ class Learner:
         return 1.0
 
 
-def _epoch(monkeypatch, learner, stop, processes=None):
+def _epoch(
+    monkeypatch,
+    learner,
+    stop,
+    processes=None,
+    *,
+    number=0,
+    reward=(0, 0.25, 0.5, 0.75),
+    **fields,
+):
     config = GrpoConfig(
         *("", "", 1),
         rollout=RolloutConfig(groups=UPDATES, batch_groups=1, group_size=4),
         learner=LearnerConfig(updates=UPDATES, stop=stop),
+        **fields,
     )
-    judged = {0: scores("0", np.arange(4) / 4)}
+    judged = {0: scores("0", np.asarray(reward))}
     judging = SimpleNamespace(
         metrics=dict, collect=lambda *args: [], share=lambda *args: dict(judged)
     )
@@ -89,7 +108,7 @@ def _epoch(monkeypatch, learner, stop, processes=None):
     monkeypatch.setattr(epoch, "record", lambda *args: None)
     adapter = SimpleNamespace(lora={"a": jnp.zeros(2)})
     state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
-    return epoch.Epochs(parts).run(state, 0, Phases())
+    return epoch.Epochs(parts).run(state, number, Phases())
 
 
 @pytest.mark.parametrize(("bound", "applied"), [(0.03, 2), (0.05, 3), (None, 4), (0.01, 1)])
@@ -103,6 +122,32 @@ def test_the_update_that_is_too_far_and_all_after_it_are_left_out(monkeypatch, b
     assert metrics["learner/log_ratio/all"] == pytest.approx(learner.seen[-1])
     # All groups are judged and counted.
     assert metrics["judge/groups"] == UPDATES
+
+
+class Apart(Learner):
+    """Finds that the rollout took other steps than it does."""
+
+    def update(self, *args, **how):
+        state, told = super().update(*args, **how)
+        apart = [step.mismatch._replace(log_ratio=np.ones(3)) for step in told.steps]
+        steps = [s._replace(mismatch=m) for s, m in zip(told.steps, apart, strict=True)]
+        return state, told._replace(steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("learner", "fields", "said"),
+    [
+        (Learner, {"reward": (1.0, 1.0, 1.0, 1.0)}, "no group's rewards have differed"),
+        (Learner, {"health": HealthConfig(kl=1e-5)}, "more than config.health.kl = 1e-05"),
+        (Apart, {}, "differ at step 1 of the sampler by a log ratio of 1.0e+00"),
+    ],
+)
+def test_an_epoch_warns_of_what_is_wrong_with_it(monkeypatch, caplog, learner, fields, said):
+    well = {"health": HealthConfig(tied_epochs=1, kl=1.0)}
+    _epoch(monkeypatch, Learner(), StopConfig(), **well)
+    assert caplog.text == ""
+    _epoch(monkeypatch, learner(), StopConfig(), **well | fields)
+    assert said in caplog.text.replace("\n", " ")
 
 
 class Follower(Processes):
@@ -141,3 +186,23 @@ def test_signals_come_between_micro_batches(monkeypatch):
     with pytest.raises(Terminated):
         _epoch(monkeypatch, learner, StopConfig(), Stopped())
     assert len(learner.seen) == 1
+
+
+@pytest.mark.parametrize(("number", "left"), [(0, 1.0), (10, 0.5), (20, 0.25)])
+def test_the_weight_of_the_kl_is_that_of_the_epoch(monkeypatch, number, left):
+    learner = Learner()
+    objective = ObjectiveConfig(kl_weight=0.1, kl_half_life=10)
+    _epoch(monkeypatch, learner, StopConfig(), number=number, objective=objective)
+    assert learner.kl_left == [pytest.approx(left)] * UPDATES
+
+
+@pytest.mark.parametrize(
+    ("advantage", "divided_by"),
+    [(AdvantageConfig("none"), 1), (AdvantageConfig("group", std_floor=2.0), 2)],
+    ids=["none", "floor"],
+)
+def test_advantages_are_those_of_the_configuration(monkeypatch, advantage, divided_by):
+    learner = Learner()
+    _epoch(monkeypatch, learner, StopConfig(), advantage=advantage)
+    centred = np.array([-0.375, -0.125, 0.125, 0.375])
+    np.testing.assert_allclose(learner.advantages, [centred / divided_by] * UPDATES)

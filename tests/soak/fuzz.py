@@ -3,15 +3,14 @@
     python tests/soak/fuzz.py --out tests/soak/results/fuzz.json
 
 The subjects and their cases are those of `tests/fuzzing.py`, of which the slow tests take 500.
-`--only NAME` runs one, and leaves the results of the others in the file as they are.
+`--only NAME` runs one; the results of others that are in the file stay. Each says by which command
+and versions it was made, and which bound on seconds of a core all its cases kept to.
 """
 
 import argparse
 import collections
-import importlib.metadata
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -20,8 +19,11 @@ from pathlib import Path
 os.environ["JAX_PLATFORMS"] = "cpu"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from fuzzing import outcome, subjects
+from fuzzing import LONGEST, outcome, subjects
 from hypothesis import HealthCheck, Phase, given, seed, settings
+from soak_results import about
+
+PACKAGES = ("hypothesis", "jax", "numpy", "pillow", "pydantic", "safetensors")
 
 
 def fuzzed(name, cases, first, folder):
@@ -44,15 +46,17 @@ def fuzzed(name, cases, first, folder):
         ends[end] += 1
         slowest = max(slowest, seconds)
 
-    begun = time.monotonic()
+    begun = time.process_time()
     read()
-    return {
+    command = f'python tests/soak/fuzz.py --cases {cases} --seed {first} --only "{name}"'
+    return about(command, PACKAGES) | {
         "cases": ends.total(),
         "read": ends.pop("read", 0),
         "documented_errors": dict(ends),
         "other_errors": 0,
         "slowest_seconds": round(slowest, 3),
-        "seconds": round(time.monotonic() - begun, 1),
+        "bound_seconds": LONGEST,
+        "seconds": round(time.process_time() - begun, 1),
     }
 
 
@@ -63,24 +67,13 @@ def main():
     parser.add_argument("--only", choices=subjects())
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
-    versions = ("hypothesis", "jax", "numpy", "pillow", "pydantic", "safetensors")
-    told = {
-        "command": f"python tests/soak/fuzz.py --cases {flags.cases} --seed {flags.seed}",
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in versions},
-        "subjects": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        if flags.only and flags.out and flags.out.exists():
-            told["subjects"] = json.loads(flags.out.read_text())["subjects"]
-        for number, name in enumerate([flags.only] if flags.only else subjects()):
-            place = Path(folder, str(number))
-            place.mkdir()
-            told["subjects"][name] = fuzzed(name, flags.cases, flags.seed, place)
-            print(name, json.dumps(told["subjects"][name]), flush=True)
-    if flags.out:
-        flags.out.write_text(json.dumps(told, indent=1) + "\n")
+    found = json.loads(flags.out.read_text()) if flags.out and flags.out.exists() else {}
+    for name in [flags.only] if flags.only else subjects():
+        with tempfile.TemporaryDirectory() as folder:
+            found[name] = fuzzed(name, flags.cases, flags.seed, Path(folder))
+        print(name, json.dumps(found[name]), flush=True)
+        if flags.out:
+            flags.out.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -28,6 +28,8 @@ from random_base import write_random_base
 from runner import LIMIT, MINIMAL, MOMENTS, Runner, differences, draw_kill, left_by
 from soak_results import about
 
+from sl_jax.checkpoints.orbax import find_step
+
 EPOCHS = 24
 LAST = "exporting"  # there, a run is about to end
 
@@ -69,22 +71,36 @@ def _run(arguments, printed):
 
 
 def killed_run(runner, folder, rng, kills):
-    """A run that is killed so many times: the moments, and how far it was at the next start."""
+    """A run that is killed so many times: the moments, and after which epoch each start went on.
+
+    Every start goes on after the newest whole checkpoint; one that is killed while it starts may
+    not have come to it.
+    """
     moments = []
     while len(moments) < kills:
         last = len(moments) == kills - 1
         phase = LAST if last else str(rng.choice([name for name in MOMENTS if name != LAST]))
-        kill = draw_kill(rng, phase)
+        kill, saved = draw_kill(rng, phase), saved_epoch(folder)
         (process,) = runner.start(folder, kills=(kill,))
-        if process.wait(LIMIT) == -signal.SIGKILL:
-            moments.append(kill)
-            print(json.dumps(kill), flush=True)
-        else:  # it came to its end before
-            said = (folder / "printed_0.txt").read_text()
-            assert process.returncode == 0 and "Report: " in said, said[-3000:]
+        code, said = process.wait(LIMIT), (folder / "printed_0.txt").read_text()
+        if code != -signal.SIGKILL:  # it came to its end before
+            assert code == 0 and "Report: " in said, said[-3000:]
             break
-    runner(folder)
+        if phase != "starting" and saved is not None:
+            assert f"Going on after epoch {saved}." in said, said[-3000:]
+        moments.append(kill | {"went_on_after": saved})
+        print(json.dumps(moments[-1]), flush=True)
+    saved = saved_epoch(folder)
+    (said,), _ = runner(folder)
+    if f"This run is finished: {EPOCHS} epochs." not in said:
+        assert f"Going on after epoch {saved}." in said, said[-3000:]
     return moments
+
+
+def saved_epoch(folder):
+    """Of the newest whole checkpoint; None without one."""
+    step = find_step(folder / "run") if folder.exists() else None
+    return None if step is None else int(step.name)
 
 
 def main():

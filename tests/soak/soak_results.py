@@ -7,11 +7,11 @@ import platform
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-def about(command):
+def about(command, packages=PACKAGES):
     """Command, versions and machine."""
     return {
         "command": command,
         "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {name: importlib.metadata.version(name) for name in packages},
         "cpus": os.cpu_count(),
     }
