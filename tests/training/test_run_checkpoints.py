@@ -1,6 +1,5 @@
 """Checkpoints of a run: whole or absent, the newest readable one first."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -9,12 +8,12 @@ import resource
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from sl_jax.checkpoints import orbax
 from sl_jax.checkpoints.huggingface import CheckpointError
@@ -64,17 +63,19 @@ def test_the_newest_comes_back(folder):
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
-    """The step appears in the background, when it is whole."""
-    disk, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize
+    """The step appears in the background, when it is whole: Orbax then renames it."""
+    begun, disk, rename = threading.Event(), threading.Event(), os.rename
 
-    async def slowly(path):
-        # On another thread: Orbax has one loop for all that it does.
-        assert await asyncio.to_thread(disk.wait, 60), "who saves waits for what is saved"
-        await finalize(path)
+    def slowly(source, target, **options):
+        if Path(target) == tmp_path / "1":
+            begun.set()
+            assert disk.wait(60), "who saves waits for what is saved"
+        rename(source, target, **options)
 
-    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", slowly)
+    monkeypatch.setattr(os, "rename", slowly)
     with contextlib.closing(RunCheckpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, _tree(1))
+        assert begun.wait(60)
         assert not (tmp_path / "1").exists() and list(tmp_path.glob("1.*"))
         disk.set()
         checkpoints.wait()
