@@ -370,26 +370,27 @@ def read_entry(step: epath.PathLike, names: Sequence[str]) -> Any:
     Raises:
         CheckpointError: the checkpoint cannot be read, or has none of these.
     """
-    path = _absolute(step) / _TREE
-    handler = ocp.PyTreeCheckpointHandler()
+    handler, path = ocp.PyTreeCheckpointHandler(), _absolute(step) / _TREE
+    found = damage = None
     try:
         tree = handler.metadata(path).tree
         name = next((name for name in names if name in tree), None)
-        restored = {} if name is None else _restored(handler, path, {name: tree[name]})
-        content = _content(json.loads((epath.Path(step) / _RECORD).read_text()))
-        damage = _damage(checksums(restored), content["checksums"])
+        if name is not None:
+            found = _restored(handler, path, {name: tree[name]})
+            content = _content(json.loads((epath.Path(step) / _RECORD).read_text()))
+            damage = _damage(checksums(found), content["checksums"])
     except Exception as error:
         if not _is_damage(error):
             raise
         raise CheckpointError(f"{step} is damaged: {_reason(error)}") from error
-    if name is None:
+    if found is None:
         raise CheckpointError(
             f"{step} holds {sorted(tree)}, none of {list(names)}; please pass a checkpoint of a "
             "run that trains an adapter"
         )
     if damage is not None:
         raise CheckpointError(f"{step} is damaged: {damage}")
-    return restored[name]
+    return found[name]
 
 
 def _restored(
