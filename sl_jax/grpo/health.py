@@ -31,7 +31,7 @@ class Health:
     def __init__(self, config: HealthConfig):
         self._config = config
         self._not_finite = self._tied = 0  # updates, epochs, in a row
-        self._grew = False  # the former, in the last epoch
+        self._longest = 0  # of the former within the last epoch; 0 if none of its own was among it
         self._drifting: set[str] = set()
 
     def position(self) -> dict[str, int]:
@@ -48,21 +48,25 @@ class Health:
     ) -> dict[str, float]:
         """Takes an epoch into account; returns metrics.
 
+        What is not finite is counted over epochs, up to the worst of this one: that a good update
+        follows does not undo it.
+
         Args:
             updates: whether each was finite; None where there was nothing to update by.
             advantages: of each.
         """
-        before = self._not_finite
+        self._longest = 0
         for finite in updates:
             if finite is not None:
                 self._not_finite = 0 if finite else self._not_finite + 1
-        self._grew = self._not_finite > before
+                self._longest = max(self._longest, self._not_finite)
         effective, tied = (
             sum(getattr(a, name) for a in advantages)
             for name in ("effective_groups", "tied_groups")
         )
         self._tied = self._tied + 1 if tied and not effective else 0
-        return {IN_A_ROW: self._not_finite, "advantage/tied_epochs_in_a_row": self._tied}
+        in_a_row = max(self._longest, self._not_finite)
+        return {IN_A_ROW: in_a_row, "advantage/tied_epochs_in_a_row": self._tied}
 
     def warn(self, metrics: Mapping[str, float]) -> None:
         """Says what is wrong when it begins to be, with advice."""
@@ -94,11 +98,12 @@ class Health:
         nothing of it.
 
         Raises:
-            NotFiniteError: this many updates in a row were not finite, the last epoch's as well.
+            NotFiniteError: this many updates in a row were not finite, some of the last epoch's
+                among them.
         """
-        if self._grew and self._not_finite >= self._config.not_finite:
+        if self._longest >= self._config.not_finite:
             raise NotFiniteError(
-                f"{self._not_finite} updates in a row were not finite and were skipped; samples of "
+                f"{self._longest} updates in a row were not finite and were skipped; samples of "
                 f"them are in {FOLDER} in the work directory. The run stops with a checkpoint. "
                 "Please look at them, and start another run from an earlier checkpoint's adapter "
                 "(config.init_adapter) with a lower optimizer.learning_rate; started again as it "

@@ -18,6 +18,7 @@ from sl_jax.grpo.learner import LearnerState
 from sl_jax.grpo.metrics import epoch_line, warn_of_divergence
 from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
+from sl_jax.grpo.spoiled import clear_up
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
 from sl_jax.parallel.processes import ProcessError
@@ -184,6 +185,9 @@ def _begin(
     parts: Parts, adapter: Callable[[], Adapter], epochs: Epochs
 ) -> tuple[LearnerState, int]:
     """The state to go on from, and how many epochs it has behind it; `epochs` are put there."""
+    with parts.processes.together("clearing up"):
+        if parts.processes.is_main:
+            clear_up(parts.folder)
     state = parts.learner.start(adapter())
     latest = parts.checkpoints.latest
     found = parts.processes.all_gather("finding checkpoints", latest)

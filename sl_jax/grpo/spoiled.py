@@ -64,6 +64,14 @@ def keep_spoiled(parts: Parts, epoch: int, update: Spoiled) -> None:
         _keep(folder, config.health.kept, name, told, {"picture": example.picture} | group)
 
 
+def clear_up(folder: epath.Path) -> None:
+    """Removes from a work directory what a kill left half written, which would stay for ever."""
+    kept = folder / FOLDER
+    for path in kept.iterdir() if kept.is_dir() else ():
+        if path.name.startswith("."):
+            path.unlink()
+
+
 def _spoiled_groups(update: Spoiled, size: int) -> Iterator[tuple[Rolled, Example, int]]:
     """Batch, picture, and place in the update, of each group of this process to keep."""
     for number, batch in enumerate(update.rolled):

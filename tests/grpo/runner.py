@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy as safetensors
+from etils import epath
 
 from sl_jax.checkpoints.orbax import find_step, read_entry
 from sl_jax.data import write_designs
@@ -205,11 +206,12 @@ def left_by(workdir):
     """All that a run leaves but for what the clock and the servers decide, as name → content.
 
     Arrays of the newest checkpoint (adapter, average, moments, counters) and the exported adapter
-    to the last bit, the position in the data, metrics, and judgements.
+    to the last bit, the position in the data, metrics, and judgements. The work directory may be
+    a remote one, and is an absolute path.
     """
-    workdir = Path(workdir)
+    workdir = epath.Path(workdir)
     step = find_step(workdir)
-    names = ocp.PyTreeCheckpointHandler().metadata((step / "tree").absolute()).tree
+    names = ocp.PyTreeCheckpointHandler().metadata(step / "tree").tree
     tree = {name: read_entry(step, [name]) for name in names}
     found = {
         f"checkpoint {step.name} {jax.tree_util.keystr(path)}": np.asarray(leaf).tobytes()
@@ -232,7 +234,7 @@ def left_by(workdir):
 
 def load_file(path):
     """Name → shape and bytes of the tensors of a safetensors file."""
-    return {name: (x.shape, x.tobytes()) for name, x in safetensors.load_file(path).items()}
+    return {n: (x.shape, x.tobytes()) for n, x in safetensors.load(path.read_bytes()).items()}
 
 
 def differences(found, expected):

@@ -27,6 +27,21 @@ def test_updates_in_a_row_are_counted_over_epochs_and_restarts():
     again.require()
 
 
+def test_a_good_update_after_too_many_that_are_not_finite_does_not_undo_them():
+    """Within an epoch, whether or not they began in the one before, and a run went on between."""
+    health = Health(HealthConfig(not_finite=3))
+    assert health.look([True, False, False], _advantages())[IN_A_ROW] == 2
+    health.require()
+    again = Health(HealthConfig(not_finite=3))
+    again.restore(health.position())
+    assert again.look([False, True, False], _advantages())[IN_A_ROW] == 3
+    with pytest.raises(NotFiniteError, match="3 updates"):
+        again.require()
+    assert again.position()["not_finite"] == 1
+    assert again.look([False, True], _advantages())[IN_A_ROW] == 2
+    again.require()
+
+
 def test_started_again_a_run_is_not_ended_by_an_epoch_without_updates():
     health = Health(HealthConfig(not_finite=2))
     health.look([False, False], _advantages())

@@ -16,7 +16,7 @@ from sl_jax.grpo.config import GrpoConfig, HealthConfig, RolloutConfig
 from sl_jax.grpo.learner import UpdateReport
 from sl_jax.grpo.rolling import Rolled, rollout_keys
 from sl_jax.grpo.rollout import Candidates
-from sl_jax.grpo.spoiled import Spoiled, keep_spoiled
+from sl_jax.grpo.spoiled import Spoiled, clear_up, keep_spoiled
 from sl_jax.inference.sampling import Condition
 from sl_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -142,7 +142,11 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path, batch, monkeypatch)
     monkeypatch.setattr(type(tmp_path), "replace", _full)
     with pytest.raises(OSError, match="no space"):
         keep(tmp_path, [batch])
-    assert list((tmp_path / "not_finite").glob("epoch*")) == []
+    kept = tmp_path / "not_finite"
+    assert [path.name[:6] for path in kept.iterdir()] == [".epoch"]
+    (kept / f"{NAME}.json").touch()  # of another group
+    clear_up(tmp_path)
+    assert [path.name for path in kept.iterdir()] == [f"{NAME}.json"]
 
 
 def _full(path, target):

@@ -8,7 +8,13 @@ import pytest
 from test_refused_pictures import Phases, scores
 
 from sl_jax.grpo import epoch
-from sl_jax.grpo.config import GrpoConfig, LearnerConfig, RolloutConfig, StopConfig
+from sl_jax.grpo.config import (
+    GrpoConfig,
+    HealthConfig,
+    LearnerConfig,
+    RolloutConfig,
+    StopConfig,
+)
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.metrics import beyond
 from sl_jax.grpo.objective import Mismatch, ObjectiveMetrics
@@ -66,13 +72,14 @@ class Learner:
         return 1.0
 
 
-def _epoch(monkeypatch, learner, stop, processes=None):
+def _epoch(monkeypatch, learner, stop, processes=None, reward=(0, 0.25, 0.5, 0.75), **fields):
     config = GrpoConfig(
         *("", "", 1),
         rollout=RolloutConfig(groups=UPDATES, batch_groups=1, group_size=4),
         learner=LearnerConfig(updates=UPDATES, stop=stop),
+        **fields,
     )
-    judged = {0: scores("0", np.arange(4) / 4)}
+    judged = {0: scores("0", np.asarray(reward))}
     judging = SimpleNamespace(
         metrics=dict, collect=lambda *args: [], share=lambda *args: dict(judged)
     )
@@ -103,6 +110,32 @@ def test_the_update_that_is_too_far_and_all_after_it_are_left_out(monkeypatch, b
     assert metrics["learner/log_ratio/all"] == pytest.approx(learner.seen[-1])
     # All groups are judged and counted.
     assert metrics["judge/groups"] == UPDATES
+
+
+class Apart(Learner):
+    """Finds that the rollout took other steps than it does."""
+
+    def update(self, *args, **how):
+        state, told = super().update(*args, **how)
+        apart = [step.mismatch._replace(log_ratio=np.ones(3)) for step in told.steps]
+        steps = [s._replace(mismatch=m) for s, m in zip(told.steps, apart, strict=True)]
+        return state, told._replace(steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("learner", "fields", "said"),
+    [
+        (Learner, {"reward": (1.0, 1.0, 1.0, 1.0)}, "no group's rewards have differed"),
+        (Learner, {"health": HealthConfig(kl=1e-5)}, "more than config.health.kl = 1e-05"),
+        (Apart, {}, "differ at step 1 of the sampler by a log ratio of 1.0e+00"),
+    ],
+)
+def test_an_epoch_warns_of_what_is_wrong_with_it(monkeypatch, caplog, learner, fields, said):
+    well = {"health": HealthConfig(tied_epochs=1, kl=1.0)}
+    _epoch(monkeypatch, Learner(), StopConfig(), **well)
+    assert caplog.text == ""
+    _epoch(monkeypatch, learner(), StopConfig(), **well | fields)
+    assert said in caplog.text.replace("\n", " ")
 
 
 class Follower(Processes):

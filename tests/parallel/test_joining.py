@@ -98,6 +98,30 @@ def test_processes_that_do_not_find_each_other_say_what_to_give(monkeypatch):
         pass
 
 
+def test_the_grace_is_that_of_the_configuration():
+    """SIGTERM has been noticed, but what is saved then hangs."""
+    program = """
+import signal, time
+from sl_jax.parallel.interrupts import Terminated
+from sl_jax.parallel.joining import DistributedConfig, joined
+with joined(DistributedConfig("off", grace=0.2)):
+    try:
+        signal.raise_signal(signal.SIGTERM)
+    except Terminated:
+        time.sleep(600)
+"""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert ended.returncode == 143
+    assert "The 0.2 s of grace are over" in ended.stderr
+
+
 @pytest.mark.parametrize(("flags", "count"), [("", 3), (f"{joining._CPU_DEVICES_FLAG}=2", 2)])
 def test_a_cpu_counts_as_so_many_devices(flags, count):
     """In a process of its own: devices are counted once."""

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from bucket import Bucket
 from event_files import read_events
 
 from sl_jax.parallel.processes import ALONE
-from sl_jax.training import metrics
+from sl_jax.training import event_files
 from sl_jax.training.configuration import LOG, broken
 from sl_jax.training.metrics import LogConfig, MetricsWriter, open_metrics, read_metrics
 
@@ -67,12 +68,29 @@ def test_what_is_not_finite_is_null(tmp_path, caplog):
 
 def test_records_in_a_bucket_whose_objects_cannot_be_appended_to(tmp_path, monkeypatch):
     Bucket.install(tmp_path, monkeypatch)
-    board = SimpleNamespace(add_scalar=lambda *args: None, close=lambda: None)
-    monkeypatch.setattr(metrics, "SummaryWriter", lambda *args, **kwargs: board)
     _write("gs://bucket/run", 0, [1, 2, 3])
     _write("gs://bucket/run", 3, [3, 4])
     assert [record["step"] for record in read_metrics("gs://bucket/run")] == [1, 2, 3, 4]
     assert (tmp_path / "bucket" / "run" / "metrics.jsonl").read_text().count("\n") == 4
+
+
+def test_tensorboard_in_a_bucket_begins_another_object_before_one_gets_large(tmp_path, monkeypatch):
+    """Each is written whole with all that is added: a long run would write more and more."""
+    Bucket.install(tmp_path, monkeypatch)
+    monkeypatch.setattr(event_files, "_ENOUGH", 1000)
+    steps = range(50)
+    _write("gs://bucket/run", 0, steps)
+    folder = tmp_path / "bucket" / "run"
+    sizes = [path.stat().st_size for path in (folder / "tensorboard").iterdir()]
+    assert len(sizes) > 2 and max(sizes) < 1100
+    assert read_events(folder)["loss"] == [(step, step / 2) for step in steps]
+
+
+def test_what_tensorboard_does_not_get_is_an_error_of_the_run(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    shutil.rmtree(tmp_path / "tensorboard")
+    with pytest.raises(FileNotFoundError):
+        writer.scalars(1, {"loss": 0.5})
 
 
 def test_no_records(tmp_path):

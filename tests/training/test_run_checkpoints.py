@@ -1,5 +1,6 @@
 """Checkpoints of a run: whole or absent, the newest readable one first."""
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -7,11 +8,13 @@ import os
 import resource
 import shutil
 import sys
+import threading
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from sl_jax.checkpoints import orbax
 from sl_jax.checkpoints.huggingface import CheckpointError
@@ -58,6 +61,24 @@ def test_the_newest_comes_back(folder):
     step, tree, record = _restored(folder)
     assert (step, record) == (3, {"position": 30})
     assert np.array_equal(tree["a"], _tree(3)["a"]) and int(tree["n"]) == 3
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    """The step appears in the background, when it is whole."""
+    disk, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize
+
+    async def slowly(path):
+        # On another thread: Orbax has one loop for all that it does.
+        assert await asyncio.to_thread(disk.wait, 60), "who saves waits for what is saved"
+        await finalize(path)
+
+    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", slowly)
+    with contextlib.closing(RunCheckpoints(tmp_path)) as checkpoints:
+        checkpoints.save(1, _tree(1))
+        assert not (tmp_path / "1").exists() and list(tmp_path.glob("1.*"))
+        disk.set()
+        checkpoints.wait()
+        assert (tmp_path / "1").is_dir() and not list(tmp_path.glob("1.*"))
 
 
 def test_without_room_nothing_is_begun(folder, monkeypatch):
