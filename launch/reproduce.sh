@@ -23,16 +23,24 @@ END
 
 ARTWORK=(arcade==3.3.3 scikit-image==0.26.0 scikit-learn==1.9.1)
 
-work=runs/reproduction
-arguments=("$@")
+work="$ROOT/runs/reproduction"
+arguments=()
 while [ $# -gt 0 ]; do
   case "$1" in
     -h | --help)
       usage
       exit 0
       ;;
-    --work) work="${2:?please name a folder after --work}" ;;
-    --work=*) work="${1#*=}" ;;
+    --work | --results)
+      set -- "$1=${2:?please name a folder after $1}" "${@:3}"
+      continue
+      ;;
+    --work=*)
+      work="$(absolute "${1#*=}")"
+      arguments+=(--work "$work")
+      ;;
+    --results=*) arguments+=(--results "$(absolute "${1#*=}")") ;;
+    *) arguments+=("$1") ;;
   esac
   shift
 done

@@ -312,6 +312,9 @@ def test_a_run_of_variants_is_killed_and_ends_the_same(trainer, tmp_path):
     records = _records(whole)[1:]
     assert [record["rollout/staleness"] for record in records] == [0, 1]
     assert [record["rollout/window_start"] for record in records] == [0, 1]
+    for first, record in enumerate(records):  # what slides is what is trained
+        steps = {name for name in record if name.startswith("learner/ratio_std/step_")}
+        assert steps == {f"learner/ratio_std/step_{step}" for step in (first, first + 1)}
     assert [record["learner/updates"] for record in records] == [2, 4]
     assert all(record["learner/stopped_updates"] == 0 for record in records)
     # The first update of a later epoch already finds another policy than the one that sampled.

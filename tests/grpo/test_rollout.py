@@ -89,6 +89,21 @@ def test_latents_do_not_depend_on_the_devices(bench, wide_bench, rollout):
     _close(found.window, wanted.window)
 
 
+def test_steps_outside_the_window_go_as_configured(bench, rollout):
+    """After it; and before it, where the candidates of a group share them."""
+    config = dataclasses.replace(bench.config, ode_method="heun")
+    other = Rollout(bench.pipeline, config, bench.layout)
+    from_first, from_second = (
+        [rolled(bench.adapter, bench.pictures(), start, bench.grid) for rolled in (rollout, other)]
+        for start in (0, 1)
+    )
+    euler, heun = from_first
+    _close(heun.window, euler.window)
+    assert np.abs(heun.latents - euler.latents).max() > 1e-3
+    euler, heun = from_second
+    assert np.abs(heun.window.x[0] - euler.window.x[0]).max() > 1e-3
+
+
 @pytest.mark.slow
 def test_independent_candidates_share_nothing(bench):
     config = dataclasses.replace(bench.config, group_noise="independent")

@@ -9,6 +9,7 @@ from test_refused_pictures import Phases, scores
 
 from sl_jax.grpo import epoch
 from sl_jax.grpo.config import (
+    AdvantageConfig,
     GrpoConfig,
     HealthConfig,
     LearnerConfig,
@@ -17,7 +18,7 @@ from sl_jax.grpo.config import (
 )
 from sl_jax.grpo.learner import StepReport, UpdateReport
 from sl_jax.grpo.metrics import beyond
-from sl_jax.grpo.objective import Mismatch, ObjectiveMetrics
+from sl_jax.grpo.objective import Mismatch, ObjectiveConfig, ObjectiveMetrics
 from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.processes import Processes
 
@@ -51,13 +52,15 @@ def test_each_bound_is_of_a_mean_over_weights(field, value):
 
 
 class Learner:
-    """Moves by a log ratio of 0.02 with each update."""
+    """Moves by a log ratio of 0.02 with each update, and keeps what it was told."""
 
     def __init__(self):
-        self.seen = []
+        self.seen, self.kl_left, self.advantages = [], [], []
 
     def update(self, state, scored, old, kl_left, *, donate, too_far, between):
         assert (old is None) == (state.adapter.lora["a"][0] == 0) == (not donate)
+        self.kl_left.append(kl_left)
+        self.advantages += [batch.advantage for batch in scored]
         moved = float(state.adapter.lora["a"][0])
         report = _report([moved] * 3)
         between()
@@ -72,7 +75,16 @@ class Learner:
         return 1.0
 
 
-def _epoch(monkeypatch, learner, stop, processes=None, reward=(0, 0.25, 0.5, 0.75), **fields):
+def _epoch(
+    monkeypatch,
+    learner,
+    stop,
+    processes=None,
+    *,
+    number=0,
+    reward=(0, 0.25, 0.5, 0.75),
+    **fields,
+):
     config = GrpoConfig(
         *("", "", 1),
         rollout=RolloutConfig(groups=UPDATES, batch_groups=1, group_size=4),
@@ -96,7 +108,7 @@ def _epoch(monkeypatch, learner, stop, processes=None, reward=(0, 0.25, 0.5, 0.7
     monkeypatch.setattr(epoch, "record", lambda *args: None)
     adapter = SimpleNamespace(lora={"a": jnp.zeros(2)})
     state = SimpleNamespace(adapter=adapter, updates=jnp.int32(0), skipped=jnp.int32(0))
-    return epoch.Epochs(parts).run(state, 0, Phases())
+    return epoch.Epochs(parts).run(state, number, Phases())
 
 
 @pytest.mark.parametrize(("bound", "applied"), [(0.03, 2), (0.05, 3), (None, 4), (0.01, 1)])
@@ -174,3 +186,23 @@ def test_signals_come_between_micro_batches(monkeypatch):
     with pytest.raises(Terminated):
         _epoch(monkeypatch, learner, StopConfig(), Stopped())
     assert len(learner.seen) == 1
+
+
+@pytest.mark.parametrize(("number", "left"), [(0, 1.0), (10, 0.5), (20, 0.25)])
+def test_the_weight_of_the_kl_is_that_of_the_epoch(monkeypatch, number, left):
+    learner = Learner()
+    objective = ObjectiveConfig(kl_weight=0.1, kl_half_life=10)
+    _epoch(monkeypatch, learner, StopConfig(), number=number, objective=objective)
+    assert learner.kl_left == [pytest.approx(left)] * UPDATES
+
+
+@pytest.mark.parametrize(
+    ("advantage", "divided_by"),
+    [(AdvantageConfig("none"), 1), (AdvantageConfig("group", std_floor=2.0), 2)],
+    ids=["none", "floor"],
+)
+def test_advantages_are_those_of_the_configuration(monkeypatch, advantage, divided_by):
+    learner = Learner()
+    _epoch(monkeypatch, learner, StopConfig(), advantage=advantage)
+    centred = np.array([-0.375, -0.125, 0.125, 0.375])
+    np.testing.assert_allclose(learner.advantages, [centred / divided_by] * UPDATES)

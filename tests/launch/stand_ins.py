@@ -48,6 +48,8 @@ class Repository:
             "sl_jax/data/__init__.py": DESIGNS,
             "tests/test_peer.py": "def test_peer():\n    import torch\n",
             "tests/test_own.py": "import torchless\n",
+            "tests/benchmarks/reproduction/run.py": STAND_IN.replace("{name}", "run"),
+            "tests/benchmarks/reproduction/tables.py": STAND_IN.replace("{name}", "tables"),
         }
         for name, text in files.items():
             path = self.root / name

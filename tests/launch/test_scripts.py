@@ -141,6 +141,28 @@ def test_failed_training_is_passed_on(installed):
     installed.calls()
 
 
+@pytest.mark.parametrize(
+    "given", [["--work", "its work", "--results", "r"], ["--work=its work", "--results=r"]]
+)
+def test_folders_of_a_reproduction_are_the_callers(installed, tmp_path, given):
+    work = tmp_path / "its work"
+    (work / "wheels").mkdir(parents=True)
+    (work / "wheels" / ".complete").touch()  # nothing is left to fetch
+    done = installed.run("reproduce.sh", *given, "--arm", "base", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    told = ["--work", str(work), "--results", f"{tmp_path}/r", "--arm", "base"]
+    run = ["run", "--wheels", f"{work}/wheels", *told]
+    assert installed.calls() == [run, ["tables", *told]]
+
+
+def test_a_reproduction_without_folders_is_in_the_repository(installed, tmp_path):
+    wheels = installed.root / "runs" / "reproduction" / "wheels"
+    wheels.mkdir(parents=True)
+    (wheels / ".complete").touch()
+    assert installed.run("reproduce.sh", cwd=tmp_path).returncode == 0
+    assert installed.calls() == [["run", "--wheels", str(wheels)], ["tables"]]
+
+
 @pytest.mark.parametrize("stage", ["pip", "train"])
 def test_interrupt_says_how_to_go_on(stage, tmp_path):
     repository = Repository(tmp_path)
