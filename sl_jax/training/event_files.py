@@ -83,7 +83,8 @@ def _next_second(folder: epath.Path) -> int:
 
     TensorBoard reads files in the order of their names, and no more of one once it has a later one.
     """
-    named = (_SECOND.match(path.name) for path in folder.iterdir())
+    files = folder.iterdir() if folder.is_dir() else ()  # a bucket has no empty folders
+    named = (_SECOND.match(path.name) for path in files)
     return max([int(time.time()), *(int(found[1]) + 1 for found in named if found)])
 
 
