@@ -43,7 +43,7 @@ TRAINING = [
     "psd-tools>=1.26",
     "pyarrow",
     "safetensors",
-    "tensorboardX",
+    "tensorboardX>=2.6.2.2",
     "tensorflow-datasets>=4.9.10",
     "transformers>=5",
 ]

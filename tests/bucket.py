@@ -69,10 +69,10 @@ class Bucket(AbstractFileSystem):
             return file.read(end - start - self.cut)
 
     def makedirs(self, path, exist_ok=False):
-        (self.root / self._strip_protocol(path)).mkdir(parents=True, exist_ok=exist_ok)
+        pass  # folders are there when something is in them
 
     def mkdir(self, path, create_parents=True, **_):
-        self.makedirs(path, exist_ok=True)
+        pass
 
     def cp_file(self, path1, path2, **_):
         source, target = (self.root / self._strip_protocol(path) for path in (path1, path2))

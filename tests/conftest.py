@@ -30,3 +30,12 @@ def random_checkpoint(tmp_path_factory):
     from random_base import write_random_base
 
     return write_random_base(tmp_path_factory.mktemp("checkpoint"))
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory):
+    """Environment variables of processes that are to find an emulated `gs://bucket`."""
+    from emulated_bucket import emulated_bucket
+
+    with emulated_bucket(tmp_path_factory.mktemp("bucket")) as environment:
+        yield environment

@@ -8,6 +8,7 @@ import logging
 import os
 import pickle
 import re
+import shutil
 import sys
 import zipfile
 from collections import Counter
@@ -20,11 +21,15 @@ from etils import epath
 from safetensors.numpy import load_file
 from test_hostile_files import Copies, copies
 
+from sl_jax import convert
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter
 from sl_jax.checkpoints.card import CardSettings, Training, write_card
 from sl_jax.checkpoints.disk import inside_name
 from sl_jax.checkpoints.errors import CheckpointError
+from sl_jax.checkpoints.lora_modules import LoraModule
+from sl_jax.checkpoints.merge import merge
 from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.peft import write_peft
 from sl_jax.checkpoints.pipeline import parameter_shapes
 from sl_jax.checkpoints.safetensors_file import write_tensors
 from sl_jax.checkpoints.source import TINY, resolve_model
@@ -76,7 +81,10 @@ UNPICKLING = {
     "jsonpickle",
 }
 RUNNING = {"subprocess", "pty", "code", "codeop", "runpy"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.execv", "torch.load"}
+CALLS = {"eval", "exec", "compile", "__import__", "torch.load"}
+PROGRAMS = re.compile(
+    r"(os|posix)\.(system|popen|exec|spawn|posix_spawn)|(.*\.)?(create_)?subprocess_(exec|shell)"
+)
 
 
 def openings(text: str) -> list[str]:
@@ -87,13 +95,15 @@ def openings(text: str) -> list[str]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = [node.module or ""]
+            imported = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += [name for name in imported if PROGRAMS.match(name)]
         else:
             names = []
         found += [n for n in names if n.partition(".")[0] in UNPICKLING | RUNNING]
         if not isinstance(node, ast.Call):
             continue
         called, told = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
-        if called in CALLS or called.startswith(("os.spawn", "os.exec")):
+        if called in CALLS or PROGRAMS.match(called):
             found.append(called)
         if called in ("np.load", "numpy.load") and told.get("allow_pickle") != "False":
             found.append(f"{called} without allow_pickle=False")
@@ -129,6 +139,15 @@ def test_the_package_runs_nothing_that_others_wrote():
         "QwenImageTransformer2DModel.from_pretrained(x)",
         "def f(said):\n    return eval(said)",
         "import subprocess",
+        "os.system(said)",
+        "os.posix_spawn(said, [said], {})",
+        "os.execvp(said, [said])",
+        "asyncio.create_subprocess_shell(said)",
+        "async def f(said):\n    await asyncio.create_subprocess_exec(said)",
+        "loop.subprocess_exec(protocol, said)",
+        "from os import system",
+        "from os import path, execvp as path_of",
+        "from asyncio import create_subprocess_shell",
         "importlib.import_module(said)",
     ],
 )
@@ -331,6 +350,48 @@ def test_names_that_collide_with_numbered_ones(tmp_path):
         (tmp_path / folder / name).touch()
     names = [entry.name for entry in find_pictures(f"{tmp_path}/*/*.png")]
     assert len(set(names)) == 3
+
+
+ONES = np.ones((1, 4), np.float32), np.ones((4, 1), np.float32)  # of an adapter
+ELSEWHERE = ("../../x.safetensors", "{outside}/x.safetensors", "x\0.safetensors")
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+@pytest.mark.parametrize("there", [True, False], ids=["there", "absent"])
+def test_an_index_names_no_files_elsewhere(tmp_path, name, there):
+    """Neither are they read, though they are whole, nor is anything written beside them."""
+    base = tmp_path / "deep" / "base"
+    weights = shutil.copytree(resolve_model(TINY), base) / "transformer"
+    (whole,) = weights.glob("*.safetensors")
+    shutil.move(whole, tmp_path / "deep" / "x.safetensors") if there else whole.unlink()
+    with TensorFiles(resolve_model(TINY) / "transformer") as files:
+        told = dict.fromkeys(files.names(), name.format(outside=base.parent))
+    index = weights / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": told}))
+    before = below(tmp_path)
+    with pytest.raises(CheckpointError, match="names files that are"):
+        TensorFiles(weights)
+    with pytest.raises(CheckpointError, match="names files that are"):
+        merge(base, {"proj_out": LoraModule(*ONES, 1.0)}, tmp_path / "deep" / "merged")
+    assert below(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/{outside}/evil", "nul\0byte", "..\\evil"])
+def test_names_of_adapted_modules_are_nothing_but_names(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(convert, "set_up_logging", lambda: None)
+    made = {name.format(outside=tmp_path): LoraModule(*ONES, 1.0)}
+    source, output = tmp_path / "in" / "adapter", tmp_path / "deep" / "inside" / "out"
+    write_peft(source, made, "../../base")
+    before = below(tmp_path)
+    for form in ("peft", "diffusers"):
+        convert.main(["to-peft", str(source), str(output / form), "--format", form])
+        assert read_adapter(output / form).modules.keys() == made.keys()
+    for command in ("from-peft", "merge"):
+        with pytest.raises(SystemExit, match="CheckpointError"):
+            convert.main([command, str(source), str(output / command), "--model", "tiny"])
+    outside = {path for path in below(tmp_path) - before if output not in (path, *path.parents)}
+    assert outside == {output.parent, output.parent.parent}
+    assert {path.name for path in output.iterdir()} == {"peft", "diffusers"}
 
 
 HOSTILE = (

@@ -31,13 +31,14 @@ from sl_jax.parallel.processes import ALONE, Processes
 _log = logging.getLogger(__name__)
 _TREE = "tree"
 _RECORD = "record/metadata"  # where Orbax keeps the JSON object
+_PARTS = {"record", "reward", "checksums", "checksum"}  # of the latter
 _UNFINISHED = ".orbax-checkpoint-tmp"
 _REASONS = {
     "No space left on device": "no space is left",
     "Read-only file system": "it is read-only",
 }
 _NAMED = 3  # damaged arrays in a message
-_UNREADABLE = (ValueError, OSError, KeyError, TypeError, json.JSONDecodeError)
+_UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
 
 def _absolute(path: epath.PathLike) -> epath.Path:
@@ -184,10 +185,9 @@ class RunCheckpoints:
             )
             return found["tree"], _content(found["record"]), None
         except Exception as error:
-            # Of an array that cannot be decoded Orbax raises an `Exception` of no kind.
-            if not isinstance(error, _UNREADABLE) and type(error) is not Exception:
+            if not _is_damage(error):
                 raise
-            return None, {}, " ".join(str(error).split()) or type(error).__name__
+            return None, {}, _reason(error)
 
     def _set_aside(self, steps: Sequence[int]) -> None:
         with self._processes.together("setting damaged checkpoints aside"):
@@ -287,15 +287,29 @@ def _content(found: Any) -> dict[str, Any]:
 
     Raises:
         ValueError: it is not.
-        KeyError: likewise.
+        TypeError: likewise.
     """
     content = dict(found)
-    if "checksum" not in content:  # of a version that made none
+    if not content.keys() & _PARTS:  # of a version that made no checksums
         _log.warning("A checkpoint has no checksums: it is taken as it is.")
         return {"record": content, "reward": None, "checksums": None}
-    if content.pop("checksum") != _checksum(content):
+    if content.pop("checksum", None) != _checksum(content):
         raise ValueError("its record differs from what was saved")
     return content
+
+
+def _is_damage(error: Exception) -> bool:
+    """Whether reading a damaged checkpoint may end in it, and no mistake of ours is likely to.
+
+    Of an array that cannot be decoded Orbax raises an `Exception` of no kind; its own JSON it takes
+    for what it should be.
+    """
+    return isinstance(error, _UNREADABLE) or type(error) is Exception
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, in a line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _damage(found: Mapping[str, str], saved: Mapping[str, str] | None) -> str | None:
@@ -356,28 +370,34 @@ def read_entry(step: epath.PathLike, names: Sequence[str]) -> Any:
     Raises:
         CheckpointError: the checkpoint cannot be read, or has none of these.
     """
-    path = _absolute(step) / _TREE
-    handler = ocp.PyTreeCheckpointHandler()
+    handler, path = ocp.PyTreeCheckpointHandler(), _absolute(step) / _TREE
+    found = damage = None
     try:
         tree = handler.metadata(path).tree
         name = next((name for name in names if name in tree), None)
-        if name is None:
-            raise CheckpointError(
-                f"{step} holds {sorted(tree)}, none of {list(names)}; please pass a checkpoint of "
-                "a run that trains an adapter"
-            )
-        item = {name: jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree[name])}
-        args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-        restored = handler.restore(
-            path,
-            args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True),
-        )
-        content = _content(json.loads((epath.Path(step) / _RECORD).read_text()))
-        damage = _damage(checksums(restored), content["checksums"])
-        if damage is not None:
-            raise CheckpointError(f"{step} is damaged: {damage}")
-    except (OSError, KeyError, ValueError, AttributeError) as error:
-        if isinstance(error, CheckpointError):
+        if name is not None:
+            found = _restored(handler, path, {name: tree[name]})
+            content = _content(json.loads((epath.Path(step) / _RECORD).read_text()))
+            damage = _damage(checksums(found), content["checksums"])
+    except Exception as error:
+        if not _is_damage(error):
             raise
-        raise CheckpointError(f"{step} is damaged: {error}") from error
-    return restored[name]
+        raise CheckpointError(f"{step} is damaged: {_reason(error)}") from error
+    if found is None:
+        raise CheckpointError(
+            f"{step} holds {sorted(tree)}, none of {list(names)}; please pass a checkpoint of a "
+            "run that trains an adapter"
+        )
+    if damage is not None:
+        raise CheckpointError(f"{step} is damaged: {damage}")
+    return found[name]
+
+
+def _restored(
+    handler: ocp.PyTreeCheckpointHandler, path: epath.Path, part: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Numpy arrays of that part of a tree of which `part` has the metadata."""
+    item = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), part)
+    numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item=item, restore_args=numpy, partial_restore=True)
+    return handler.restore(path, args=args)

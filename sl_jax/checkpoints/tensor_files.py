@@ -149,7 +149,8 @@ def weight_files(folder: FilePath | epath.Path) -> list[FilePath | epath.Path]:
     """The safetensors files of one component folder: those of its index, or all.
 
     Raises:
-        CheckpointError: there are none, or the index names files which are not there.
+        CheckpointError: there are none, or the index names files which are not there, or are
+            elsewhere.
     """
     names = sorted(set(_weight_map(folder).values()))
     if names:
@@ -181,6 +182,12 @@ def _weight_map(folder: FilePath | epath.Path) -> dict[str, str]:
     weight_map = read_config(folder, index.name).get("weight_map")
     if not isinstance(weight_map, dict):
         raise CheckpointError(f"{index} holds no object 'weight_map'")
+    outside = sorted({f for f in map(str, weight_map.values()) if FilePath(f).name != f})
+    if outside:
+        raise CheckpointError(
+            f"{index} names files that are not beside it: {outside}; please fetch the checkpoint "
+            "from where it was published"
+        )
     return {name: str(file) for name, file in weight_map.items()}
 
 

@@ -31,7 +31,7 @@ class Health:
     def __init__(self, config: HealthConfig):
         self._config = config
         self._not_finite = self._tied = 0  # updates, epochs, in a row
-        self._longest = 0  # of the former within the last epoch; 0 if none of its own was among it
+        self._longest = 0  # updates in a row that were not finite, some of them of the last epoch
         self._drifting: set[str] = set()
 
     def position(self) -> dict[str, int]:
@@ -94,8 +94,9 @@ class Health:
     def require(self) -> None:
         """Ends a run that does not recover.
 
-        One that was started again after that has another try: an epoch that updated nothing says
-        nothing of it.
+        Started again, it goes on counting where it stopped. If the last update was not finite, the
+        next one decides: not finite either, it stops the run again. If a finite one came last, it
+        takes as many as it took before. An epoch that updated nothing stops nothing.
 
         Raises:
             NotFiniteError: this many updates in a row were not finite, some of the last epoch's

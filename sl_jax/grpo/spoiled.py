@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from sl_jax.grpo.rolling import Rolled, rollout_keys
 
 FOLDER = "not_finite"  # in the work directory
 _TOLD = {"picture_latents": "picture", "text": "text"}  # the model, of a group
+_PARTIAL = re.compile(r"\.epoch_.*\.[0-9a-f]{8}")  # see `_keep`
 _STATES = ("x", "x_next", "mean")  # of the trained steps of a candidate
 
 
@@ -46,7 +48,8 @@ def keep_spoiled(parts: Parts, epoch: int, update: Spoiled) -> None:
     reads without pickle, has picture and prompt as the model got them, and of the candidates the
     latents and x, x_next and mean of the trained steps, as they are. The latter says where what is
     not finite, and what repeats it: the group's key, the window, and after which epoch the adapter
-    was the one that sampled (0: the initial one).
+    was the one that sampled (0: the initial one). A `.json` that a kill left alone gets its `.npz`
+    when the epoch is done again.
     """
     config = parts.config
     for batch, example, place in _spoiled_groups(update, config.rollout.batch_groups):
@@ -65,11 +68,14 @@ def keep_spoiled(parts: Parts, epoch: int, update: Spoiled) -> None:
 
 
 def clear_up(folder: epath.Path) -> None:
-    """Removes from a work directory what a kill left half written, which would stay for ever."""
+    """Removes from a work directory what a kill left half written, which would stay for ever.
+
+    A folder for people to look at may hold other hidden files: of editors, notebooks, drives.
+    """
     kept = folder / FOLDER
     for path in kept.iterdir() if kept.is_dir() else ():
-        if path.name.startswith("."):
-            path.unlink()
+        if _PARTIAL.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _spoiled_groups(update: Spoiled, size: int) -> Iterator[tuple[Rolled, Example, int]]:

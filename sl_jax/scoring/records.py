@@ -8,7 +8,6 @@ import io
 import json
 import os
 import re
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -280,7 +279,7 @@ def _telling(scores: Sequence[GroupScores], count: int) -> list[int]:
 
 
 def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes whole files only: under another name first, then in place."""
-    part = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
+    """Writes whole files only: under another name first, of which a kill leaves one at most."""
+    part = path.parent / f".{path.name}.partial"
     part.write_bytes(content)
     part.replace(path)

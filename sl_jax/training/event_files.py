@@ -1,9 +1,15 @@
 """TensorBoard's event files, written in step with the run.
 
-The messages are tensorboardX's. Its own writer is not used: it writes from a thread, where an error
-is nobody's and leaves the run waiting for ever, and in a bucket all that it ever wrote, each time.
+The messages are tensorboardX's, the writers are not. `SummaryWriter` and `EventFileWriter` write
+from a thread, where an error is nobody's and leaves the run waiting for ever. `EventsWriter` and
+`RecordWriter`, which those two use, name a file by the second and empty the one that is there, so
+that a restart within a second loses what was written before it; in a bucket they need another
+package than the rest, and upload all that they ever wrote, each time.
 """
 
+import contextlib
+import os
+import re
 import socket
 import struct
 import time
@@ -16,7 +22,8 @@ from tensorboardX.record_writer import masked_crc32c
 
 from sl_jax.checkpoints.byte_ranges import is_remote
 
-_VERSION = "brain.Event:2"
+_VERSION = "brain.Event:2"  # from which on TensorBoard heeds where a session starts
+_SECOND = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 _ENOUGH = 4 * 2**20  # bytes of an object
 
 
@@ -34,38 +41,63 @@ class EventFiles:
         Args:
             folder: made if missing; local or remote.
             purge_step: of earlier files, TensorBoard leaves out this step and those after it.
+
+        Raises:
+            OSError: it cannot be written.
         """
         self._folder = epath.Path(folder)
         self._folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads files in the order of their names, and no more once it has a later one.
-        self._name = f"events.out.tfevents.{time.time_ns():020d}.{socket.gethostname()}"
+        writer = f"{socket.gethostname()}.{os.getpid()}"
+        self._name = f"events.out.tfevents.{_next_second(self._folder):010d}.{writer}"
         self._number = 0
-        self._held = bytearray(_framed(Event(file_version=_VERSION)))  # not written yet, or remote
+        self._object = b""  # what is in that of a bucket
+        records = _framed(Event(file_version=_VERSION))
         if purge_step is not None:
-            for event in (
-                Event(step=purge_step, file_version=_VERSION),
-                Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)),
-            ):
-                self._held += _framed(event)
-        self._write()
+            start = SessionLog(status=SessionLog.START)
+            records += _framed(Event(step=purge_step, session_log=start))
+        self._write(records)
 
     def add(self, step: int, summaries: Iterable[Summary]) -> None:
-        """Adds what the functions of `tensorboardX.summary` make; it is written on return."""
-        values = [value for summary in summaries for value in summary.value]
-        self._held += _framed(Event(step=step, summary=Summary(value=values)))
-        self._write()
+        """Adds what the functions of `tensorboardX.summary` make; it is written on return.
 
-    def _write(self) -> None:
+        Raises:
+            OSError: nothing is added.
+        """
+        values = [value for summary in summaries for value in summary.value]
+        self._write(_framed(Event(step=step, summary=Summary(value=values))))
+
+    def _write(self, records: bytes) -> None:
         path = self._folder / f"{self._name}.{self._number:06d}"
         if not is_remote(path):
-            with path.open("ab") as file:
-                file.write(self._held)
-            self._held.clear()
+            _append(path, records)
             return
-        path.write_bytes(bytes(self._held))
-        if len(self._held) > _ENOUGH:
+        path.write_bytes(self._object + records)
+        self._object += records
+        if len(self._object) > _ENOUGH:
             self._number += 1
-            self._held = bytearray(_framed(Event(file_version=_VERSION)))
+            self._object = _framed(Event(file_version=_VERSION))
+
+
+def _next_second(folder: epath.Path) -> int:
+    """This second, or the one after that of the newest file, if a clock was ahead or time is short.
+
+    TensorBoard reads files in the order of their names, and no more of one once it has a later one.
+    """
+    files = folder.iterdir() if folder.is_dir() else ()  # a bucket has no empty folders
+    named = (_SECOND.match(path.name) for path in files)
+    return max([int(time.time()), *(int(found[1]) + 1 for found in named if found)])
+
+
+def _append(path: epath.Path, records: bytes) -> None:
+    """Appends all or nothing: behind a part of a record, TensorBoard can read no other."""
+    before = path.stat().length if path.exists() else 0
+    try:
+        with path.open("ab") as file:
+            file.write(records)
+    except OSError:
+        with contextlib.suppress(OSError):  # what failed first is what is to be told
+            os.truncate(path, before)
+        raise
 
 
 def _framed(event: Event) -> bytes:

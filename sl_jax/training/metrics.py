@@ -84,8 +84,7 @@ class MetricsWriter:
     if `log` names a project, get the same. After a restart, records at or beyond `resume_from` are
     dropped first, so that no step stands twice.
 
-    Objects of a bucket cannot be appended to: there, each record writes all of `metrics.jsonl`. A
-    record of 150 numbers takes 6 kB, so that the last of 600 writes 3.6 MB, and all of them 1.1 GB.
+    Objects of a bucket cannot be appended to: there, each record writes all of `metrics.jsonl`.
     """
 
     def __init__(

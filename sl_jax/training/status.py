@@ -14,7 +14,6 @@ import os
 import socket
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,7 +272,7 @@ class StatusFile(Unwatched):
         with self._lock:
             status = self._status
         path = self._folder / FILE
-        partial = path.with_name(f".{FILE}.{uuid.uuid4().hex[:8]}")
+        partial = path.with_name(f".{FILE}.partial")  # of a kill, the next start takes it away
         try:
             newest = newest_checkpoint(self._folder)
             status = dataclasses.replace(status, updated=_now(), last_checkpoint=newest)

@@ -4,7 +4,6 @@
 """
 
 import os
-import socket
 import subprocess
 import sys
 
@@ -13,17 +12,12 @@ import pytest
 pytestmark = pytest.mark.system
 
 PROGRAM = """
-import sys
-sys.path.append(sys.argv[1])  # after what is installed here
-from gcp_storage_emulator.server import create_server
-create_server("localhost", int(sys.argv[2]), in_memory=True, default_bucket="bucket").start()
-
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from sl_jax.checkpoints.orbax import RunCheckpoints, find_step, read_entry
 
-folder = epath.Path("gs://bucket/run/checkpoints")
+folder = epath.Path("gs://bucket/steps/checkpoints")
 
 def tree(value):
     return {"a": jnp.full((40, 30), value, jnp.float32), "n": jnp.int32(value)}
@@ -61,37 +55,14 @@ checkpoints.save(3, tree(333), {})
 checkpoints.close()
 assert RunCheckpoints(folder).restore(tree(0))[0] == 3
 print("all is well", flush=True)
-import os
-os._exit(0)  # without waiting for the emulator
 """
 
 
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory):
-    """A folder with the client and the emulator."""
-    folder = tmp_path_factory.mktemp("packages")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--target", str(folder)]
-    subprocess.run([*command, "gcsfs", "gcp-storage-emulator==2026.7.19"], check=True)
-    return folder
-
-
-def test_checkpoints_live_in_a_bucket(packages, tmp_path):
-    with socket.socket() as found:
-        found.bind(("localhost", 0))
-        port = found.getsockname()[1]
-    address = f"http://localhost:{port}"
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "STORAGE_EMULATOR_HOST": address,  # of gcsfs
-        "TENSORSTORE_GCS_HTTP_URL": address,
-        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "none",
-        "FSSPEC_GS_TOKEN": "anon",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # which the emulator does not know
-    }
+def test_checkpoints_live_in_a_bucket(bucket, tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, str(packages), str(port)],
+        [sys.executable, "-c", PROGRAM],
         cwd=tmp_path,
-        env=environment,
+        env=os.environ | bucket | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
         timeout=900,

@@ -1,5 +1,6 @@
 """A run that is not well says so, and stops where it does not recover."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,6 +41,20 @@ def test_a_good_update_after_too_many_that_are_not_finite_does_not_undo_them():
     assert again.position()["not_finite"] == 1
     assert again.look([False, True], _advantages())[IN_A_ROW] == 2
     again.require()
+
+
+@pytest.mark.parametrize(("last", "tries"), [([], 1), ([True], 3)])
+def test_started_again_a_run_has_the_tries_that_its_last_update_left(last, tries):
+    health = Health(HealthConfig(not_finite=3))
+    health.look([False, False, False, *last], _advantages())
+    with pytest.raises(NotFiniteError, match="3 updates"):
+        health.require()
+    again = Health(HealthConfig(not_finite=3))
+    again.restore(health.position())
+    for number in range(1, tries + 1):
+        again.look([False], _advantages())
+        with pytest.raises(NotFiniteError) if number == tries else contextlib.nullcontext():
+            again.require()
 
 
 def test_started_again_a_run_is_not_ended_by_an_epoch_without_updates():

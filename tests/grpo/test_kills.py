@@ -115,7 +115,8 @@ def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_no
     assert find_step(folder / "run").name == "1"
 
     saving = {"phase": "checkpointing", "number": 0, "delay": 0.05}
-    for killed, moment in ((1, learning), (0, saving)):
+    # The last epoch's, since the save after the fourth waits until that after the second is whole.
+    for killed, moment in ((1, learning | {"number": 3}), (0, saving)):
         kills = [None, None]
         kills[killed] = moment
         since = []
@@ -130,14 +131,16 @@ def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_no
         with pytest.raises(_Ended):
             runner(folder, both, kills=kills, meanwhile=wait, faults=lost)
         before, code, after = since
-        assert after - before < 120  # 30 s without a sign of life; on a busy machine
+        assert after - before < 300  # 30 s without a sign of life; on a busy machine
         told = (folder / f"printed_{1 - killed}.txt").read_text()
         if code == -signal.SIGABRT:  # JAX, of which process 0 is the coordinator, noticed first
             assert killed == 0 and "another task died" in told, told
         else:
             assert code == 143 and f"OthersGoneError: process {killed}" in told, told
             assert "they go on from the newest checkpoint" in told
-    newest, before = sorted(_whole_steps(folder / "run"), reverse=True)[:2]
+    whole = sorted(_whole_steps(folder / "run"), reverse=True)
+    assert len(whole) >= 2, told
+    newest, before = whole[:2]
     for path in (folder / "run" / "checkpoints" / str(newest)).rglob("*"):
         if path.is_file():
             path.write_bytes(path.read_bytes()[:-1])

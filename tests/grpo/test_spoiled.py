@@ -144,9 +144,13 @@ def test_what_cannot_be_written_whole_is_not_there(tmp_path, batch, monkeypatch)
         keep(tmp_path, [batch])
     kept = tmp_path / "not_finite"
     assert [path.name[:6] for path in kept.iterdir()] == [".epoch"]
-    (kept / f"{NAME}.json").touch()  # of another group
+    (kept / ".ipynb_checkpoints").mkdir()
+    others = [".epochs.swp", ".nfs00000000000012ab", f"{NAME}.json", f"{NAME}.npz"]
+    for name in others:
+        (kept / name).touch()
     clear_up(tmp_path)
-    assert [path.name for path in kept.iterdir()] == [f"{NAME}.json"]
+    left = sorted(path.name for path in kept.iterdir())
+    assert left == sorted([".ipynb_checkpoints", *others])
 
 
 def _full(path, target):

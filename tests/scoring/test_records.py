@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from hostile import known_group, scripted
 from PIL import Image
 
@@ -135,10 +136,17 @@ def test_pictures_come_back_with_what_was_said_of_them(tmp_path, epoch):
     assert failure.reason in to_markdown(kept[1][0])
 
 
-def test_an_epoch_written_again_replaces_the_first_try(tmp_path, epoch):
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def test_an_epoch_written_again_replaces_the_first_try(tmp_path, epoch, monkeypatch):
     groups, scores = epoch
     records = JudgeRecords(tmp_path)
     records.write(3, groups, scores)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(epath.Path(tmp_path)), "replace", _interrupted)
+        records.write(3, groups, scores)
     records.write(3, groups[:1], scores[:1])
     assert len(read_records(tmp_path)) == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

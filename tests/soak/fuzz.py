@@ -3,8 +3,8 @@
     python tests/soak/fuzz.py --out tests/soak/results/fuzz.json
 
 The subjects and their cases are those of `tests/fuzzing.py`, of which the slow tests take 500.
-`--only NAME` runs one; the results of others that are in the file stay. Each says by which command
-and versions it was made, and which bound on seconds of a core all its cases kept to.
+`--only NAME` runs one; the results of the others that are in the file stay. Each says by which
+command and versions it was made, and which bound on seconds of a core all its cases kept to.
 """
 
 import argparse
@@ -67,7 +67,8 @@ def main():
     parser.add_argument("--only", choices=subjects())
     parser.add_argument("--out", type=Path)
     flags = parser.parse_args()
-    found = json.loads(flags.out.read_text()) if flags.out and flags.out.exists() else {}
+    before = json.loads(flags.out.read_text()) if flags.out and flags.out.exists() else {}
+    found = {name: before[name] for name in subjects() if name in before}
     for name in [flags.only] if flags.only else subjects():
         with tempfile.TemporaryDirectory() as folder:
             found[name] = fuzzed(name, flags.cases, flags.seed, Path(folder))

@@ -6,13 +6,16 @@ Runs of the smallest configuration are killed ten times each, in random phases (
 evaluating, rollout, decoding, judging, learning, checkpointing, exporting …), at a random number of
 the phase's beginnings and a random time from there, and started again each time. What the last
 start leaves is compared with an undisturbed run to the last bit: adapter, average, moments,
-counters, position in the data, metrics, judgements, exported adapter.
+counters, position in the data, metrics, judgements, exported adapter. Each start has to say that
+it goes on after the newest whole checkpoint; `went_on_after` is the epoch that it named, or null if
+there was no checkpoint, or the kill came before it had said so.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -32,6 +35,7 @@ from sl_jax.checkpoints.orbax import find_step
 
 EPOCHS = 24
 LAST = "exporting"  # there, a run is about to end
+FINISHED = f"This run is finished: {EPOCHS} epochs."
 
 
 class ForkingRunner(Runner):
@@ -71,36 +75,43 @@ def _run(arguments, printed):
 
 
 def killed_run(runner, folder, rng, kills):
-    """A run that is killed so many times: the moments, and after which epoch each start went on.
-
-    Every start goes on after the newest whole checkpoint; one that is killed while it starts may
-    not have come to it.
-    """
+    """A run that is killed so many times: the moments, and after which epoch each start went on."""
     moments = []
     while len(moments) < kills:
         last = len(moments) == kills - 1
         phase = LAST if last else str(rng.choice([name for name in MOMENTS if name != LAST]))
-        kill, saved = draw_kill(rng, phase), saved_epoch(folder)
+        kill, due = draw_kill(rng, phase), due_next(folder)
         (process,) = runner.start(folder, kills=(kill,))
         code, said = process.wait(LIMIT), (folder / "printed_0.txt").read_text()
+        early = phase == "starting" and code == -signal.SIGKILL
+        moments.append(kill | {"went_on_after": went_on_after(said, due, early)})
         if code != -signal.SIGKILL:  # it came to its end before
             assert code == 0 and "Report: " in said, said[-3000:]
+            moments.pop()
             break
-        if phase != "starting" and saved is not None:
-            assert f"Going on after epoch {saved}." in said, said[-3000:]
-        moments.append(kill | {"went_on_after": saved})
         print(json.dumps(moments[-1]), flush=True)
-    saved = saved_epoch(folder)
+    due = due_next(folder)
     (said,), _ = runner(folder)
-    if f"This run is finished: {EPOCHS} epochs." not in said:
-        assert f"Going on after epoch {saved}." in said, said[-3000:]
+    went_on_after(said, due)
     return moments
 
 
-def saved_epoch(folder):
-    """Of the newest whole checkpoint; None without one."""
+def due_next(folder):
+    """What the next start of a run has to say, going by what is stored; None if it begins anew."""
     step = find_step(folder / "run") if folder.exists() else None
-    return None if step is None else int(step.name)
+    if step is None:
+        return None
+    if int(step.name) == EPOCHS and (folder / "run" / "report.html").exists():
+        return FINISHED
+    return f"Going on after epoch {step.name}."
+
+
+def went_on_after(said, due, early=False):
+    """The epoch that a start named, if any; one that was killed early may not have come to it."""
+    told = re.findall(rf"{FINISHED}|Going on after epoch \d+\.", said)
+    assert told == ([] if due is None else [due]) or (early and not told), said[-3000:]
+    named = [int(text.split()[-1][:-1]) for text in told if text != FINISHED]
+    return named[0] if named else None
 
 
 def main():

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+from fuzzing import subjects
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 RESULTS = Path(__file__).with_name("results")
@@ -41,6 +42,7 @@ def of_versions(told):
 
 
 def of_fuzzing(told):
+    assert set(told) == set(subjects())
     (cases,) = {subject["cases"] for subject in told.values()}
     slowest = max(subject["slowest_seconds"] for subject in told.values())
     yield f"{cases:,} of each of {len(told)} kinds"

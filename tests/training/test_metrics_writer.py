@@ -3,14 +3,18 @@
 import importlib.util
 import json
 import math
+import resource
 import shutil
+import struct
 import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from bucket import Bucket
-from event_files import read_events
+from event_files import read_events, read_files
+from tensorboardX.proto.event_pb2 import SessionLog
 
 from sl_jax.parallel.processes import ALONE
 from sl_jax.training import event_files
@@ -84,6 +88,64 @@ def test_tensorboard_in_a_bucket_begins_another_object_before_one_gets_large(tmp
     sizes = [path.stat().st_size for path in (folder / "tensorboard").iterdir()]
     assert len(sizes) > 2 and max(sizes) < 1100
     assert read_events(folder)["loss"] == [(step, step / 2) for step in steps]
+
+
+def test_after_a_restart_tensorboard_leaves_out_what_is_done_again(tmp_path, monkeypatch):
+    """The start of a session in the first file of the resumed run, and in none that follows it."""
+    Bucket.install(tmp_path, monkeypatch)
+    monkeypatch.setattr(event_files, "_ENOUGH", 1000)
+    _write("gs://bucket/run", None, range(5))
+    _write("gs://bucket/run", 3, range(3, 50))
+    before, resumed, *others = [
+        [event.step for event in events if event.session_log.status == SessionLog.START]
+        for events in read_files(tmp_path / "bucket" / "run")
+    ]
+    assert before == [] and resumed == [3]
+    assert len(others) > 1 and not any(others)
+
+
+def test_a_record_is_framed_as_tensorflow_does(tmp_path):
+    """Checksums are CRC-32C, whose value of these digits is known, turned and shifted."""
+    checksum = 0xE3069283
+    masked = ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+    class Digits:
+        def SerializeToString(self):
+            return b"123456789"
+
+    length, _, content, last = struct.unpack("<QI9sI", event_files._framed(Digits()))
+    assert (length, content, last) == (9, b"123456789", masked)
+
+
+@pytest.mark.parametrize("ahead", [-1, 0, 1, 1000])
+def test_the_newest_file_is_the_last_that_tensorboard_reads(tmp_path, ahead):
+    """Also after one of an earlier version, and one of a host whose clock was ahead."""
+    folder = tmp_path / "tensorboard"
+    folder.mkdir()
+    names = [f"events.out.tfevents.{int(time.time()) + ahead}.host"]
+    (folder / names[0]).touch()
+    for _ in range(3):
+        MetricsWriter(tmp_path)
+        (name,) = {path.name for path in folder.iterdir()} - {*names}
+        names.append(name)
+    assert names == sorted(names)
+
+
+def test_a_record_that_is_written_in_part_is_taken_back(tmp_path):
+    """As on a disk that is full for a while."""
+    writer = MetricsWriter(tmp_path)
+    writer.scalars(1, {"loss": 0.5})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    whole, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 10, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            writer.scalars(2, {"loss": 1.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == whole
+    writer.scalars(2, {"loss": 1.5})
+    assert read_events(tmp_path)["loss"] == [(1, 0.5), (2, 1.5)]
 
 
 def test_what_tensorboard_does_not_get_is_an_error_of_the_run(tmp_path):

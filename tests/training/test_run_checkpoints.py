@@ -1,6 +1,5 @@
 """Checkpoints of a run: whole or absent, the newest readable one first."""
 
-import asyncio
 import contextlib
 import json
 import logging
@@ -9,16 +8,18 @@ import resource
 import shutil
 import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from orbax.checkpoint._src.path.atomicity import AtomicRenameTemporaryPath
 
 from sl_jax.checkpoints import orbax
+from sl_jax.checkpoints.adapters import read_adapter, save_adapter_checkpoint
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.models.lora import Adapter
 from sl_jax.parallel.processes import Processes
 
 
@@ -36,6 +37,9 @@ def folder(tmp_path):
     return tmp_path
 
 
+DAMAGES = ("truncated", "empty", "gone", "garbled", "null")
+
+
 def _damage(folder, how):
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
@@ -45,6 +49,8 @@ def _damage(folder, how):
             path.write_bytes(b"")
         elif how == "gone":
             path.unlink()
+        elif how == "null":
+            path.write_text("null")
         elif how == "garbled" and path.stat().st_size:
             path.write_bytes(bytes(255 - byte for byte in path.read_bytes()))
 
@@ -64,17 +70,19 @@ def test_the_newest_comes_back(folder):
 
 
 def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
-    """The step appears in the background, when it is whole."""
-    disk, finalize = threading.Event(), AtomicRenameTemporaryPath.finalize
+    """The step appears in the background, when it is whole: Orbax then renames it."""
+    begun, disk, rename = threading.Event(), threading.Event(), os.rename
 
-    async def slowly(path):
-        # On another thread: Orbax has one loop for all that it does.
-        assert await asyncio.to_thread(disk.wait, 60), "who saves waits for what is saved"
-        await finalize(path)
+    def slowly(source, target, **options):
+        if Path(target) == tmp_path / "1":
+            begun.set()
+            assert disk.wait(60), "who saves waits for what is saved"
+        rename(source, target, **options)
 
-    monkeypatch.setattr(AtomicRenameTemporaryPath, "finalize", slowly)
+    monkeypatch.setattr(os, "rename", slowly)
     with contextlib.closing(RunCheckpoints(tmp_path)) as checkpoints:
         checkpoints.save(1, _tree(1))
+        assert begun.wait(60)
         assert not (tmp_path / "1").exists() and list(tmp_path.glob("1.*"))
         disk.set()
         checkpoints.wait()
@@ -144,7 +152,7 @@ def test_the_last_few_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["4", "5"]
 
 
-@pytest.mark.parametrize("how", ["truncated", "empty", "gone", "garbled"])
+@pytest.mark.parametrize("how", DAMAGES)
 def test_a_damaged_one_is_passed_over_with_an_error(folder, how, caplog):
     _damage(folder / "3", how)
     with caplog.at_level(logging.ERROR, "sl_jax"):
@@ -181,6 +189,59 @@ def test_no_flipped_bit_goes_unnoticed(tmp_path):
     assert passed_over >= 8  # the rest hit what nobody reads, such as notes of Orbax
 
 
+@pytest.fixture
+def adapter(tmp_path):
+    """A checkpoint of an adapter of noise, which compression leaves as it is."""
+    rng = np.random.default_rng(0)
+    a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((500, 16), (16, 500)))
+    made = Adapter({"proj_out": {"a": a, "b": b}}, {"proj_out": {"scale": np.float32(2)}})
+    save_adapter_checkpoint(tmp_path, made)
+    return tmp_path
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("part", ["", "tree", "record"])
+def test_a_damaged_adapter_is_said_to_be(adapter, part, how):
+    read_adapter(adapter)
+    _damage(adapter / "0" / part, how)
+    with pytest.raises(CheckpointError, match="0 is damaged: "):
+        read_adapter(adapter)
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"), [(Exception, CheckpointError), (RuntimeError, RuntimeError)]
+)
+def test_errors_of_no_kind_are_damage_and_others_are_not(adapter, monkeypatch, raised, told):
+    """The former is what Orbax raises of an array that cannot be decoded."""
+
+    def restore(*args, **kwargs):
+        raise raised("no array")
+
+    monkeypatch.setattr(orbax.ocp.PyTreeCheckpointHandler, "restore", restore)
+    with pytest.raises(told, match="no array"):
+        read_adapter(adapter)
+
+
+def test_no_adapter_with_flipped_bits_is_taken_for_the_saved_one(adapter):
+    saved, rng, refused = read_adapter(adapter).modules["proj_out"], np.random.default_rng(1), 0
+    arrays = [p for p in (adapter / "0").rglob("*") if p.is_file() and p.stat().st_size > 10_000]
+    for place in rng.random(12):
+        file = rng.choice(arrays)
+        whole = file.read_bytes()
+        flipped = bytearray(whole)
+        flipped[int(place * len(whole))] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        try:
+            found = read_adapter(adapter).modules["proj_out"]
+        except CheckpointError as error:
+            assert "0 is damaged: " in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(found.down, saved.down) and np.array_equal(found.up, saved.up)
+        file.write_bytes(whole)
+    assert refused >= 10
+
+
 def test_a_tensor_that_differs_is_named(folder, monkeypatch, caplog):
     made = orbax.checksums
     monkeypatch.setattr(orbax, "checksums", lambda tree: made(tree) | {"a": "0" * 16})
@@ -210,6 +271,16 @@ def test_checkpoints_without_checksums_are_taken_as_they_are(folder, caplog):
     path.write_text(json.dumps({"position": 30}))
     assert _restored(folder)[0] == 3
     assert "has no checksums" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["record", "reward", "checksums", "checksum"])
+def test_a_record_with_a_flipped_name_is_damaged(folder, name):
+    """And not one of a version that had no such names."""
+    path = folder / "3" / "record" / "metadata"
+    text = path.read_text()
+    assert f'"{name}"' in text
+    path.write_text(text.replace(f'"{name}"', f'"{name[:-1]}~"'))
+    assert _restored(folder)[0] == 2
 
 
 def test_the_best_is_kept_beside_the_last(tmp_path):
