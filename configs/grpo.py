@@ -89,8 +89,8 @@ def _production() -> ConfigDict:
     advantage.std_floor = 0.01  # unmeasured: the audit of a judge suggests one
 
     objective = config.objective = ConfigDict()
-    # ours: the paper's RatioNorm is not public; for policies that move as far, at 32, 64 and 128 px,
-    # this one's spread stays within 7 %, and that of "plain" and "guard" changes by a factor of 4
+    # ours: the paper's RatioNorm is not public; for policies that move as far, this one's spread is
+    # the same within 7 % at 32, 64 and 128 px, that of "plain" and "guard" changes by a factor of 4
     objective.ratio = "velocity"
     # unmeasured: GRPO-Guard's public 2e-6 at 65,536 scalars, on the velocity scale
     objective.clip_low = 1e-2
