@@ -1,6 +1,7 @@
 """Where numbers of a run go: TensorBoard, one JSON line per record, and Weights & Biases."""
 
 import json
+import logging
 import math
 import os
 import uuid
@@ -16,6 +17,10 @@ from tensorboardX import summary
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.event_files import EventFiles
+
+_log = logging.getLogger(__name__)
+
+FILE = "metrics.jsonl"
 
 # How the names begin of what the clock, the hardware and the judge's servers decide; all else a
 # repeated run repeats, and so does one that was killed and went on.
@@ -95,13 +100,13 @@ class MetricsWriter:
     ):
         self._directory = epath.Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._path = self._directory / "metrics.jsonl"
+        self._path = self._directory / FILE
         kept = [
             r for r in read_metrics(directory) if resume_from is None or r["step"] < resume_from
         ]
         lines = [json.dumps(record) + "\n" for record in kept]
         self._lines = lines if is_remote(self._directory) else None
-        partial = self._directory / "metrics.jsonl.partial"
+        partial = self._directory / f"{FILE}.partial"
         partial.write_text("".join(lines))
         partial.replace(self._path)  # at once, so that a kill here loses nothing
         self._board = EventFiles(self._directory / "tensorboard", resume_from)
@@ -115,8 +120,7 @@ class MetricsWriter:
         self._board.add(step, shown)
         line = json.dumps({"step": step, **record}) + "\n"
         if self._lines is None:
-            with self._path.open("a") as file:
-                file.write(line)
+            _append(self._path, line)
         else:
             self._lines.append(line)
             self._path.write_text("".join(self._lines))
@@ -162,14 +166,45 @@ def repeatable(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_metrics(directory: epath.PathLike) -> Iterator[dict[str, Any]]:
-    """The records of a run; a last line that was cut off by a crash is passed over."""
-    path = epath.Path(directory) / "metrics.jsonl"
+    """The records of a run.
+
+    Lines that are no records, as a fault of the disk leaves them, are passed over with one warning;
+    a last line that a crash cut off, or that is being written, without.
+    """
+    path = epath.Path(directory) / FILE
     if not path.exists():
         return
-    with path.open() as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                if next(file, None) is not None:
-                    raise
+    damaged = []
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            record = _record(line)
+            if record is not None:
+                yield record
+            elif line.endswith(b"\n"):
+                damaged.append(number)
+    if damaged:
+        _log.warning(
+            "Damaged lines of %s are passed over: %d, the first of them line %d.",
+            *(path, len(damaged), damaged[0]),
+        )
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line holds, if that is a step and its numbers."""
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(found, dict) or type(found.get("step")) is not int:
+        return None
+    numbers = all(value is None or type(value) in (int, float) for value in found.values())
+    return found if numbers else None
+
+
+def _append(path: epath.Path, line: str) -> None:
+    """Appends a line; behind one without an end, it begins another."""
+    with open(path, "ab+") as file:  # epath's has no mode that reads, too
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(line.encode())

@@ -1,8 +1,9 @@
 """Records of a run: one JSON line each, and none twice."""
 
 import importlib.util
-import json
+import logging
 import math
+import os
 import resource
 import shutil
 import struct
@@ -53,12 +54,37 @@ def test_a_line_that_a_crash_cut_off(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
 
 
-def test_damage_elsewhere_is_not_passed_over(tmp_path):
+DAMAGED = [
+    *(b"", b"garbage", b"\0\0\0", b'{"step": 3, "\xff": 1}', b"3", b"[]", b"{}", b"[" * 100_000),
+    *(b'{"step": "3"}', b'{"step": 3, "loss": "x"}', b'{"step": 3, "lo{"step": 3, "loss": 1.5}'),
+]
+
+
+def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
     _write(tmp_path, 0, [1, 2])
     path = tmp_path / "metrics.jsonl"
-    path.write_text("garbage\n" + path.read_text())
-    with pytest.raises(json.JSONDecodeError):
-        list(read_metrics(tmp_path))
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, *DAMAGED, second, b""]))
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Damaged lines of {path} are passed over: {len(DAMAGED)}, the first of them line 2."
+    ]
+    _write(tmp_path, 3, [3])
+    caplog.clear()
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3]
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize("lost", [1, 10])
+def test_a_file_that_is_cut_off_while_the_run_writes_it_loses_no_other_line(tmp_path, lost):
+    writer = MetricsWriter(tmp_path)
+    for step in (1, 2, 3):
+        writer.scalars(step, {"loss": step / 2})
+        path = tmp_path / "metrics.jsonl"
+        if step == 2:
+            os.truncate(path, path.stat().st_size - lost)
+    assert {record["step"] for record in read_metrics(tmp_path)} == {1, 3} | {2} - {2 * (lost > 1)}
 
 
 def test_what_is_not_finite_is_null(tmp_path, caplog):
