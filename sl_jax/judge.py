@@ -22,7 +22,9 @@ from sl_jax.scoring.types import JudgeError
 if TYPE_CHECKING:
     from sl_jax.scoring.audit import AuditReport
 
-_PORT = flags.DEFINE_integer("port", 8000, "Port to serve on; 0 takes a free one.")
+_PORT = flags.DEFINE_integer(
+    "port", 8000, "Port to serve on; 0 takes a free one.", lower_bound=0, upper_bound=65535
+)
 _HOST = flags.DEFINE_string("host", "127.0.0.1", "Address to serve on; loopback needs no token.")
 _TOKEN = flags.DEFINE_string("token_env", "", "Environment variable of the clients' bearer token.")
 _MODE = flags.DEFINE_enum("mode", "precise", ["precise", "vlm"], "Which embedded judge to serve.")
@@ -47,6 +49,9 @@ def main(argv: list[str]) -> None:
             _print_audit()
         else:
             _serve()
+    except KeyboardInterrupt:
+        print("\nStopped.", flush=True)
+        sys.exit(130)
     except (JudgeError, RuntimeError, OSError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -282,3 +283,21 @@ def test_the_door_serves_on_loopback_with_a_token_from_the_environment():
     open_to_all = [sys.executable, "-m", "sl_jax.judge", "--host=0.0.0.0"]
     done = subprocess.run(open_to_all, capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "--token_env" in done.stderr
+
+
+def test_ctrl_c_ends_the_door_in_a_line():
+    command = [sys.executable, "-m", "sl_jax.judge", "--port=0"]
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **piped) as process:
+        assert process.stdout.readline().startswith("Judge ")
+        process.send_signal(signal.SIGINT)
+        told, errors = process.communicate(timeout=60)
+    assert (process.returncode, told.strip(), errors) == (130, "Stopped.", "")
+
+
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_there_is_not_is_refused(port):
+    command = [sys.executable, "-m", "sl_jax.judge", f"--port={port}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and f"flag --port={port}" in done.stderr
+    assert "[0, 65535]" in done.stderr and "Traceback" not in done.stderr
