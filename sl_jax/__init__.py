@@ -25,15 +25,21 @@ def _begin_command() -> None:
         print(f"sl_jax {__version__}")
         sys.exit()
     sys.excepthook = _in_a_line
+    from sl_jax.parallel.interrupts import send_again
+
+    sys.unraisablehook = send_again
 
 
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    """For `sys.excepthook` during imports: what a user can do something about, in a line."""
-    if hasattr(sys.modules["__main__"], "main"):  # the command's own begins: imports are done
+    """For `sys.excepthook`: what a user can do something about, in a line."""
+    if isinstance(error, KeyboardInterrupt):
+        from sl_jax.parallel.interrupts import ignore_more
+
+        ignore_more()
+        print("\nStopped.", file=sys.stderr)
+    elif hasattr(sys.modules["__main__"], "main"):  # the command's own begins: imports are done
         sys.excepthook = sys.__excepthook__
         sys.excepthook(kind, error, trace)
-    elif isinstance(error, KeyboardInterrupt):
-        print("\nStopped.", file=sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sl_jax"):
         print(
             f"{error.name} is not installed; please install sl_jax with the extra for this host, "

@@ -23,7 +23,7 @@ from sl_jax.checkpoints.verify import TOLERANCES, compare
 from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.prompts import DEFAULT_PROMPT
-from sl_jax.training.console import set_up_logging
+from sl_jax.training.console import set_up_logging, stop
 
 _log = logging.getLogger("sl_jax")
 
@@ -49,8 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except OSError as error:
         sys.exit(disk_problem(error, getattr(flags, "output", flags.source)))
     except KeyboardInterrupt:
-        print("\nStopped.", flush=True)
-        sys.exit(130)
+        stop("Stopped.")
 
 
 def _parser() -> argparse.ArgumentParser:

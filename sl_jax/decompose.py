@@ -16,7 +16,7 @@ from sl_jax.inference.decomposer import RELEASE, Decomposer, PictureDecomposer, 
 from sl_jax.inference.fingerprints import checkpoint_digest
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.inference.prompts import DEFAULT_PROMPT
-from sl_jax.training.console import set_up_logging
+from sl_jax.training.console import set_up_logging, stop
 
 _log = logging.getLogger("sl_jax")
 
@@ -90,8 +90,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         sys.exit(disk_problem(error, _OUTPUT.value))
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on with what is missing.", flush=True)
-        sys.exit(130)
+        stop("Stopped. The same command goes on with what is missing.")
 
 
 def run() -> int:

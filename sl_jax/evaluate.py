@@ -21,7 +21,7 @@ from sl_jax.scoring import JudgeError
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
-from sl_jax.training.console import set_up_logging
+from sl_jax.training.console import set_up_logging, stop
 
 _DATA = flags.DEFINE_string(
     "data",
@@ -104,8 +104,7 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         sys.exit(disk_problem(error, _OUTPUT.value))
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on with what is missing.", flush=True)
-        sys.exit(130)
+        stop("Stopped. The same command goes on with what is missing.")
     print(outcome.text)
     if not _SHARD.value:
         print(f"Report: {_OUTPUT.value}/report.html")

@@ -25,7 +25,7 @@ from sl_jax.scoring.captions import CaptionError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training.configuration import ConfigError, distributed_part
-from sl_jax.training.console import ending_in_a_line, set_up_logging
+from sl_jax.training.console import ending_in_a_line, set_up_logging, stop
 from sl_jax.training.explain import explained
 from sl_jax.training.flags import packaged, parse_config_flags
 from sl_jax.training.profiling import span
@@ -87,8 +87,7 @@ def _check_hardware() -> int:
     try:
         passed = selftest(_short, _FOUND)
     except KeyboardInterrupt:
-        print("\nStopped.", flush=True)
-        return 130
+        stop("Stopped.")
     print(f"{'All is well' if passed else 'Something is wrong'}: {_FOUND}")
     return 0 if passed else 1
 

@@ -90,6 +90,44 @@ def test_a_stop_while_modules_are_imported_is_a_line(tmp_path):
     assert process.returncode == -signal.SIGINT  # 130, says a shell
 
 
+@pytest.mark.parametrize(
+    "body", ["import gc; gc.callbacks.append(dropping); gc.collect()", "Late()"]
+)
+def test_a_stop_that_python_drops_comes_through_later(tmp_path, body):
+    """In a garbage collection, where JAX has a callback, and in other finalizers."""
+    (tmp_path / "absl").mkdir()
+    (tmp_path / "absl" / "__init__.py").write_text("")
+    program = f"""
+import signal, time
+def dropping(*_):
+    global dropping
+    ours, dropping = dropping, None
+    if ours:
+        signal.raise_signal(signal.SIGINT)
+class Late:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+{body}
+time.sleep(20)
+print("went on")
+"""
+    (tmp_path / "absl" / "app.py").write_text(program)
+    done = _run("-m", "sl_jax.judge", PYTHONPATH=str(tmp_path))
+    assert (done.stdout, done.stderr) == ("", "\nStopped.\n")
+    assert done.returncode == -signal.SIGINT
+
+
+def test_a_stop_between_imports_and_the_command_is_a_line(tmp_path):
+    (tmp_path / "absl").mkdir()
+    (tmp_path / "absl" / "__init__.py").write_text("")
+    anything = "def __getattr__(name): return lambda *args, **named: None\n"
+    for name in ("flags", "logging"):
+        (tmp_path / "absl" / f"{name}.py").write_text(anything)
+    (tmp_path / "absl" / "app.py").write_text("def run(main): raise KeyboardInterrupt\n")
+    done = _run("-m", "sl_jax.judge", PYTHONPATH=str(tmp_path))
+    assert (done.stdout, done.stderr) == ("", "\nStopped.\n")
+
+
 @pytest.mark.parametrize("door", DOORS)
 def test_what_is_not_installed_is_named_with_the_extra(door):
     done = _run("-S", "-m", f"sl_jax.{door}")  # the standard library alone

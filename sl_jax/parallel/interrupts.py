@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -17,8 +17,10 @@ GRACE = 25.0  # seconds from SIGTERM; Kubernetes, spot machines and SLURM give 3
 # Exit code, as shells and schedulers report it: the same command goes on. Also where another
 # process was killed.
 TERMINATED = 128 + signal.SIGTERM
+STOPPED = 128 + signal.SIGINT  # likewise, after Ctrl-C
 UNEXPECTED = 70  # exit code of an error that nobody expected (EX_SOFTWARE of sysexits.h)
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN = 0.05  # seconds until an interrupt that was dropped is sent again
 
 
 class Terminated(KeyboardInterrupt):
@@ -134,6 +136,27 @@ def _tell(*message: str) -> None:
 def error_of(number: int) -> KeyboardInterrupt:
     """What a signal is raised as."""
     return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+def send_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """For `sys.unraisablehook`: an interrupt that came where Python drops what is raised.
+
+    That is in a garbage collection, where JAX has a callback, and in other finalizers. It is sent
+    once more, to come through where it can.
+    """
+    if not isinstance(dropped.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(dropped)
+        return
+    number = signal.SIGTERM if isinstance(dropped.exc_value, Terminated) else signal.SIGINT
+    timer = threading.Timer(_AGAIN, os.kill, (os.getpid(), number))
+    timer.daemon = True
+    with suppress(RuntimeError):  # no more threads: the program has come to its end
+        timer.start()
+
+
+def ignore_more() -> None:
+    """Lets Ctrl-C do nothing from here on: the program is ending, and the impatient repeat it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def end_now(message: str, code: int) -> None:

@@ -6,13 +6,21 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from absl import logging as absl_logging
 from tqdm import tqdm
 
 from sl_jax.checkpoints.disk import disk_problem
 from sl_jax.imaging.words import printable
-from sl_jax.parallel.interrupts import TERMINATED, UNEXPECTED, OthersGoneError, Terminated
+from sl_jax.parallel.interrupts import (
+    STOPPED,
+    TERMINATED,
+    UNEXPECTED,
+    OthersGoneError,
+    Terminated,
+    ignore_more,
+)
 
 
 class _AboveBars(logging.Handler):
@@ -49,6 +57,13 @@ def set_up_logging() -> None:
     own.propagate = False
 
 
+def stop(message: str, code: int = STOPPED) -> NoReturn:
+    """Ends the program after an interrupt, with a message and an exit code."""
+    ignore_more()
+    print(f"\n{message}", flush=True)
+    sys.exit(code)
+
+
 @contextmanager
 def ending_in_a_line(
     expected: tuple[type[Exception], ...], unit: str, folder: str = ""
@@ -77,8 +92,6 @@ def ending_in_a_line(
         traceback.print_exc()
         sys.exit(UNEXPECTED)
     except Terminated:
-        print(f"\nTerminated. The same command goes on after the last complete {unit}.", flush=True)
-        sys.exit(TERMINATED)
+        stop(f"Terminated. The same command goes on after the last complete {unit}.", TERMINATED)
     except KeyboardInterrupt:
-        print(f"\nStopped. The same command goes on after the last complete {unit}.", flush=True)
-        sys.exit(130)
+        stop(f"Stopped. The same command goes on after the last complete {unit}.")

@@ -131,6 +131,22 @@ def test_the_exit_code_tells_who_wanted_the_end(capsys, error, code, said):
     )
 
 
+def test_the_impatient_stop_nothing_of_the_end(tmp_path):
+    """Ctrl-C again, once "Stopped." is said: in what runs at exit, and where finalizers run."""
+    program = """
+import atexit, signal
+from sl_jax.training.console import ending_in_a_line
+atexit.register(lambda: [signal.raise_signal(signal.SIGINT), print("tidied up")])
+with ending_in_a_line((), "epoch"):
+    raise KeyboardInterrupt
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stderr) == (130, "")
+    assert ended.stdout.startswith("\nStopped. ") and ended.stdout.endswith("tidied up\n")
+
+
 def test_where_another_process_was_killed_the_same_command_goes_on(capsys):
     with pytest.raises(SystemExit) as ended, ending_in_a_line((RuntimeError,), "epoch"):
         raise OthersGoneError("process 0 is gone; please start all again")
