@@ -171,7 +171,7 @@ class RunCheckpoints:
             return number, tree, record["record"]
         raise CheckpointError(
             f"{self.directory} holds no readable checkpoint among {steps}; please restore one from "
-            "a copy, or delete the folder to begin anew"
+            "a copy, or begin anew in another work directory"
         )
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:

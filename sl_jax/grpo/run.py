@@ -37,7 +37,7 @@ from sl_jax.training import workdir as work
 from sl_jax.training.adapter import first_adapter
 from sl_jax.training.compilation import compilation_cache
 from sl_jax.training.profiling import Profiler, Span
-from sl_jax.training.status import watched
+from sl_jax.training.status import require_none_lost, watched
 
 _log = logging.getLogger(__name__)
 
@@ -56,6 +56,9 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
             if processes.is_main:
                 print(f"This run is finished: {counted(done, 'epoch')}. Report: {report}")
             return
+        with processes.together("looking for checkpoints"):
+            if processes.is_main and checkpoints.latest is None:
+                require_none_lost(folder)  # before anything is written over
         with (
             watched(folder, config.epochs, processes) as status,
             compilation_cache(config.compute.cache, folder),

@@ -1,5 +1,6 @@
 """Where numbers of a run go: TensorBoard, one JSON line per record, and Weights & Biases."""
 
+import itertools
 import json
 import logging
 import math
@@ -87,7 +88,8 @@ class MetricsWriter:
 
     `metrics.jsonl` is the record that reports read; TensorBoard event files and Weights & Biases,
     if `log` names a project, get the same. After a restart, records at or beyond `resume_from` are
-    dropped first, so that no step stands twice.
+    dropped first, so that no step stands twice; where a run begins anew, with 0, all that it had
+    are set aside, with a warning.
 
     Objects of a bucket cannot be appended to: there, each record writes all of `metrics.jsonl`.
     """
@@ -101,9 +103,10 @@ class MetricsWriter:
         self._directory = epath.Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._path = self._directory / FILE
-        kept = [
-            r for r in read_metrics(directory) if resume_from is None or r["step"] < resume_from
-        ]
+        records = list(read_metrics(directory))
+        if resume_from == 0 and any(record["step"] > 0 for record in records):
+            _set_aside(self._path)
+        kept = [r for r in records if resume_from is None or r["step"] < resume_from]
         lines = [json.dumps(record) + "\n" for record in kept]
         self._lines = lines if is_remote(self._directory) else None
         partial = self._directory / f"{FILE}.partial"
@@ -199,6 +202,18 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     numbers = all(value is None or type(value) in (int, float) for value in found.values())
     return found if numbers else None
+
+
+def _set_aside(path: epath.Path) -> None:
+    """Keeps a run's records under another name, the first that is free."""
+    names = (f"metrics.before-{number}.jsonl" for number in itertools.count(1))
+    aside = next(p for name in names if not (p := path.with_name(name)).exists())
+    path.replace(aside)
+    _log.warning(
+        "There is no checkpoint to go on from, though %s tells of earlier training: it begins "
+        "anew, and what it told is kept as %s.",
+        *(path, aside),
+    )
 
 
 def _append(path: epath.Path, line: str) -> None:

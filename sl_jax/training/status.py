@@ -23,6 +23,7 @@ from etils import epath
 
 import sl_jax
 from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.orbax import find_step
 from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.processes import Processes
@@ -125,6 +126,24 @@ def read_status(workdir: epath.PathLike) -> Status:
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StatusError(f"{path} is no status of this version's: {error}") from error
+
+
+def require_none_lost(workdir: epath.PathLike) -> None:
+    """Makes sure that a run without checkpoints never had any, so that it may begin anew.
+
+    Raises:
+        CheckpointError: its status tells of one.
+    """
+    try:
+        told = read_status(workdir)
+    except StatusError:
+        return
+    if told.last_checkpoint is not None:
+        raise CheckpointError(
+            f"the checkpoints of {workdir} are gone, the last of them after epoch "
+            f"{told.last_checkpoint}; please put them back, or choose another config.workdir. To "
+            f"train anew in this one, delete its {FILE} first"
+        )
 
 
 def age(status: Status, now: datetime.datetime) -> float:

@@ -76,6 +76,21 @@ def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, caplog, monkey
     assert caplog.text == ""
 
 
+def test_a_run_that_begins_anew_keeps_what_it_told(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+    _write(tmp_path, 0, [0])  # before the first epoch: nothing was trained
+    assert caplog.text == ""
+    told = []
+    for number in (1, 2):
+        _write(tmp_path, 0, [0, 1, 2])
+        told.append((tmp_path / "metrics.jsonl").read_bytes())
+        assert len(list(tmp_path.glob("metrics.before-*"))) == number - 1
+    _write(tmp_path, 0, [0])
+    assert [record["step"] for record in read_metrics(tmp_path)] == [0]
+    assert [(tmp_path / f"metrics.before-{n}.jsonl").read_bytes() for n in (1, 2)] == told
+    assert caplog.text.count("There is no checkpoint to go on from, though") == 2
+
+
 @pytest.mark.parametrize("lost", [1, 10])
 def test_a_file_that_is_cut_off_while_the_run_writes_it_loses_no_other_line(tmp_path, lost):
     writer = MetricsWriter(tmp_path)

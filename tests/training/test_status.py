@@ -5,6 +5,7 @@ import datetime
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -17,6 +18,9 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from sl_jax.checkpoints.errors import CheckpointError
+from sl_jax.grpo.config import GrpoConfig
+from sl_jax.grpo.run import run
 from sl_jax.parallel.interrupts import Interrupts, Terminated
 from sl_jax.parallel.processes import ALONE
 from sl_jax.training import status as module
@@ -28,6 +32,7 @@ from sl_jax.training.status import (
     Warned,
     looks_dead,
     read_status,
+    require_none_lost,
     watched,
 )
 from sl_jax.training.status_screen import EXIT_CODES, screen
@@ -240,6 +245,23 @@ def test_what_is_no_status_is_refused(tmp_path):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(StatusError, match=r"status\.json is no status of this version's"):
             read_status(tmp_path)
+
+
+def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
+    """Nor is anything that is left of it touched, until its status is deleted as the error says."""
+    (tmp_path / "checkpoints" / "2" / "tree").mkdir(parents=True)
+    StatusFile(tmp_path, 2).close("finished")
+    for name in ("metrics.jsonl", "report.html"):
+        (tmp_path / name).write_text("of the run")
+    shutil.rmtree(tmp_path / "checkpoints")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(CheckpointError, match=r"are gone, the last of them after epoch 2; please"):
+        run(GrpoConfig(str(tmp_path), "tiny", 2))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+    (tmp_path / "status.json").unlink()
+    require_none_lost(tmp_path)
+    StatusFile(tmp_path, 2).close("stopped")  # of a run that had none yet
+    require_none_lost(tmp_path)
 
 
 def test_every_field_is_documented():
