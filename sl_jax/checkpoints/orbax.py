@@ -20,6 +20,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.tree_util import keystr
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sl_jax.checkpoints.byte_ranges import is_remote
@@ -37,6 +38,7 @@ _REASONS = {
     "No space left on device": "no space is left",
     "Read-only file system": "it is read-only",
 }
+_MISFIT = "of another configuration"  # begins the reason why such a checkpoint is not read
 _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
@@ -150,33 +152,49 @@ class RunCheckpoints:
             like: a tree with the shapes, dtypes and shardings to restore to.
 
         Raises:
-            CheckpointError: there is no readable checkpoint.
+            CheckpointError: there is no readable checkpoint, or those that are there have other
+                arrays.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
+        passed_over: dict[int, str] = {}  # and why
         for number in steps:
             tree, record, damage = self._read(number, abstract)
             told = self._processes.all_gather("reading a checkpoint", damage)
             damage = next((text for text in told if text is not None), None)
             if damage is None:
                 damage = _damage(checksums(tree), record["checksums"])
-            if damage is not None:
-                _log.error(
-                    "Checkpoint %s of %s is damaged and is passed over: %s. What came after the "
-                    "one before it is done again.",
-                    *(number, self.directory, damage),
-                )
-                continue
-            self._set_aside([damaged for damaged in steps if damaged > number])
-            return number, tree, record["record"]
+            if damage is None:
+                self._warn_of(passed_over)
+                self._set_aside(list(passed_over))
+                return number, tree, record["record"]
+            passed_over[number] = damage
+        misfit = next((why for why in passed_over.values() if why.startswith(_MISFIT)), None)
+        if misfit is not None:
+            raise CheckpointError(
+                f"the checkpoints in {self.directory} do not fit this run: {misfit}; please use "
+                "the configuration that they were made with, or another work directory"
+            )
+        self._warn_of(passed_over)
         raise CheckpointError(
             f"{self.directory} holds no readable checkpoint among {steps}; please restore one from "
             "a copy, or begin anew in another work directory"
         )
 
+    def _warn_of(self, damaged: Mapping[int, str]) -> None:
+        for step, damage in damaged.items():
+            _log.error(
+                "Checkpoint %s of %s is damaged and is passed over: %s. What came after the one "
+                "before it is done again.",
+                *(step, self.directory, damage),
+            )
+
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
         """Tree and record as they are there, or what keeps this process from reading them."""
         try:
+            misfit = _misfit(abstract, self.directory / str(step) / _TREE)
+            if misfit is not None:
+                return None, {}, misfit
             found = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -243,7 +261,7 @@ class RunCheckpoints:
         except InUseError:
             raise
         except (OSError, ValueError) as error:
-            _silence_remains()
+            pass
             known = (text for words, text in _REASONS.items() if words in str(error))
             reason = next(known, " ".join(str(error).split()))
             raise CheckpointError(
@@ -296,6 +314,21 @@ def _content(found: Any) -> dict[str, Any]:
     if content.pop("checksum", None) != _checksum(content):
         raise ValueError("its record differs from what was saved")
     return content
+
+
+def _misfit(wanted: Any, path: epath.Path) -> str | None:
+    """The first array of which a checkpoint's tree has another shape than wanted; None if none."""
+    here, there = _shapes(wanted), _shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree)
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
+            shapes = (there.get(name, "missing"), here.get(name, "missing"))
+            return f"{_MISFIT}, {name} is {shapes[0]} there and {shapes[1]} here"
+    return None
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in paths}
 
 
 def _is_damage(error: Exception) -> bool:

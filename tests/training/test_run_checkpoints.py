@@ -329,6 +329,32 @@ def test_nothing_readable(folder):
     assert {"1", "2", "3"} <= {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("like", "said"),
+    [
+        ({"a": jnp.zeros((4, 5)), "n": jnp.int32(0)}, r"a is \(4, 3\) there and \(4, 5\) here"),
+        ({"a": jnp.zeros((4, 3))}, r"n is \(\) there and missing here"),
+        (_tree(0) | {"b": jnp.zeros(2)}, r"b is missing there and \(2,\) here"),
+    ],
+)
+def test_checkpoints_of_another_configuration_are_not_damaged(folder, like, said, caplog):
+    with (
+        contextlib.closing(RunCheckpoints(folder)) as checkpoints,
+        pytest.raises(CheckpointError, match=f"do not fit this run: .*{said}; please use the conf"),
+    ):
+        checkpoints.restore(like)
+    assert caplog.text == ""
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["1", "2", "3"]
+
+
+def test_one_of_another_configuration_is_passed_over_for_one_that_fits(folder):
+    shutil.rmtree(folder / "3")
+    with contextlib.closing(RunCheckpoints(folder)) as checkpoints:
+        checkpoints.save(3, {"a": jnp.zeros((4, 5)), "n": jnp.int32(0)})
+    assert _restored(folder)[0] == 2
+    assert (folder / "damaged-3").is_dir()
+
+
 @pytest.mark.parametrize("path", ["gs://bucket/run/checkpoints", "/a/b"])
 def test_a_bucket_is_not_below_the_current_folder(path):
     assert os.fspath(orbax._absolute(path)) == path
