@@ -23,6 +23,7 @@ from sl_jax.scoring.rewards import DEFAULT as DEFAULT_REWARDS
 from sl_jax.scoring.rubric import load_prompts
 from sl_jax.training.configuration import (
     AT_LEAST_ONE,
+    AT_MOST,
     DECAY,
     LOG,
     NOT_NEGATIVE,
@@ -425,11 +426,18 @@ _NOT_NEGATIVE = (
     "evaluation.shown",
 )
 _OPTIONAL = ("judge.max_requests", "judge.max_tokens", "judge.hedge_after")
+_AT_MOST = (
+    "rollout.group_size",
+    "judge.request.timeout",
+    "judge.cool_down.first",
+    "judge.cool_down.longest",
+)
 _RULES = {
     **PARTS,
     **LOG,
     **dict.fromkeys(_AT_LEAST_ONE, AT_LEAST_ONE),
     **dict.fromkeys(_NOT_NEGATIVE, NOT_NEGATIVE),
+    **dict.fromkeys(_AT_MOST, AT_MOST),
     **dict.fromkeys(_OPTIONAL, Rule(POSITIVE_OR_NONE.holds, "None or more than 0")),
     "evaluation.seed": SEED,
     "data.path": given("a folder of pictures to train on, crello#train, or tfds:NAME#train"),

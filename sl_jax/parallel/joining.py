@@ -3,6 +3,7 @@
 import importlib.util
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ _log = logging.getLogger(__name__)
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 
 _CPU_DEVICES_FLAG = "--xla_force_host_platform_device_count"
+_MOST_CPU_DEVICES = 4096
 
 
 @dataclass(frozen=True)
@@ -66,10 +68,16 @@ class DistributedConfig:
             )
         if self.coordinator and not self.coordinator.rpartition(":")[2].isdecimal():
             raise ValueError(f"coordinator is {self.coordinator!r}; please give it as HOST:PORT")
-        if self.cpu_devices < 1:
-            raise ValueError(f"cpu_devices is {self.cpu_devices}; please give 1 or more")
-        if self.grace <= 0:
-            raise ValueError(f"grace is {self.grace}; please give more than 0 seconds")
+        if not 1 <= self.cpu_devices <= _MOST_CPU_DEVICES:
+            raise ValueError(
+                f"cpu_devices is {self.cpu_devices}; please give 1 or more, at most "
+                f"{_MOST_CPU_DEVICES}"
+            )
+        if not 0 < self.grace <= threading.TIMEOUT_MAX:
+            raise ValueError(
+                f"grace is {self.grace}; please give more than 0 seconds, at most "
+                f"{threading.TIMEOUT_MAX:.0f}"
+            )
 
 
 @contextmanager

@@ -16,6 +16,9 @@ from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.parallel.mesh import MeshConfig
 from sl_jax.training.optimizer import OPTIMIZERS
 
+_MOST = 2**31 - 1  # devices count with 32 bits
+_LARGEST_WHOLE = 2**53  # up to there JSON's readers agree
+_LARGEST = (2 - 2**-23) * 2.0**127  # of float32
 _SECRET = re.compile(r"key|secret|password|authorization|bearer|^token$", re.IGNORECASE)
 _Config = TypeVar("_Config")
 
@@ -31,8 +34,9 @@ class Rule(NamedTuple):
     wanted: str
 
 
-AT_LEAST_ONE = Rule(lambda value: value >= 1, "at least 1")
-NOT_NEGATIVE = Rule(lambda value: value >= 0, "0 or more")
+AT_LEAST_ONE = Rule(lambda value: 1 <= value <= _MOST, f"at least 1, at most {_MOST}")
+NOT_NEGATIVE = Rule(lambda value: 0 <= value <= _MOST, f"0 or more, at most {_MOST}")
+AT_MOST = Rule(lambda value: value <= _MOST, f"at most {_MOST}")
 POSITIVE = Rule(lambda value: value > 0, "a positive number")
 POSITIVE_OR_NONE = Rule(lambda value: value is None or value > 0, "None or a positive number")
 SHARE = Rule(lambda value: 0 <= value <= 1, "a share from 0 to 1")
@@ -63,6 +67,7 @@ PARTS = {
     "optimizer.clip_norm": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
     "optimizer.warmup_steps": NOT_NEGATIVE,
+    "optimizer.decay_steps": AT_MOST,
     "optimizer.b1": DECAY,
     "optimizer.b2": DECAY,
     "compute.dtype": one_of(("bfloat16", "float32")),
@@ -168,6 +173,11 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
                 problems.append(
                     f"{path}.{name} is {given[name]!r}; please give {wanted(types_of[name])}"
                 )
+            elif _is_huge(values[name]):
+                problems.append(
+                    f"{path}.{name} is {given[name]!r}; please give whole numbers up to "
+                    f"{_LARGEST_WHOLE}, and others up to {_LARGEST:.2g}"
+                )
     if len(problems) > before:
         return None
     try:
@@ -206,6 +216,15 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
+def _is_huge(value: Any) -> bool:
+    """Whether a number, or one in a tuple, is larger than anything that a field can mean."""
+    if isinstance(value, tuple):
+        return any(map(_is_huge, value))
+    if isinstance(value, float):
+        return abs(value) > _LARGEST
+    return isinstance(value, int) and abs(value) > _LARGEST_WHOLE
+
+
 def fits(value: Any, kind: Any) -> bool:
     """Whether a value from a file is of an annotated type; whole numbers are floats.
 
@@ -224,7 +243,7 @@ def fits(value: Any, kind: Any) -> bool:
         return isinstance(value, tuple) and all(fits(item, parts[0]) for item in value)
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and math.isfinite(value)
+        return number and abs(value) < math.inf
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
     return isinstance(value, origin or kind)

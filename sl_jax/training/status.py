@@ -150,12 +150,12 @@ def _made(kind: type, told: Mapping[str, Any]) -> Any:
 
 def _require_sense(status: Status) -> None:
     """Raises ValueError where a value has the right type, and still is none that a run writes."""
-    for name, value in dataclasses.asdict(status).items():
-        if isinstance(value, int) and not 0 <= value < 2**31:
-            raise ValueError(f"{name} is {value}")
     for name, value in status.judge.items():
         if not fits(value, float | None):
             raise ValueError(f"judge's {name} is {reprlib.repr(value)}")
+    for name, value in {**status.judge, **vars(status)}.items():
+        if isinstance(value, int) and not 0 <= value < 2**31:
+            raise ValueError(f"{name} is {reprlib.repr(value)}")
     for moment in (status.started, status.updated, status.phase_since):
         if moment is not None and datetime.datetime.fromisoformat(moment).tzinfo is None:
             raise ValueError(f"{moment} has no time zone")

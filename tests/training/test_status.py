@@ -257,7 +257,12 @@ def test_what_is_no_status_is_refused(tmp_path):
         *(("pid", None), ("pid", 2**31), ("pid", True), ("heartbeat", "x"), ("heartbeat", 10**400)),
         *(("updated", "9999999-11-28T03:10:00Z"), ("updated", "2026-11-28T03:10:00")),
         *(("phase_since", ""), ("started", 3), ("state", "asleep"), ("epoch", -1), ("of", 3.5)),
-        *(("judge", 3), ("judge", {"up": "x"}), ("seconds_left", float("inf"))),
+        *(
+            ("judge", 3),
+            ("judge", {"up": "x"}),
+            ("judge", {"up": 10**400}),
+            ("seconds_left", float("inf")),
+        ),
         *(("warnings", 3), ("warnings", [{"time": "now", "text": 3}]), ("\x1b[31m", 3)),
     ],
 )
