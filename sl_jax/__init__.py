@@ -4,7 +4,9 @@ Names are imported when they are used, so that parts of the package run without 
 """
 
 import importlib
+import signal
 import sys
+from types import FrameType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -24,10 +26,24 @@ def _begin_command() -> None:
     if "--version" in sys.argv:
         print(f"sl_jax {__version__}")
         sys.exit()
-    sys.excepthook = _in_a_line
     from sl_jax.parallel.interrupts import send_again
 
-    sys.unraisablehook = send_again
+    sys.excepthook, sys.unraisablehook = _in_a_line, send_again
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not in the background
+        signal.signal(signal.SIGINT, _stop)
+
+
+def _imports_are_done() -> bool:
+    return hasattr(sys.modules["__main__"], "main")
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Handles Ctrl-C. Compiled modules do not bear an exception while they are imported."""
+    if _imports_are_done():
+        raise KeyboardInterrupt
+    from sl_jax.parallel.interrupts import STOPPED, end_now
+
+    end_now("Stopped.", STOPPED)
 
 
 def _in_a_line(kind: type[BaseException], error: BaseException, trace: Any) -> None:
@@ -37,7 +53,7 @@ def _in_a_line(kind: type[BaseException], error: BaseException, trace: Any) -> N
 
         ignore_more()
         print("\nStopped.", file=sys.stderr)
-    elif hasattr(sys.modules["__main__"], "main"):  # the command's own begins: imports are done
+    elif _imports_are_done():  # and the command's own begins
         sys.excepthook = sys.__excepthook__
         sys.excepthook(kind, error, trace)
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("sl_jax"):

@@ -195,7 +195,7 @@ class TrainStream(Iterator[StepPictures]):
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Path → reason of the files that this process could not read, or found changed, in their turn."""
+        """Path → reason of the files that this process could not read, or found changed."""
         return dict(self._failures)
 
     @property

@@ -11,9 +11,11 @@ import datetime
 import json
 import logging
 import os
+import reprlib
 import socket
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,8 +27,10 @@ import sl_jax
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.orbax import find_step
+from sl_jax.imaging.words import printable
 from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.processes import Processes
+from sl_jax.training.configuration import fits
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ _KEPT = 5  # warnings
 _EPOCHS = 20  # that the pace is a mean of
 _STALE = 5  # heartbeats that may be missed, and
 _GRACE = 60.0  # seconds besides, of clocks that differ and hosts that are busy
+# What reading anything but a status ends in.
+_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -118,14 +124,41 @@ def read_status(workdir: epath.PathLike) -> Status:
     path = epath.Path(workdir) / FILE
     try:
         told = json.loads(path.read_text())
-        warnings = tuple(Warned(**entry) for entry in told.pop("warnings"))
-        return Status(**told, warnings=warnings)
+        warnings = tuple(_made(Warned, entry) for entry in told.pop("warnings"))
+        status = _made(Status, told | {"warnings": warnings})
+        _require_sense(status)
     except FileNotFoundError as error:
         raise StatusError(
             f"there is no {path}; please name the work directory of a run that was started"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StatusError(f"{path} is no status of this version's: {error}") from error
+    except OSError as error:
+        raise StatusError(f"{path} cannot be read: {error.strerror or error}") from error
+    except _NONSENSE as error:
+        raise StatusError(
+            f"{path} is no status of this version's: {printable(str(error))}"
+        ) from error
+    return status
+
+
+def _made(kind: type, told: Mapping[str, Any]) -> Any:
+    """A dataclass of what a file holds, whose values are of the kinds that its fields have."""
+    for name, wanted in typing.get_type_hints(kind).items():
+        if name in told and not fits(told[name], wanted):
+            raise TypeError(f"{name} is {reprlib.repr(told[name])}")
+    return kind(**told)
+
+
+def _require_sense(status: Status) -> None:
+    """Raises ValueError where a value has the right type, and still is none that a run writes."""
+    for name, value in status.judge.items():
+        if not fits(value, float | None):
+            raise ValueError(f"judge's {name} is {reprlib.repr(value)}")
+    for name, value in {**status.judge, **vars(status)}.items():
+        if isinstance(value, int) and not 0 <= value < 2**31:
+            raise ValueError(f"{name} is {reprlib.repr(value)}")
+    for moment in (status.started, status.updated, status.phase_since):
+        if moment is not None and datetime.datetime.fromisoformat(moment).tzinfo is None:
+            raise ValueError(f"{moment} has no time zone")
 
 
 def require_none_lost(workdir: epath.PathLike) -> None:

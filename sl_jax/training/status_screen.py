@@ -94,7 +94,7 @@ def _columns(text: str) -> int:
 
 
 def _bar(status: Status) -> str:
-    full = _BAR * status.epoch // max(status.of, 1)
+    full = min(_BAR * status.epoch // max(status.of, 1), _BAR)
     share = status.epoch / max(status.of, 1)
     return f"[{'#' * full}{'.' * (_BAR - full)}] {share:.0%}"
 
