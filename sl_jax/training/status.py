@@ -25,6 +25,7 @@ from etils import epath
 
 import sl_jax
 from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.orbax import find_step
 from sl_jax.imaging.words import printable
@@ -325,12 +326,10 @@ class StatusFile(Unwatched):
         with self._lock:
             status = self._status
         path = self._folder / FILE
-        partial = path.with_name(f".{FILE}.partial")  # of a kill, the next start takes it away
         try:
             newest = newest_checkpoint(self._folder)
             status = dataclasses.replace(status, updated=_now(), last_checkpoint=newest)
-            partial.write_text(json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
-            partial.replace(path)  # so that nobody reads half of it
+            write_whole(path, json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
         except Exception as error:  # stores have errors of their own, and none may end a run
             with self._lock:  # the last is written from another thread
                 said, self._said = self._said, True

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from sl_jax.checkpoints.disk import require_writable
+from sl_jax.checkpoints.disk import require_writable, write_whole
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import ConfigError
 
@@ -124,9 +124,7 @@ def record(config: Any) -> None:
     A start that failed, for a folder without pictures say, has then claimed nothing.
     """
     path = epath.Path(config.workdir) / _FILE
-    partial = path.with_name(f"{_FILE}.partial")
-    partial.write_text(json.dumps(_content(config), indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(_content(config), indent=2) + "\n")
 
 
 def _content(config: Any) -> dict[str, Any]:
