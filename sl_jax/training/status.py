@@ -75,8 +75,9 @@ class Status:
         seconds_per_epoch: mean of the last 20 epochs since this start, evaluations and checkpoints
             included; after the first one, which compiles, that one alone.
         seconds_left: to the end of the run at this pace.
-        judge: numbers of the pool of servers, as in `pool/…` of the metrics: those that are up,
-            requests that wait, requests and tokens so far, latencies; {} for a judge in process.
+        judge: numbers of the pool of servers when the last epoch was complete, as in `pool/…` of
+            the metrics: those that are up, requests that wait, requests and tokens so far,
+            latencies; {} before that, and for a judge in process.
         last_checkpoint: epoch of the newest complete one; the same command goes on there.
         warnings: the last five.
         warned: how many there were since this start.

@@ -332,7 +332,7 @@ epoch       75 of 300 [######..................] 25%
 reward      0.561 in the last epoch, 0.601 on held-out pictures
 pace        3 min per epoch, 11.9 h left
 phase       learning for 2 min
-judge       1 of 2 servers up, 3 requests waiting, 900 asked so far, p95 4.2 s
+judge       after epoch 75: 1 of 2 servers up, 3 requests waiting, 900 asked so far, p95 4.2 s
 checkpoint  after epoch 70
 process     4711 on tpu-7, 4 processes, since 2026-11-27T23:10:00Z, sl_jax 0.1.0
 warnings    7; the last at 2026-11-28T03:00:00Z: Rollout and learner differ"""
