@@ -37,6 +37,7 @@ _REASONS = {
     "No space left on device": "no space is left",
     "Read-only file system": "it is read-only",
 }
+_IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
 _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
@@ -246,9 +247,14 @@ class RunCheckpoints:
             _silence_remains()
             known = (text for words, text in _REASONS.items() if words in str(error))
             reason = next(known, " ".join(str(error).split()))
+            advice = "make room or allow writing there"
+            if isinstance(error, _IN_THE_WAY):
+                advice = "take away what is in the way"
+            elif isinstance(error, FileNotFoundError):
+                advice = "see to it that this path leads somewhere"
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
-                "are whole. Please make room or allow writing there; the same command then goes on"
+                f"are whole. Please {advice}; the same command then goes on"
             ) from error
 
 

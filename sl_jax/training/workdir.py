@@ -133,8 +133,11 @@ def _content(config: Any) -> dict[str, Any]:
 
 def _read(path: epath.Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text())
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a {type(content).__name__} instead of fields")
+        return content
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON
         raise ConfigError(
             f"{path} is damaged ({error}), so that it is unknown whose run its folder holds; "
             "please choose another config.workdir, or delete that file if the run is this one's"

@@ -138,13 +138,24 @@ def test_what_a_full_disk_takes_half_of_leaves_nothing(tmp_path, monkeypatch, wr
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_damaged_record_is_no_licence(tmp_path):
+@pytest.mark.parametrize("damaged", ["half", "null", "[]", "3", "[" * 200_000, "{}\udcff"])
+def test_a_damaged_record_is_no_licence(tmp_path, damaged):
     config = _config(tmp_path)
     folder = workdir.claim(config, IDENTITY)
     workdir.record(config)
     whole = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(whole[: len(whole) // 2])
+    left = whole[: len(whole) // 2] if damaged == "half" else damaged
+    (folder / "config.json").write_bytes(left.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        workdir.claim(config, IDENTITY)
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"model": 3}, {"model": []}])
+def test_a_record_of_what_no_server_is_differs(tmp_path, entry):
+    config = _config(tmp_path)
+    folder = workdir.claim(config, IDENTITY)
+    (folder / "config.json").write_text(json.dumps({"judge": {"endpoints": ["a", entry]}}))
+    with pytest.raises(ConfigError, match=r"config\.judge\.endpoints: \['a', .*\] there"):
         workdir.claim(config, IDENTITY)
 
 
