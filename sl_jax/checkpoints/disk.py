@@ -1,5 +1,6 @@
 """What can go wrong with files and folders, found early and said in one line."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -77,3 +78,19 @@ def require_writable(folder: epath.PathLike) -> None:
             probe.unlink(missing_ok=True)  # a full disk takes the name, but not the content
     except OSError as error:
         raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error
+
+
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file of which nobody ever reads half; what a kill leaves, the next writing takes.
+
+    Raises:
+        OSError: it cannot be written; what was there before is there still, and nothing else.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # what failed first is what is to be told
+            partial.unlink(missing_ok=True)
+        raise

@@ -39,6 +39,7 @@ _REASONS = {
     "Read-only file system": "it is read-only",
 }
 _MISFIT = "of another configuration"  # begins the reason why such a checkpoint is not read
+_IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
 _NAMED = 3  # damaged arrays in a message
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
@@ -261,12 +262,17 @@ class RunCheckpoints:
         except InUseError:
             raise
         except (OSError, ValueError) as error:
-            pass
+            _silence_remains()
             known = (text for words, text in _REASONS.items() if words in str(error))
             reason = next(known, " ".join(str(error).split()))
+            advice = "make room or allow writing there"
+            if isinstance(error, _IN_THE_WAY):
+                advice = "take away what is in the way"
+            elif isinstance(error, FileNotFoundError):
+                advice = "see to it that this path leads somewhere"
             raise CheckpointError(
                 f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
-                "are whole. Please make room or allow writing there; the same command then goes on"
+                f"are whole. Please {advice}; the same command then goes on"
             ) from error
 
 

@@ -114,8 +114,9 @@ class TrainStream(Iterator[StepPictures]):
     bucket every picture comes once before any comes again, in a new order each time. A bucket with
     fewer pictures than `groups` repeats them within a step.
 
-    A file that cannot be read any more is replaced by another picture of its bucket, chosen by the
-    step and the slot, and is reported in `failures`; one that was quarantined likewise.
+    A file that cannot be read any more, or has another content, is replaced by another picture of
+    its bucket, chosen by the step and the slot, and is reported in `failures`; one that was
+    quarantined likewise.
 
     Not to be shared between threads; `close` ends the reading ahead.
     """
@@ -194,7 +195,7 @@ class TrainStream(Iterator[StepPictures]):
 
     @property
     def failures(self) -> Mapping[str, str]:
-        """Path → reason of the files that this process could not read when their turn came."""
+        """Path → reason of the files that this process could not read, or found changed."""
         return dict(self._failures)
 
     @property
@@ -378,7 +379,7 @@ class EvalSet(Sequence[Example]):
 
         Raises:
           IndexError: there is no such position.
-          PictureError: the file cannot be read any more.
+          PictureError: the file cannot be read any more, or has another content.
         """
         if not -len(self) <= position < len(self):
             raise IndexError(f"position {position} of an evaluation set of {len(self)}")
@@ -463,7 +464,7 @@ def _blank(bucket: Bucket, layers: int) -> Example:
 def _example(
     record: PictureRecord, layers: int, step: int, slot: int, limits: PictureLimits
 ) -> Example:
-    picture = resize_to(_open_patiently(record.path, limits), record.bucket)
+    picture = resize_to(_open_patiently(record, limits), record.bucket)
     return Example(
         picture=picture,
         caption=record.caption,
@@ -476,16 +477,18 @@ def _example(
     )
 
 
-def _open_patiently(path: str, limits: PictureLimits) -> UInt8[np.ndarray, "height width 3"]:
+def _open_patiently(
+    record: PictureRecord, limits: PictureLimits
+) -> UInt8[np.ndarray, "height width 3"]:
     """Opens a picture, again after a pause where storage fails rather than the picture."""
     for pause in _RETRY_SECONDS:
         try:
-            return open_record(path, limits)
+            return open_record(record.path, limits, record.content_hash)
         except PictureError as error:
             if not _may_pass(error.__cause__):
                 raise
         time.sleep(pause)
-    return open_record(path, limits)
+    return open_record(record.path, limits, record.content_hash)
 
 
 def _may_pass(cause: BaseException | None) -> bool:

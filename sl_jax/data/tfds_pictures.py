@@ -20,7 +20,7 @@ from sl_jax.data._walk import Skipped
 from sl_jax.data.buckets import Bucket, nearest_bucket
 from sl_jax.data.canvas import content_hash
 from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
-from sl_jax.data.pictures import PictureError, PictureLimits, open_picture, shown
+from sl_jax.data.pictures import PictureError, PictureLimits, fetch_file, open_picture, shown
 from sl_jax.data.threads import in_threads
 
 TFDS, CRELLO = "tfds", "crello"
@@ -121,17 +121,26 @@ def scan_tfds(
 
 
 def open_record(
-    path: str, limits: PictureLimits = _DEFAULT_LIMITS
+    path: str, limits: PictureLimits = _DEFAULT_LIMITS, sha256: str = ""
 ) -> UInt8[np.ndarray, "height width 3"]:
     """Opens what a record of an index names: a file, or an example of a TFDS split.
 
+    Args:
+      path: of the record.
+      limits: what to refuse.
+      sha256: what the record says of a file's bytes; "" takes any. Datasets are taken as they are.
+
     Raises:
-      PictureError: as `open_picture`.
+      PictureError: as `open_picture`, or the file has another content than the record says.
     """
     head, at, number = path.rpartition("@")
     named = parse_named(head) if at and number.isdecimal() else None
     if named is None:
-        return open_picture(path, limits)
+        file = fetch_file(path, limits)
+        picture = open_picture(file, limits)
+        if sha256 not in ("", file.sha256):
+            raise PictureError(path, "changed since the pictures were looked through")
+        return picture
     return _flat(path, read_example(named, int(number))[_IMAGE], limits)
 
 

@@ -66,7 +66,7 @@ def captioned(
 def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker) -> dict[str, str]:
     """Content hash → caption."""
     openers = {
-        record.content_hash: partial(open_record, record.path, index.limits)
+        record.content_hash: partial(open_record, record.path, index.limits, record.content_hash)
         for index in indices
         for record in index
     }

@@ -44,11 +44,16 @@ _OWN = frozenset(
 
 def _told(content: Any) -> Any:
     """The content, in which judging models stand for their servers: those may come and go."""
-    judge = content.get("judge") if isinstance(content, Mapping) else None
-    if not isinstance(judge, Mapping) or not isinstance(judge.get("endpoints"), list):
-        return content
-    models = sorted({entry.get("model") or "" for entry in judge["endpoints"]})
-    return {**content, "judge": {**judge, "endpoints": {"model": models}}}
+    match content:
+        case {"judge": {"endpoints": [*entries]} as judge} if all(map(_is_server, entries)):
+            models = sorted({entry["model"] for entry in entries})
+            return {**content, "judge": {**judge, "endpoints": {"model": models}}}
+    return content
+
+
+def _is_server(entry: Any) -> bool:
+    """Whether it is one, rather than what somebody wrote in its place."""
+    return isinstance(entry, Mapping) and isinstance(entry.get("model"), str)
 
 
 IDENTITY = Identity(_FREE, _OWN, _told)

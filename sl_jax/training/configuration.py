@@ -169,7 +169,7 @@ def _build(cls: type, given: Any, path: str, problems: list[str]) -> Any:
             )
         else:
             values[name] = _tuples(given[name])
-            if not _fits(values[name], types_of[name]):
+            if not fits(values[name], types_of[name]):
                 problems.append(
                     f"{path}.{name} is {given[name]!r}; please give {wanted(types_of[name])}"
                 )
@@ -225,8 +225,8 @@ def _is_huge(value: Any) -> bool:
     return isinstance(value, int) and abs(value) > _LARGEST_WHOLE
 
 
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a value from a configuration file is of an annotated type; whole numbers are floats.
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value from a file is of an annotated type; whole numbers are floats.
 
     nan and infinity are not: no field means anything with them.
     """
@@ -234,13 +234,13 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return any(value == part and type(value) is type(part) for part in parts)
     if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if origin is tuple and parts[-1] is not Ellipsis:
         return (
-            isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+            isinstance(value, tuple) and len(value) == len(parts) and all(map(fits, value, parts))
         )
     if origin in (tuple, collections.abc.Sequence):
-        return isinstance(value, tuple) and all(_fits(item, parts[0]) for item in value)
+        return isinstance(value, tuple) and all(fits(item, parts[0]) for item in value)
     if kind is float:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         return number and abs(value) < math.inf

@@ -16,6 +16,7 @@ from etils import epath
 from tensorboardX import summary
 
 from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.event_files import EventFiles
 
@@ -109,9 +110,7 @@ class MetricsWriter:
         kept = [r for r in records if resume_from is None or r["step"] < resume_from]
         lines = [json.dumps(record) + "\n" for record in kept]
         self._lines = lines if is_remote(self._directory) else None
-        partial = self._directory / f"{FILE}.partial"
-        partial.write_text("".join(lines))
-        partial.replace(self._path)  # at once, so that a kill here loses nothing
+        write_whole(self._path, "".join(lines))  # so that a kill here loses nothing
         self._board = EventFiles(self._directory / "tensorboard", resume_from)
         self._wandb = _wandb_run(self._directory, log.wandb) if log.wandb else None
 

@@ -11,9 +11,11 @@ import datetime
 import json
 import logging
 import os
+import reprlib
 import socket
 import threading
 import time
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +25,13 @@ from etils import epath
 
 import sl_jax
 from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.orbax import find_step
+from sl_jax.imaging.words import printable
 from sl_jax.parallel.interrupts import Terminated
 from sl_jax.parallel.processes import Processes
+from sl_jax.training.configuration import fits
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +45,8 @@ _KEPT = 5  # warnings
 _EPOCHS = 20  # that the pace is a mean of
 _STALE = 5  # heartbeats that may be missed, and
 _GRACE = 60.0  # seconds besides, of clocks that differ and hosts that are busy
+# What reading anything but a status ends in.
+_NONSENSE = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -69,8 +76,9 @@ class Status:
         seconds_per_epoch: mean of the last 20 epochs since this start, evaluations and checkpoints
             included; after the first one, which compiles, that one alone.
         seconds_left: to the end of the run at this pace.
-        judge: numbers of the pool of servers, as in `pool/…` of the metrics: those that are up,
-            requests that wait, requests and tokens so far, latencies; {} for a judge in process.
+        judge: numbers of the pool of servers when the last epoch was complete, as in `pool/…` of
+            the metrics: those that are up, requests that wait, requests and tokens so far,
+            latencies; {} before that, and for a judge in process.
         last_checkpoint: epoch of the newest complete one; the same command goes on there.
         warnings: the last five.
         warned: how many there were since this start.
@@ -118,14 +126,41 @@ def read_status(workdir: epath.PathLike) -> Status:
     path = epath.Path(workdir) / FILE
     try:
         told = json.loads(path.read_text())
-        warnings = tuple(Warned(**entry) for entry in told.pop("warnings"))
-        return Status(**told, warnings=warnings)
+        warnings = tuple(_made(Warned, entry) for entry in told.pop("warnings"))
+        status = _made(Status, told | {"warnings": warnings})
+        _require_sense(status)
     except FileNotFoundError as error:
         raise StatusError(
             f"there is no {path}; please name the work directory of a run that was started"
         ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise StatusError(f"{path} is no status of this version's: {error}") from error
+    except OSError as error:
+        raise StatusError(f"{path} cannot be read: {error.strerror or error}") from error
+    except _NONSENSE as error:
+        raise StatusError(
+            f"{path} is no status of this version's: {printable(str(error))}"
+        ) from error
+    return status
+
+
+def _made(kind: type, told: Mapping[str, Any]) -> Any:
+    """A dataclass of what a file holds, whose values are of the kinds that its fields have."""
+    for name, wanted in typing.get_type_hints(kind).items():
+        if name in told and not fits(told[name], wanted):
+            raise TypeError(f"{name} is {reprlib.repr(told[name])}")
+    return kind(**told)
+
+
+def _require_sense(status: Status) -> None:
+    """Raises ValueError where a value has the right type, and still is none that a run writes."""
+    for name, value in status.judge.items():
+        if not fits(value, float | None):
+            raise ValueError(f"judge's {name} is {reprlib.repr(value)}")
+    for name, value in {**status.judge, **vars(status)}.items():
+        if isinstance(value, int) and not 0 <= value < 2**31:
+            raise ValueError(f"{name} is {reprlib.repr(value)}")
+    for moment in (status.started, status.updated, status.phase_since):
+        if moment is not None and datetime.datetime.fromisoformat(moment).tzinfo is None:
+            raise ValueError(f"{moment} has no time zone")
 
 
 def require_none_lost(workdir: epath.PathLike) -> None:
@@ -291,12 +326,10 @@ class StatusFile(Unwatched):
         with self._lock:
             status = self._status
         path = self._folder / FILE
-        partial = path.with_name(f".{FILE}.partial")  # of a kill, the next start takes it away
         try:
             newest = newest_checkpoint(self._folder)
             status = dataclasses.replace(status, updated=_now(), last_checkpoint=newest)
-            partial.write_text(json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
-            partial.replace(path)  # so that nobody reads half of it
+            write_whole(path, json.dumps(_finite(dataclasses.asdict(status)), indent=1) + "\n")
         except Exception as error:  # stores have errors of their own, and none may end a run
             with self._lock:  # the last is written from another thread
                 said, self._said = self._said, True

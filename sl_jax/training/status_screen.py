@@ -94,7 +94,7 @@ def _columns(text: str) -> int:
 
 
 def _bar(status: Status) -> str:
-    full = _BAR * status.epoch // max(status.of, 1)
+    full = min(_BAR * status.epoch // max(status.of, 1), _BAR)
     share = status.epoch / max(status.of, 1)
     return f"[{'#' * full}{'.' * (_BAR - full)}] {share:.0%}"
 
@@ -124,7 +124,7 @@ def _judge(status: Status) -> str:
     if not pool:
         return ""
     servers = sum(name.endswith("/up") for name in pool)
-    said = [f"{pool.get('up') or 0:.0f} of {servers} servers up"]
+    said = [f"after epoch {status.epoch}: {pool.get('up') or 0:.0f} of {servers} servers up"]
     said += [f"{pool.get('waiting') or 0:.0f} requests waiting"]
     said += [f"{pool.get('requests') or 0:.0f} asked so far"]
     if pool.get("p95") is not None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from sl_jax.checkpoints.disk import require_writable
+from sl_jax.checkpoints.disk import require_writable, write_whole
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import ConfigError
 
@@ -124,9 +124,7 @@ def record(config: Any) -> None:
     A start that failed, for a folder without pictures say, has then claimed nothing.
     """
     path = epath.Path(config.workdir) / _FILE
-    partial = path.with_name(f"{_FILE}.partial")
-    partial.write_text(json.dumps(_content(config), indent=2) + "\n")
-    partial.replace(path)
+    write_whole(path, json.dumps(_content(config), indent=2) + "\n")
 
 
 def _content(config: Any) -> dict[str, Any]:
@@ -135,8 +133,11 @@ def _content(config: Any) -> dict[str, Any]:
 
 def _read(path: epath.Path) -> Any:
     try:
-        return json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        content = json.loads(path.read_text())
+        if not isinstance(content, Mapping):
+            raise ValueError(f"a {type(content).__name__} instead of fields")
+        return content
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON
         raise ConfigError(
             f"{path} is damaged ({error}), so that it is unknown whose run its folder holds; "
             "please choose another config.workdir, or delete that file if the run is this one's"

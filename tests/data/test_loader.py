@@ -176,9 +176,10 @@ def test_plan_reads_nothing_and_tells_the_future(index, monkeypatch):
 
 def test_unreadable_files_are_replaced_deterministically_and_reported(index, caplog):
     clean = take(stream(index, threads=0), 12)
-    bad = [record for record in index if record.bucket == BUCKETS[0]][:2]
+    bad = [record for record in index if record.bucket == BUCKETS[0]][:3]
     os.unlink(bad[0].path)
     open(bad[1].path, "wb").close()
+    Image.new("RGB", SIZES[BUCKETS[0]]).save(bad[2].path)
     ids = {record.picture_id for record in bad}
     source = stream(index)
     with caplog.at_level(logging.WARNING):
@@ -201,6 +202,7 @@ def test_unreadable_files_are_replaced_deterministically_and_reported(index, cap
     assert dict(source.failures) == {
         bad[0].path: "No such file or directory",
         bad[1].path: "empty file (0 bytes)",
+        bad[2].path: "changed since the pictures were looked through",
     }
 
 
@@ -209,7 +211,7 @@ def test_storage_that_stumbles_is_asked_again(index, monkeypatch):
     monkeypatch.setattr(loader, "_RETRY_SECONDS", (0.0, 0.0))
     lock, calls = threading.Lock(), collections.Counter()
 
-    def stumbling(path, limits):
+    def stumbling(path, limits, _):
         with lock:
             calls[path] += 1
             count = calls[path]
@@ -236,7 +238,7 @@ class Counted:
         self.threads = []
         monkeypatch.setattr(loader, "open_record", self)
 
-    def __call__(self, path, limits):
+    def __call__(self, path, limits, _):
         picture = open_picture(path, limits)
         self.threads.append(threading.current_thread())
         return picture
@@ -395,9 +397,13 @@ def test_rows_of_evaluation_batches_join_to_the_whole(index):
 def test_evaluation_leaves_out_what_cannot_be_read(index):
     held = EvalSet(index)
     open(held.records[4].path, "wb").close()
-    assert [example.slot for example in held] == [n for n in range(19) if n != 4]
-    assert sorted(_slots(held.batches(4))) == [n for n in range(19) if n != 4]
-    assert dict(held.failures) == {held.records[4].path: "empty file (0 bytes)"}
+    Image.new("RGB", (40, 40)).save(held.records[7].path)
+    assert [example.slot for example in held] == [n for n in range(19) if n not in (4, 7)]
+    assert sorted(_slots(held.batches(4))) == [n for n in range(19) if n not in (4, 7)]
+    assert dict(held.failures) == {
+        held.records[4].path: "empty file (0 bytes)",
+        held.records[7].path: "changed since the pictures were looked through",
+    }
     with pytest.raises(PictureError):
         held[4]
     with pytest.raises(IndexError):

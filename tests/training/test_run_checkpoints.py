@@ -99,6 +99,26 @@ def test_without_room_nothing_is_begun(folder, monkeypatch):
     assert _restored(folder)[0] == 3
 
 
+@pytest.mark.parametrize(
+    ("taken", "advice"),
+    [
+        (lambda folder: folder.write_text("a file"), "take away what is in the way"),
+        (lambda folder: folder.symlink_to("nowhere"), "take away what is in the way"),
+        (lambda folder: (folder / ".lock").mkdir(parents=True), "take away what is in the way"),
+        (lambda folder: _lock_elsewhere(folder), "see to it that this path leads somewhere"),
+    ],
+)
+def test_what_is_in_the_way_is_not_taken_for_a_full_disk(tmp_path, taken, advice):
+    taken(tmp_path / "checkpoints")
+    with pytest.raises(CheckpointError, match=rf"Please {advice}; the same command"):
+        RunCheckpoints(tmp_path / "checkpoints")
+
+
+def _lock_elsewhere(folder):
+    folder.mkdir()
+    (folder / ".lock").symlink_to("nowhere/.lock")
+
+
 class Second(Processes):
     """The second of two processes, which hears of no errors."""
 

@@ -164,14 +164,8 @@ def test_a_reader_never_meets_half_of_it(tmp_path, monkeypatch):
     status.close("finished")
 
 
-def test_the_next_start_takes_away_what_a_kill_left_of_one(tmp_path, quick, monkeypatch):
-    def killed(*_):
-        raise OSError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tmp_path), "replace", killed)
-        StatusFile(tmp_path, 3).close("stopped")
-    assert [path.name for path in tmp_path.iterdir()] == [".status.json.partial"]
+def test_the_next_start_takes_away_what_a_kill_left_of_one(tmp_path, quick):
+    (tmp_path / ".status.json.partial").write_text("{")
     StatusFile(tmp_path, 3).close("finished")
     assert [path.name for path in tmp_path.iterdir()] == ["status.json"]
 
@@ -241,10 +235,47 @@ def test_a_store_with_errors_of_its_own_ends_no_run(tmp_path, quick, caplog, mon
 def test_what_is_no_status_is_refused(tmp_path):
     with pytest.raises(StatusError, match="name the work directory of a run that was started"):
         read_status(tmp_path)
-    for text in ("{", "[]", '{"state": "running"}', '{"warnings": [], "other": 3}'):
+    for text in ("{", "[]", "[" * 100_000, '{"state": "running"}', '{"warnings": [], "other": 3}'):
         (tmp_path / "status.json").write_text(text)
         with pytest.raises(StatusError, match=r"status\.json is no status of this version's"):
             read_status(tmp_path)
+    (tmp_path / "status.json").unlink()
+    (tmp_path / "status.json").mkdir()
+    with pytest.raises(StatusError, match=r"status\.json cannot be read: Is a directory"):
+        read_status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("pid", None), ("pid", 2**31), ("pid", True), ("heartbeat", "x"), ("heartbeat", 10**400)),
+        *(("updated", "9999999-11-28T03:10:00Z"), ("updated", "2026-11-28T03:10:00")),
+        *(("phase_since", ""), ("started", 3), ("state", "asleep"), ("epoch", -1), ("of", 3.5)),
+        *(
+            ("judge", 3),
+            ("judge", {"up": "x"}),
+            ("judge", {"up": 10**400}),
+            ("seconds_left", float("inf")),
+        ),
+        *(("warnings", 3), ("warnings", [{"time": "now", "text": 3}]), ("\x1b[31m", 3)),
+    ],
+)
+def test_values_of_another_kind_are_refused(tmp_path, field, value):
+    told = dataclasses.asdict(STATUS)
+    (tmp_path / "status.json").write_text(json.dumps(told))
+    assert read_status(tmp_path) == STATUS
+    (tmp_path / "status.json").write_text(json.dumps(told | {field: value}))
+    with pytest.raises(StatusError, match=r"status\.json is no status of this version's") as error:
+        read_status(tmp_path)
+    assert str(error.value).isprintable()
+
+
+def test_a_status_that_is_strange_and_of_the_right_kind_is_shown(tmp_path):
+    most = {"epoch": 2**31 - 1, "of": 0, "seconds_left": -1e308, "updated": "0001-01-01T00:00:00Z"}
+    told = dataclasses.asdict(STATUS) | most | {"heartbeat": 1e308, "host": "\ud800"}
+    (tmp_path / "status.json").write_text(json.dumps(told))
+    text, _ = screen(read_status(tmp_path), "run", NOW, 80)
+    assert max(map(_columns, text.splitlines())) <= 80
 
 
 def test_a_run_whose_checkpoints_are_gone_is_not_begun_anew(tmp_path):
@@ -295,7 +326,7 @@ epoch       75 of 300 [######..................] 25%
 reward      0.561 in the last epoch, 0.601 on held-out pictures
 pace        3 min per epoch, 11.9 h left
 phase       learning for 2 min
-judge       1 of 2 servers up, 3 requests waiting, 900 asked so far, p95 4.2 s
+judge       after epoch 75: 1 of 2 servers up, 3 requests waiting, 900 asked so far, p95 4.2 s
 checkpoint  after epoch 70
 process     4711 on tpu-7, 4 processes, since 2026-11-27T23:10:00Z, sl_jax 0.1.0
 warnings    7; the last at 2026-11-28T03:00:00Z: Rollout and learner differ"""

@@ -1,9 +1,12 @@
 """A work directory belongs to one configuration."""
 
 import dataclasses
+import errno
 import json
+from contextlib import nullcontext
 
 import pytest
+from etils import epath
 
 from sl_jax.grpo.config import DataConfig, GrpoConfig
 from sl_jax.grpo.identity import IDENTITY
@@ -11,6 +14,8 @@ from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.training import workdir
 from sl_jax.training.configuration import ConfigError
+from sl_jax.training.metrics import MetricsWriter
+from sl_jax.training.status import StatusFile
 
 
 def _config(folder, **changes):
@@ -109,13 +114,48 @@ def test_a_folder_that_cannot_be_written_is_found_before_a_model_is_loaded(tmp_p
     assert error.value.filename == str(tmp_path / place)
 
 
-def test_a_damaged_record_is_no_licence(tmp_path):
+@pytest.mark.parametrize(
+    ("write", "refuses"),
+    [
+        (lambda folder: workdir.record(GrpoConfig(str(folder), "tiny", 3)), True),
+        (lambda folder: MetricsWriter(folder, 0), True),
+        (lambda folder: StatusFile(folder, 3).close("stopped"), False),  # ends no run
+    ],
+    ids=["config.json", "metrics.jsonl", "status.json"],
+)
+def test_what_a_full_disk_takes_half_of_leaves_nothing(tmp_path, monkeypatch, write, refuses):
+    folder = epath.Path(tmp_path)
+    write(folder)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    def half(path, text):
+        path.write_bytes(text.encode()[:9])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(type(folder), "write_text", half)
+    with pytest.raises(OSError, match="No space") if refuses else nullcontext():
+        write(folder)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("damaged", ["half", "null", "[]", "3", "[" * 200_000, "{}\udcff"])
+def test_a_damaged_record_is_no_licence(tmp_path, damaged):
     config = _config(tmp_path)
     folder = workdir.claim(config, IDENTITY)
     workdir.record(config)
     whole = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(whole[: len(whole) // 2])
+    left = whole[: len(whole) // 2] if damaged == "half" else damaged
+    (folder / "config.json").write_bytes(left.encode(errors="surrogateescape"))
     with pytest.raises(ConfigError, match=r"config\.json is damaged"):
+        workdir.claim(config, IDENTITY)
+
+
+@pytest.mark.parametrize("entry", [3, {}, {"model": 3}, {"model": []}])
+def test_a_record_of_what_no_server_is_differs(tmp_path, entry):
+    config = _config(tmp_path)
+    folder = workdir.claim(config, IDENTITY)
+    (folder / "config.json").write_text(json.dumps({"judge": {"endpoints": ["a", entry]}}))
+    with pytest.raises(ConfigError, match=r"config\.judge\.endpoints: \['a', .*\] there"):
         workdir.claim(config, IDENTITY)
 
 
