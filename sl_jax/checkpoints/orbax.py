@@ -173,8 +173,8 @@ class RunCheckpoints:
         misfit = next((why for why in passed_over.values() if why.startswith(_MISFIT)), None)
         if misfit is not None:
             raise CheckpointError(
-                f"the checkpoints in {self.directory} do not fit this run: {misfit}; please use "
-                "the configuration that they were made with, or another work directory"
+                f"{self.directory} holds checkpoints {misfit}; please use the configuration that "
+                "they were made with, or another work directory"
             )
         self._warn_of(passed_over)
         raise CheckpointError(
@@ -328,7 +328,7 @@ def _misfit(wanted: Any, path: epath.Path) -> str | None:
     for name in sorted(here.keys() | there.keys()):
         if here.get(name) != there.get(name):
             shapes = (there.get(name, "missing"), here.get(name, "missing"))
-            return f"{_MISFIT}, {name} is {shapes[0]} there and {shapes[1]} here"
+            return f"{_MISFIT}: {name} is {shapes[0]} there and {shapes[1]} here"
     return None
 
 

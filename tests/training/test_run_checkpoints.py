@@ -360,7 +360,10 @@ def test_nothing_readable(folder):
 def test_checkpoints_of_another_configuration_are_not_damaged(folder, like, said, caplog):
     with (
         contextlib.closing(RunCheckpoints(folder)) as checkpoints,
-        pytest.raises(CheckpointError, match=f"do not fit this run: .*{said}; please use the conf"),
+        pytest.raises(
+            CheckpointError,
+            match=f"checkpoints of another configuration: {said}; please use the conf",
+        ),
     ):
         checkpoints.restore(like)
     assert caplog.text == ""
