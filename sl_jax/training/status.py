@@ -153,9 +153,10 @@ def _made(kind: type, told: Mapping[str, Any]) -> Any:
 def _require_sense(status: Status) -> None:
     """Raises ValueError where a value has the right type, and still is none that a run writes."""
     for name, value in status.judge.items():
-        if not fits(value, float | None):
+        # Tokens are more than 32 bits count.
+        if not fits(value, float | None) or (value is not None and not 0 <= value < 2**63):
             raise ValueError(f"judge's {name} is {reprlib.repr(value)}")
-    for name, value in {**status.judge, **vars(status)}.items():
+    for name, value in vars(status).items():
         if isinstance(value, int) and not 0 <= value < 2**31:
             raise ValueError(f"{name} is {reprlib.repr(value)}")
     for moment in (status.started, status.updated, status.phase_since):

@@ -273,6 +273,7 @@ def test_values_of_another_kind_are_refused(tmp_path, field, value):
 def test_a_status_that_is_strange_and_of_the_right_kind_is_shown(tmp_path):
     most = {"epoch": 2**31 - 1, "of": 0, "seconds_left": -1e308, "updated": "0001-01-01T00:00:00Z"}
     told = dataclasses.asdict(STATUS) | most | {"heartbeat": 1e308, "host": "\ud800"}
+    told["judge"] = {**told["judge"], "tokens": 5 * 10**9}  # of a long run
     (tmp_path / "status.json").write_text(json.dumps(told))
     text, _ = screen(read_status(tmp_path), "run", NOW, 80)
     assert max(map(_columns, text.splitlines())) <= 80
