@@ -87,6 +87,7 @@ class RunCheckpoints:
         self._processes = processes
         self._rewards: dict[int, float] = {}
         _require_text(self.directory)
+        _silence_late_answers()
         with ExitStack() as stack:
             with processes.together("opening checkpoints"), self._explained():
                 if processes.is_main:
@@ -380,6 +381,25 @@ def _silence_remains() -> None:
             hook(unraisable)
 
     sys.unraisablehook = without_coroutines
+
+
+def _silence_late_answers() -> None:
+    """Keeps what fails in Orbax from a traceback for each array.
+
+    TensorStore answers for the others when the event loop that asked is closed, in threads of its
+    own, and belonging to no object.
+    """
+    hook = sys.unraisablehook
+    if hasattr(hook, "without_late_answers"):
+        return
+
+    def without_late_answers(unraisable: Any) -> None:
+        late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
+        if not (late and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    without_late_answers.without_late_answers = True
+    sys.unraisablehook = without_late_answers
 
 
 def find_step(folder: epath.PathLike) -> epath.Path | None:

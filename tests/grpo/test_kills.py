@@ -13,6 +13,7 @@ import pytest
 from runner import LIMIT, MINIMAL, Runner, differences, draw_kill, left_by
 
 from sl_jax.checkpoints.orbax import find_step
+from sl_jax.parallel.interrupts import UNEXPECTED
 from sl_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -133,8 +134,10 @@ def test_two_processes_of_which_one_is_stopped_or_killed_end_as_two_that_were_no
         before, code, after = since
         assert after - before < 300  # 30 s without a sign of life; on a busy machine
         told = (folder / f"printed_{1 - killed}.txt").read_text()
-        if code == -signal.SIGABRT:  # JAX, of which process 0 is the coordinator, noticed first
-            assert killed == 0 and "another task died" in told, told
+        if code == -signal.SIGABRT:  # JAX noticed first, or while the process was ending
+            assert "another task died" in told, told
+        elif code == UNEXPECTED:  # the other was gone in the middle of a collective
+            assert f"Process {killed} does not stop at the same place" in told, told
         else:
             assert code == 143 and f"OthersGoneError: process {killed}" in told, told
             assert "they go on from the newest checkpoint" in told

@@ -181,6 +181,22 @@ def test_a_damaged_one_is_passed_over_with_an_error(folder, how, caplog):
     assert "Checkpoint 3" in caplog.text and "damaged" in caplog.text
 
 
+def test_late_answers_of_a_failure_are_no_tracebacks(tmp_path, monkeypatch):
+    """TensorStore's, to an event loop that is closed by then; all else is told as before."""
+    told = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    for _ in range(2):
+        RunCheckpoints(tmp_path).close()
+    late = SimpleNamespace(exc_value=RuntimeError("Event loop is closed"), object=None)
+    others = [
+        SimpleNamespace(exc_value=late.exc_value, object=test_no_flipped_bit_goes_unnoticed),
+        SimpleNamespace(exc_value=RuntimeError("no loop"), object=None),
+    ]
+    for unraisable in (late, *others):
+        sys.unraisablehook(unraisable)
+    assert told == others
+
+
 def test_no_flipped_bit_goes_unnoticed(tmp_path):
     """Orbax itself takes the numbers for what they are not."""
     rng = np.random.default_rng(0)
