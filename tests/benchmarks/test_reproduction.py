@@ -13,10 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judged import judged
 from PIL import Image
 
 from sl_jax.imaging import recompose
-from sl_jax.scoring import Group, GroupScores, cases
+from sl_jax.scoring import Group, cases
 
 _HERE = Path(__file__).parent
 _PATHS = (_HERE, _HERE / "reproduction")
@@ -98,26 +99,6 @@ def test_designs_of_artwork_are_canonical_and_repeatable(wheels, layers):
     assert not np.array_equal(design, other)
 
 
-def _judged(rewards) -> GroupScores:
-    rewards = np.asarray(rewards, float)
-    count = len(rewards)
-    return GroupScores(
-        group_id="g",
-        criteria=np.repeat(rewards[:, None], 5, axis=1),
-        stage1=rewards,
-        stage2=np.full(count, np.nan),
-        reward=rewards,
-        valid=np.isfinite(rewards),
-        two_stage=False,
-        reasons=((),) * count,
-        failures=(None,) * count,
-        grid_failure=None,
-        capped=np.zeros(count, bool),
-        grid_scores=np.empty((0, count)),
-        permutations=np.empty((0, count), int),
-    )
-
-
 def _group(name: str, count: int, blank: int = 0) -> Group:
     """Of candidates that are as good as each other, but for the last, which show nothing."""
     design = cases.design(32)
@@ -130,22 +111,22 @@ def test_shuffled_rewards_are_the_defaults_in_an_order_of_the_groups_name():
 
     rewards = np.arange(1, 9) / 10
     first, again, other = (
-        shuffled(_group(name, 8), _judged(rewards)) for name in ("1.0.a", "1.0.a", "2.0.a")
+        shuffled(_group(name, 8), judged(rewards)) for name in ("1.0.a", "1.0.a", "2.0.a")
     )
     np.testing.assert_array_equal(first, again)
     np.testing.assert_allclose(sorted(first), rewards)
     assert not np.array_equal(first, other)
     # Who has no score gets none, and nobody's is lost.
-    missing = shuffled(_group("1.0.a", 8), _judged([np.nan, *rewards[1:]]))
+    missing = shuffled(_group("1.0.a", 8), judged([np.nan, *rewards[1:]]))
     assert np.isnan(missing[0])
     np.testing.assert_allclose(sorted(missing[1:]), rewards[1:])
     # What vetoes take is taken from somebody.
-    vetoed = shuffled(_group("v", 8, blank=2), _judged(rewards))
+    vetoed = shuffled(_group("v", 8, blank=2), judged(rewards))
     np.testing.assert_allclose(sorted(vetoed), [0.05, 0.05, *rewards[:6]])
     # Over many groups no place is favoured.
     many = _group("many", 8)
     means = np.mean(
-        [shuffled(replace(many, group_id=str(n)), _judged(rewards)) for n in range(500)], axis=0
+        [shuffled(replace(many, group_id=str(n)), judged(rewards)) for n in range(500)], axis=0
     )
     np.testing.assert_allclose(means, rewards.mean(), atol=0.05)
 
@@ -161,11 +142,11 @@ def test_true_layers_reward_what_is_near_them(monkeypatch):
     blank = np.zeros_like(design.layers)
     exchanged = design.layers[[0, 2, 1]]
     group = Group("g", design.flat, (design.layers, exchanged, blank))
-    right, other_order, wrong = controls.truth(group, _judged([0, 0, 0]))
+    right, other_order, wrong = controls.truth(group, judged([0, 0, 0]))
     assert right == other_order == 0 > wrong
     stranger = Group("s", make_design("B", 7, 64, 3).flat, (blank,))
     with pytest.raises(ValueError, match="no training design"):
-        controls.truth(stranger, _judged([0]))
+        controls.truth(stranger, judged([0]))
     controls._training_designs.cache_clear()
 
 

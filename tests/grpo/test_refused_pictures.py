@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from judged import judged
 
 from sl_jax.data import FolderError, TrainStream, make_buckets, scan_folder, write_designs
 from sl_jax.grpo import rolling
@@ -15,30 +16,10 @@ from sl_jax.grpo.judging import Judging
 from sl_jax.grpo.rollout import Decoded
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 from sl_jax.parallel.processes import Processes
-from sl_jax.scoring import Failure, GroupScores, JudgeWorker, Rewards
+from sl_jax.scoring import Failure, JudgeWorker, Rewards
 from sl_jax.scoring.records import JudgeRecords, read_records
 
 CANDIDATES, GROUPS = 2, 4
-
-
-def scores(name, reward, failure=None):
-    """A judgement whose every number is the reward."""
-    count = len(reward)
-    return GroupScores(
-        group_id=name,
-        criteria=np.repeat(reward[:, None], 5, axis=1),
-        stage1=reward,
-        stage2=reward,
-        reward=reward,
-        valid=np.isfinite(reward),
-        two_stage=True,
-        reasons=((),) * count,
-        failures=(failure,) * count,
-        grid_failure=None,
-        capped=np.zeros(count, bool),
-        grid_scores=reward[None],
-        permutations=np.arange(count)[None],
-    )
 
 
 class Judge:
@@ -59,7 +40,7 @@ class Judge:
         picture_id = group.group_id.split(".")[-1]
         failure = Failure(True, "I cannot help") if picture_id in self.refused else None
         reward = np.full(CANDIDATES, np.nan) if failure else np.arange(CANDIDATES) / CANDIDATES
-        return scores(group.group_id, reward, failure)
+        return judged(reward, group_id=group.group_id, failures=(failure,) * len(reward))
 
 
 class Rollout:
@@ -129,9 +110,9 @@ def run(tmp_path):
 
 def _epoch(run):
     batch = rolling.roll_out(run, None, 0, Phases())
-    rolled, judged, _ = rolling.await_scores(run, [batch], None, 0, Phases())
-    rolling.record(run, 1, rolled, judged)
-    return batch, rolled[0], judged
+    rolled, scored, _ = rolling.await_scores(run, [batch], None, 0, Phases())
+    rolling.record(run, 1, rolled, scored)
+    return batch, rolled[0], scored
 
 
 def _ids(batch):

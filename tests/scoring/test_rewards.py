@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from judged import judged
 
 from sl_jax import imaging
 from sl_jax.scoring import Group, GroupScores, Rewards, cases
@@ -21,24 +22,7 @@ def _group() -> Group:
 
 
 def _judged(reward=(0.9, 0.8, 0.7, 0.6), valid=(True, True, True, False)) -> GroupScores:
-    valid = np.array(valid)
-    reward = np.where(valid, reward, np.nan)
-    count = len(reward)
-    return GroupScores(
-        group_id="g",
-        criteria=np.full((count, 5), 0.5),
-        stage1=reward,
-        stage2=reward,
-        reward=reward,
-        valid=valid,
-        two_stage=True,
-        reasons=((),) * count,
-        failures=(None,) * count,
-        grid_failure=None,
-        capped=np.zeros(count, bool),
-        grid_scores=reward[None],
-        permutations=np.arange(count)[None],
-    )
+    return judged(np.where(valid, reward, np.nan), criteria=np.full((len(reward), 5), 0.5))
 
 
 def half(group, scores):
