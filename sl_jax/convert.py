@@ -23,7 +23,8 @@ from sl_jax.checkpoints.verify import TOLERANCES, compare
 from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.prompts import DEFAULT_PROMPT
-from sl_jax.training.console import set_up_logging, stop
+from sl_jax.parallel.interrupts import stop
+from sl_jax.training.console import set_up_logging
 
 _log = logging.getLogger("sl_jax")
 

@@ -16,7 +16,8 @@ from sl_jax.inference.decomposer import RELEASE, Decomposer, PictureDecomposer, 
 from sl_jax.inference.fingerprints import checkpoint_digest
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
 from sl_jax.inference.prompts import DEFAULT_PROMPT
-from sl_jax.training.console import set_up_logging, stop
+from sl_jax.parallel.interrupts import stop
+from sl_jax.training.console import set_up_logging
 
 _log = logging.getLogger("sl_jax")
 

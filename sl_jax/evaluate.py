@@ -17,11 +17,12 @@ from sl_jax.eval.samples import MOST_LAYERS
 from sl_jax.eval.systems import ModelConfig
 from sl_jax.inference.decomposer import RELEASE
 from sl_jax.inference.prompts import DEFAULT_PROMPT
+from sl_jax.parallel.interrupts import stop
 from sl_jax.scoring import JudgeError
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
-from sl_jax.training.console import set_up_logging, stop
+from sl_jax.training.console import set_up_logging
 
 _DATA = flags.DEFINE_string(
     "data",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 from absl import logging as absl_logging
 
+from sl_jax.parallel.interrupts import stop
 from sl_jax.scoring.embedded import EmbeddedConfig, EmbeddedJudge
 from sl_jax.scoring.keys import read_key
 from sl_jax.scoring.types import JudgeError
@@ -50,8 +51,7 @@ def main(argv: list[str]) -> None:
         else:
             _serve()
     except KeyboardInterrupt:
-        print("\nStopped.", flush=True)
-        sys.exit(130)
+        stop("Stopped.")
     except (JudgeError, RuntimeError, OSError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -17,6 +17,7 @@ from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.run import run
 from sl_jax.grpo.selftest import selftest
+from sl_jax.parallel.interrupts import stop
 from sl_jax.parallel.joining import joined
 from sl_jax.parallel.processes import ProcessError
 from sl_jax.scoring import BudgetError
@@ -25,7 +26,7 @@ from sl_jax.scoring.captions import CaptionError
 from sl_jax.scoring.keys import KeyMissingError
 from sl_jax.scoring.types import PreflightError
 from sl_jax.training.configuration import ConfigError, distributed_part
-from sl_jax.training.console import ending_in_a_line, set_up_logging, stop
+from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.explain import explained
 from sl_jax.training.flags import packaged, parse_config_flags
 from sl_jax.training.profiling import span

@@ -87,7 +87,7 @@ class RunCheckpoints:
         self._processes = processes
         self._rewards: dict[int, float] = {}
         _require_text(self.directory)
-        _silence_late_answers()
+        _silence(_is_late_answer)
         with ExitStack() as stack:
             with processes.together("opening checkpoints"), self._explained():
                 if processes.is_main:
@@ -374,32 +374,35 @@ def _reward(step: epath.Path) -> float | None:
 def _silence_remains() -> None:
     """Keeps a save that failed from a traceback for each array that it left unwritten."""
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    _silence(_is_coroutine)
+
+
+def _silence(is_silent: Callable[[Any], bool]) -> None:
+    """Keeps what Python can raise nowhere from being told, where it is of a kind."""
     hook = sys.unraisablehook
-
-    def without_coroutines(unraisable: Any) -> None:
-        if not asyncio.iscoroutine(unraisable.object):
-            hook(unraisable)
-
-    sys.unraisablehook = without_coroutines
-
-
-def _silence_late_answers() -> None:
-    """Keeps what fails in Orbax from a traceback for each array.
-
-    TensorStore answers for the others when the event loop that asked is closed, in threads of its
-    own, and belonging to no object.
-    """
-    hook = sys.unraisablehook
-    if hasattr(hook, "without_late_answers"):
+    if getattr(hook, "is_silent", None) is is_silent:
         return
 
-    def without_late_answers(unraisable: Any) -> None:
-        late = isinstance(unraisable.exc_value, RuntimeError) and unraisable.object is None
-        if not (late and str(unraisable.exc_value) == "Event loop is closed"):
+    def without(unraisable: Any) -> None:
+        if not is_silent(unraisable):
             hook(unraisable)
 
-    without_late_answers.without_late_answers = True
-    sys.unraisablehook = without_late_answers
+    without.is_silent = is_silent
+    sys.unraisablehook = without
+
+
+def _is_coroutine(unraisable: Any) -> bool:
+    return asyncio.iscoroutine(unraisable.object)
+
+
+def _is_late_answer(unraisable: Any) -> bool:
+    """TensorStore's for the other arrays, after the event loop that asked was closed.
+
+    It comes in a thread of its own, and belongs to no object.
+    """
+    error = unraisable.exc_value
+    closed = isinstance(error, RuntimeError) and str(error) == "Event loop is closed"
+    return closed and unraisable.object is None
 
 
 def find_step(folder: epath.PathLike) -> epath.Path | None:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 _log = logging.getLogger(__name__)
 
@@ -157,6 +157,13 @@ def send_again(dropped: "sys.UnraisableHookArgs") -> None:
 def ignore_more() -> None:
     """Lets Ctrl-C do nothing from here on: the program is ending, and the impatient repeat it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def stop(message: str, code: int = STOPPED) -> NoReturn:
+    """Ends the program after an interrupt, with a message and an exit code."""
+    ignore_more()
+    print(f"\n{message}", flush=True)
+    sys.exit(code)
 
 
 def end_now(message: str, code: int) -> None:

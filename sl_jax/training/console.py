@@ -6,21 +6,13 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
 
 from absl import logging as absl_logging
 from tqdm import tqdm
 
 from sl_jax.checkpoints.disk import disk_problem
 from sl_jax.imaging.words import printable
-from sl_jax.parallel.interrupts import (
-    STOPPED,
-    TERMINATED,
-    UNEXPECTED,
-    OthersGoneError,
-    Terminated,
-    ignore_more,
-)
+from sl_jax.parallel.interrupts import TERMINATED, UNEXPECTED, OthersGoneError, Terminated, stop
 
 
 class _AboveBars(logging.Handler):
@@ -55,13 +47,6 @@ def set_up_logging() -> None:
     own.handlers = [handler]
     own.setLevel(logging.INFO)
     own.propagate = False
-
-
-def stop(message: str, code: int = STOPPED) -> NoReturn:
-    """Ends the program after an interrupt, with a message and an exit code."""
-    ignore_more()
-    print(f"\n{message}", flush=True)
-    sys.exit(code)
 
 
 @contextmanager

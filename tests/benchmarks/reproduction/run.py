@@ -41,6 +41,7 @@ from measuring import (
     sampled,
 )
 
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.data import write_designs
 from sl_jax.eval.results import file_name
 from sl_jax.eval.systems import System, ready_made
@@ -118,9 +119,7 @@ class Bench:
         if base_digest() != digest:
             raise RuntimeError("the base's checkpoint has changed meanwhile")
         self.results.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(result, indent=1) + "\n")
-        partial.replace(path)
+        write_whole(path, json.dumps(result, indent=1) + "\n")
 
     def _trained(self, arm: Arm, seed: int) -> Trained:
         """The arm's adapter; the base where it has none."""
@@ -268,9 +267,7 @@ def _adding_up(path: Path) -> Iterator[None]:
             "cpu_seconds": earlier["cpu_seconds"] + sum(os.times()[:4]) - cpu,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".part")
-        partial.write_text(json.dumps(spent))
-        partial.replace(path)
+        write_whole(path, json.dumps(spent))
 
 
 def _liked(records: Sequence[dict]) -> dict[str, str]:
