@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from judged import judged
 from test_spoiled import NAME, example, keep, read
 
 from sl_jax.grpo import epoch
@@ -162,6 +163,4 @@ def test_an_epoch_counts_them_and_gives_them_no_weight(monkeypatch, caplog, left
 
 def _judged():
     """Scores of four groups, as the judge gave them."""
-    from test_refused_pictures import scores
-
-    return [scores(f"{number}", np.arange(4) / 4) for number in range(4)]
+    return [judged(np.arange(4) / 4, group_id=f"{number}") for number in range(4)]

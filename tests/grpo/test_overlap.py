@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_refused_pictures import CANDIDATES, Phases, Rollout, scores
+from judged import judged
+from small_run import CANDIDATES, Phases, Rollout
 
 from sl_jax.data import TrainStream, make_buckets, scan_folder, write_designs
 from sl_jax.grpo import epoch
@@ -36,7 +37,7 @@ class Judge:
         allowed = await asyncio.to_thread(self.may_answer[batch].wait, LIMIT)
         assert allowed, "what the judge waits for never happened"
         self.answered[batch].set()
-        return scores(group.group_id, np.arange(CANDIDATES) / CANDIDATES)
+        return judged(np.arange(CANDIDATES) / CANDIDATES, group_id=group.group_id)
 
 
 class WatchedRollout(Rollout):

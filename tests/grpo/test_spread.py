@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_refused_pictures import scores
+from judged import judged
 
 from sl_jax.data import EvalSet, make_buckets, scan_folder, write_designs
 from sl_jax.grpo.config import EvaluationConfig, JudgeSettings
@@ -81,9 +81,8 @@ class Judge:
     endpoint = None
 
     async def judge(self, group):
-        return scores(
-            group.group_id, np.array([layers.mean() / 255 for layers in group.candidates])
-        )
+        grey = [layers.mean() / 255 for layers in group.candidates]
+        return judged(grey, group_id=group.group_id)
 
 
 @pytest.fixture

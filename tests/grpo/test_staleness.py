@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_refused_pictures import GROUPS, Phases, opened
+from small_run import GROUPS, Phases, opened
 
 from sl_jax.grpo.config import LearnerConfig, RolloutConfig
 from sl_jax.grpo.epoch import Epochs

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_refused_pictures import Phases, scores
+from judged import judged
+from small_run import Phases
 
 from sl_jax.grpo import epoch
 from sl_jax.grpo.config import (
@@ -91,9 +92,9 @@ def _epoch(
         learner=LearnerConfig(updates=UPDATES, stop=stop),
         **fields,
     )
-    judged = {0: scores("0", np.asarray(reward))}
+    shared = {0: judged(reward, group_id="0")}
     judging = SimpleNamespace(
-        metrics=dict, collect=lambda *args: [], share=lambda *args: dict(judged)
+        metrics=dict, collect=lambda *args: [], share=lambda *args: dict(shared)
     )
     parts = SimpleNamespace(
         config=config,
