@@ -1,5 +1,6 @@
 """Every test sees eight simulated CPU devices, on which the meshes are tested."""
 
+import logging
 import os
 import signal
 
@@ -21,6 +22,14 @@ def interruptible():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture(autouse=True)
+def messages():
+    """Those of sl_jax reach pytest, whatever a command that ran in this process has set up."""
+    own = logging.getLogger("sl_jax")
+    own.handlers, own.propagate = [], True
+    own.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import signal
 from types import SimpleNamespace
@@ -317,7 +316,6 @@ def test_prolonging_a_run(tmp_path, monkeypatch):
 
 def test_judgements_that_cannot_be_read_back_end_no_run(tmp_path, monkeypatch, caplog):
     """They are shown where an epoch is evaluated, and missed once in the log."""
-    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
     (tmp_path / "judge").mkdir()
     for epoch in (1, 3, 6):
         (tmp_path / "judge" / f"epoch_{epoch:06d}.jsonl").write_text("{}\n")

@@ -1,7 +1,6 @@
 """Records of a run: one JSON line each, and none twice."""
 
 import importlib.util
-import logging
 import math
 import os
 import resource
@@ -60,8 +59,7 @@ DAMAGED = [
 ]
 
 
-def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, caplog):
     _write(tmp_path, 0, [1, 2])
     path = tmp_path / "metrics.jsonl"
     first, second = path.read_bytes().splitlines()
@@ -76,8 +74,7 @@ def test_damaged_lines_are_passed_over_with_one_warning(tmp_path, caplog, monkey
     assert caplog.text == ""
 
 
-def test_a_run_that_begins_anew_keeps_what_it_told(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+def test_a_run_that_begins_anew_keeps_what_it_told(tmp_path, caplog):
     _write(tmp_path, 0, [0])  # before the first epoch: nothing was trained
     assert caplog.text == ""
     told = []

@@ -202,8 +202,7 @@ def test_a_signal_that_comes_in_a_change_does_not_stop_it(tmp_path, quick):
     assert warning.text == "Process 1 got SIGINT: all stop at their next exchange."
 
 
-def test_a_disk_that_is_full_ends_no_run(tmp_path, quick, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
+def test_a_disk_that_is_full_ends_no_run(tmp_path, quick, caplog):
     folder = tmp_path / "none"  # a folder that is not there takes no file either
     with watched(folder, 3, ALONE) as status:
         status.begin("rollout")
@@ -220,7 +219,6 @@ def test_a_store_with_errors_of_its_own_ends_no_run(tmp_path, quick, caplog, mon
     def refuses(path, *_, **__):
         raise HttpError("503, try again")
 
-    monkeypatch.setattr(logging.getLogger("sl_jax"), "propagate", True)
     monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuses)
     with pytest.raises(ZeroDivisionError), watched(epath.Path(tmp_path), 3, ALONE) as status:
         for phase in ("rollout", "judging"):
