@@ -9,6 +9,7 @@ import asyncio
 import json
 import socket
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ from sl_jax.scoring.types import JudgeError
 
 if TYPE_CHECKING:
     from sl_jax.scoring.audit import AuditReport
+    from sl_jax.scoring.server import JudgeServer
 
 _PORT = flags.DEFINE_integer(
     "port", 8000, "Port to serve on; 0 takes a free one.", lower_bound=0, upper_bound=65535
@@ -57,7 +59,6 @@ def main(argv: list[str]) -> None:
 
 
 def _serve() -> None:
-    from sl_jax.scoring.http_server import http_server
     from sl_jax.scoring.server import JudgeServer
 
     token = read_key(_TOKEN.value)
@@ -66,16 +67,22 @@ def _serve() -> None:
             f"--host={_HOST.value} can be reached by others: please export a token of at least 8 "
             "characters and name its variable, as in --token_env=JUDGE_TOKEN"
         )
-    server = JudgeServer(
-        EmbeddedJudge(EmbeddedConfig(mode=_MODE.value)), token, threads=_THREADS.value
-    )
+    judge = EmbeddedJudge(EmbeddedConfig(mode=_MODE.value))
     family = socket.AF_INET6 if ":" in _HOST.value else socket.AF_INET
-    with socket.create_server((_HOST.value, _PORT.value), family=family) as listening:
-        host, port = listening.getsockname()[:2]
-        address = f"[{host}]" if ":" in host else host
-        print(f"Judge {server.model} at http://{address}:{port}/v1", flush=True)
-        http_server(server).run([listening])
-    server.close()
+    with (
+        closing(JudgeServer(judge, token, threads=_THREADS.value)) as server,
+        socket.create_server((_HOST.value, _PORT.value), family=family) as listening,
+    ):
+        asyncio.run(_answer(server, listening))
+
+
+async def _answer(server: "JudgeServer", listening: socket.socket) -> None:
+    from sl_jax.scoring.http_server import http_server
+
+    host, port = listening.getsockname()[:2]
+    address = f"[{host}]" if ":" in host else host
+    print(f"Judge {server.model} at http://{address}:{port}/v1", flush=True)
+    await http_server(server).serve([listening])
 
 
 def _print_audit() -> None:
