@@ -10,7 +10,7 @@ nobody to wait for.
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -107,16 +107,8 @@ class Processes:
             "signal": int(self._interrupts.received),
         }
         entries = self._exchanged(what, mine)
-        for index, entry in enumerate(entries):
-            if entry["what"] != what:
-                raise ProcessError(
-                    f"process {index} is at '{entry['what']}' while process {self.index} is at "
-                    f"'{what}': they run different programs; please start all with one version"
-                )
         if error is None:
-            for index, entry in enumerate(entries):
-                if entry["error"] is not None:
-                    raise ProcessError(f"process {index} cannot go on: {entry['error']}")
+            _require_agreement(entries, self.index)
             received = {entry["signal"] for entry in entries} - {0}
             if received:
                 self._interrupts.come_through(max(received))  # SIGTERM, if it is among them
@@ -323,6 +315,26 @@ class _Together(AbstractContextManager):
     ) -> None:
         if error is None or isinstance(error, Exception):
             self._processes.all_gather(self._what, error=error)
+
+
+def _require_agreement(entries: Sequence[Mapping[str, Any]], mine: int) -> None:
+    """Checks that the entries of an exchange are of one place in the program, without an error.
+
+    An error comes first: it may have taken its process past an exchange that the others are in.
+
+    Raises:
+        ProcessError: they are not.
+    """
+    for index, entry in enumerate(entries):
+        if entry["error"] is not None:
+            raise ProcessError(f"process {index} cannot go on: {entry['error']}")
+    what = entries[mine]["what"]
+    for index, entry in enumerate(entries):
+        if entry["what"] != what:
+            raise ProcessError(
+                f"process {index} is at '{entry['what']}' while process {mine} is at '{what}': "
+                "they run different programs; please start all with one version"
+            )
 
 
 def _told(error: BaseException) -> str:

@@ -141,6 +141,22 @@ def test_an_error_of_one_ends_the_block_in_all(failing):
             assert f"process {failing} cannot go on: OSError" in str(error)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_before_an_exchange_in_the_block_is_told_in_it(failing, hasty):
+    """One is at the block's end, the others are in the block: they run one program all the same."""
+
+    def work(processes):
+        with processes.open(), processes.together("finding the work directory"):
+            if processes.index == failing:
+                raise OSError("no such disk")
+            processes.barrier("writing a file")
+
+    results = run(3, work)
+    for index, error in enumerate(results):
+        assert isinstance(error, OSError if index == failing else ProcessError)
+        assert "no such disk" in str(error)
+
+
 def test_a_block_without_errors_ends_in_none():
     def work(processes):
         with processes.together("reading"):
