@@ -103,7 +103,7 @@ def _suggested(settings: dict, folder: epath.Path, slice_: Topology, chips: list
     """The fastest plan that fits of the most promising meshes; if none does, the nearest."""
 
     def config_on(mesh: MeshConfig) -> GrpoConfig:
-        return from_mapping(settings | {"mesh": vars(mesh)}, len(chips))
+        return from_mapping(settings | {"mesh": settings["mesh"] | mesh.sizes}, len(chips))
 
     def layout_on(mesh: MeshConfig) -> Layout:
         return run_layout(config_on(mesh).mesh, folder, chips)

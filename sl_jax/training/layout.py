@@ -6,7 +6,7 @@ import jax
 from etils import epath
 
 from sl_jax.checkpoints.pipeline import transformer_config
-from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.parallel.mesh import Layout, MeshConfig, make_layout
 from sl_jax.training.configuration import ConfigError
 
 
@@ -16,7 +16,7 @@ def run_layout(
     """The layout that a configuration asks for, of the model in a checkpoint folder.
 
     Args:
-        config: sizes of the mesh.
+        config: sizes of the mesh, and the rules.
         folder: the checkpoint; of the transformer only config.json is read.
         devices: those of all processes by default.
 
@@ -25,12 +25,13 @@ def run_layout(
             would give the same numbers, computed on every device.
         CheckpointError: `folder` describes no model that is implemented.
     """
-    layout = Layout(make_mesh(config, devices))
+    layout = make_layout(config, devices)
     heads, parts = transformer_config(folder).num_attention_heads, layout.parts("heads")
     if heads % parts:
+        axes = " × ".join(config.rules.heads)
         sizes = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
         raise ConfigError(
-            f"config.mesh.tensor is {parts}, which does not divide the {heads} heads of the "
+            f"config.mesh.{axes} is {parts}, which does not divide the {heads} heads of the "
             f"model's attention, so that each device would compute all; please use one of {sizes}"
         )
     return layout

@@ -2,11 +2,13 @@
 
 import jax
 import pytest
+from jax.sharding import PartitionSpec
 
 from sl_jax import plan
+from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_pipeline
 from sl_jax.grpo import config as grpo
 from sl_jax.grpo.run import run
-from sl_jax.parallel.mesh import MeshConfig
+from sl_jax.parallel.mesh import MeshConfig, RulesConfig
 from sl_jax.training import finetune
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.flags import packaged
@@ -32,6 +34,21 @@ def test_heads_are_split_as_far_as_they_go(random_checkpoint):
         run_layout(MeshConfig(tensor=4), random_checkpoint)
     with pytest.raises(ConfigError, match="tensor is 8"):
         run_layout(MeshConfig(fsdp=1, tensor=-1), random_checkpoint)
+
+
+def test_rules_lay_out_what_a_run_loads(random_checkpoint):
+    def query(config):
+        layout = run_layout(config, random_checkpoint)
+        pipeline = abstract_pipeline(random_checkpoint, ComputeConfig("float32"), layout, [])
+        return pipeline.params["blocks"]["attn"]["to_q"]["kernel"].sharding.spec
+
+    sizes = {"fsdp": 4, "tensor": 2}
+    assert query(MeshConfig(**sizes)) == PartitionSpec(None, "fsdp", "tensor")
+    rules = RulesConfig(embed=("tensor",), heads=(), mlp=("fsdp",), modulation=())
+    assert query(MeshConfig(**sizes, rules=rules)) == PartitionSpec(None, "tensor", None)
+    over_both = RulesConfig(embed=(), heads=("tensor", "sequence"), tokens=())
+    with pytest.raises(ConfigError, match=r"tensor × sequence is 4, .* 2 heads"):
+        run_layout(MeshConfig(tensor=2, sequence=2, rules=over_both), random_checkpoint)
 
 
 def test_all_doors_refuse_others(random_checkpoint, tmp_path):
