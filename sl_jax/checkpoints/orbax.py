@@ -26,9 +26,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.checksums import checksums
-from sl_jax.checkpoints.disk import storage_failed
+from sl_jax.checkpoints.disk import error_number, storage_failed
 from sl_jax.checkpoints.errors import CheckpointError
-from sl_jax.checkpoints.lock import InUseError, sole_writer
+from sl_jax.checkpoints.lock import sole_writer
 from sl_jax.parallel.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
@@ -260,12 +260,15 @@ class RunCheckpoints:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What keeps Orbax from writing, in a line."""
+        """What keeps Orbax from writing, in a line; defects of a program come through as they are.
+
+        TensorStore's errors are ValueErrors.
+        """
         try:
             yield
-        except InUseError:
-            raise
         except (OSError, ValueError) as error:
+            if not _is_of_the_disk(error):
+                raise
             _silence_remains()
             known = (text for words, text in _REASONS.items() if words in str(error))
             reason = next(known, " ".join(str(error).split()))
@@ -404,6 +407,11 @@ def _reward(step: epath.Path) -> float | None:
         return _content(json.loads((step / _RECORD).read_text()))["reward"]
     except _UNREADABLE:
         return None  # `restore`, which needs it whole, says why
+
+
+def _is_of_the_disk(error: OSError | ValueError) -> bool:
+    told = any(words in str(error) for words in _REASONS)
+    return isinstance(error, OSError) or told or error_number(error) is not None
 
 
 def _silence_remains() -> None:

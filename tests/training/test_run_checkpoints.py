@@ -164,6 +164,27 @@ def test_a_save_that_fails_in_the_background_is_one_error(folder, small_files):
     assert _restored(folder)[0] == 3
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ValueError("an argument is wrong"), ValueError),
+        (ValueError("UNKNOWN: Error writing: [os_error_code='116']"), CheckpointError),
+        (ValueError("UNAVAILABLE: Error writing, CURL error"), CheckpointError),
+        (ValueError("while writing: No space left on device"), CheckpointError),
+        (OSError(errno.EIO, "Input/output error"), CheckpointError),
+    ],
+)
+def test_a_defect_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, raised, told):
+    def save(*args, **kwargs):
+        raise raised
+
+    with contextlib.closing(RunCheckpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", save)
+        with pytest.raises(told) as found:
+            checkpoints.save(1, _tree(1))
+    assert (found.type, found.value is raised) == (told, told is ValueError)
+
+
 def test_the_last_few_are_kept(tmp_path):
     checkpoints = RunCheckpoints(tmp_path, keep=2)
     for step in range(1, 6):
