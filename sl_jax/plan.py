@@ -64,13 +64,12 @@ def run() -> int:
     chips = topologies.devices(slice_)
     settings = _CONFIG.value.to_dict()
     settings["data"]["path"] = settings["data"]["path"] or "of no interest here"
-    config = from_mapping(settings, len(chips))
-    name = config.model
+    name = settings["model"]
     folder = release_shapes() if name == RELEASE_ID else resolve_model(name, ["*/*.json"])
-    if _SUGGEST.value:
+    if _SUGGEST.value:  # whatever mesh the configuration has
         plan = _suggested(settings, folder, slice_, chips)
     else:
-        plan = make_plan(config, folder, slice_, chips)
+        plan = make_plan(from_mapping(settings, len(chips)), folder, slice_, chips)
     print(json.dumps(to_json(plan), indent=1) if _JSON.value else to_text(plan))
     return 0 if plan.fits else 1
 

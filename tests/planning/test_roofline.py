@@ -166,6 +166,14 @@ def test_suggestions_split_tensors_least_and_keep_copies_where_there_is_room():
         suggestions.meshes(SLICE, check, lambda mesh: 160 * GIB // mesh.fsdp // mesh.tensor)
 
 
+def test_where_no_mesh_will_do_the_reason_is_told():
+    def check(mesh):
+        raise ConfigError("rollout.groups is 7")
+
+    with pytest.raises(PlanError, match=r"no mesh of the 8 chips .* rollout\.groups is 7"):
+        suggestions.meshes(SLICE, check, lambda mesh: 0)
+
+
 def test_of_several_plans_the_fastest_that_fits():
     slow = _plan(_phase("rollout", flops=2 * CHIP.flops))
     fast = _plan(_phase("rollout", flops=CHIP.flops))
