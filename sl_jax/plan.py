@@ -110,14 +110,11 @@ def _suggested(settings: dict, folder: epath.Path, slice_: Topology, chips: list
 
     plans = []
     for mesh in suggestions.meshes(slice_, config_on, resident_on):
-        plans.append(make_plan(config_on(mesh), folder, slice_, chips))
-        sizes = ", ".join(f"{axis} {size}" for axis, size in plans[-1].mesh.items())
-        _log.info(
-            "%s: %s, %.0f s per epoch",
-            sizes,
-            "fits" if plans[-1].fits else "does not fit",
-            plans[-1].forecast().epoch_seconds,
-        )
+        plan = make_plan(config_on(mesh), folder, slice_, chips)
+        plans.append(plan)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+        seconds = f"{plan.forecast().epoch_seconds:.0f}" if plan.forecast() else "unknown"
+        _log.info("%s: %s, %s s per epoch", sizes, "fits" if plan.fits else "does not fit", seconds)
     return suggestions.best(plans)
 
 

@@ -81,6 +81,23 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert "Used 17.90G" in to_json(refused)["phases"][0]["refused"]
 
 
+def test_where_a_phase_is_missing_there_is_no_forecast():
+    """The backward pass's program is made of what the forward one's compilation leaves."""
+    phases = (_phase("learner forward", memory=None), _phase("rollout"))
+    plan = _plan(*phases, pool=JudgePool(1.0, 8))
+    assert plan.forecast() is None
+    found = to_json(plan)
+    assert found["forecast"] is None and found["judge_replicas"] is None
+    text = to_text(plan)
+    assert "No forecast: the compiler refused learner forward" in text
+    assert "epochs" not in text and "Judge" not in text
+    # What the compiler names may be a part of what it would need.
+    small = phases[0]._replace(refused=phases[0].refused._replace(needed=GIB / 2))
+    assert "does not fit: the compiler refused learner forward" in to_text(_plan(small))
+    fitting = _plan(_phase("rollout"))
+    assert suggestions.best([_plan(small), fitting]) is fitting
+
+
 @pytest.mark.parametrize(
     ("message", "needed", "available"),
     [
