@@ -171,6 +171,7 @@ class RunCheckpoints:
                 self._set_aside(list(passed_over))
                 return number, tree, record["record"]
             passed_over[number] = damage
+            tree = None  # no room for two
         misfit = next((why for why in passed_over.values() if why.startswith(_MISFIT)), None)
         if misfit is not None:
             raise CheckpointError(
@@ -275,6 +276,14 @@ class RunCheckpoints:
                 f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
                 f"are whole. Please {advice}; the same command then goes on"
             ) from error
+
+
+def donated(tree: Any) -> Any:
+    """Shapes, dtypes and shardings to restore to, of arrays, which are deleted to make room."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+    return like
 
 
 class _LastAndBest(preservation_policy.PreservationPolicy):
