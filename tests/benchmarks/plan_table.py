@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sl_jax.planning.phases import Workload
+from sl_jax.planning.roofline import forecast
+
 _ROOT = Path(__file__).parents[2]
 _GIB = 2**30
 _H100 = {"hbm": 80e9, "flops": 989e12, "bandwidth": 3352e9}  # NVIDIA's data sheet, SXM, bfloat16
@@ -133,7 +136,7 @@ def _line(entry: dict[str, Any]) -> str:
     plan, card = entry["plan"], entry["kind"] == "card"
     chip = plan["chip"] | _H100 if card else plan["chip"]
     needed = plan["needed"] + (_RESERVED if card else 0)
-    forecast = card_forecast(plan) if card else plan["forecast"]
+    forecast = card_forecast(plan) if card and plan["forecast"] else plan["forecast"]
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     cells = (
         ("H100, estimate" if card else plan["topology"]) + (" †" if "note" in entry else ""),
@@ -141,8 +144,8 @@ def _line(entry: dict[str, Any]) -> str:
         plan["workload"]["groups"],
         "yes" if needed <= chip["hbm"] else "**no**",
         f"{needed / _GIB:.1f} of {chip['hbm'] / _GIB:.1f}",
-        f"{forecast['epoch_seconds']:.0f} s",
-        f"{forecast['hours']:.0f} h",
+        f"{forecast['epoch_seconds']:.0f} s" if forecast else "–",
+        f"{forecast['hours']:.0f} h" if forecast else "–",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
@@ -154,9 +157,7 @@ def card_forecast(plan: dict[str, Any]) -> dict[str, float]:
         * max(phase["flops"] / _H100["flops"], phase["hbm_bytes"] / _H100["bandwidth"])
         for phase in plan["phases"]
     }
-    work, epoch = plan["workload"], sum(seconds.values())
-    evaluation = seconds["rollout"] * work["evaluations"] / work["rollouts"]
-    return {"epoch_seconds": epoch, "hours": work["epochs"] * (epoch + evaluation) / 3600}
+    return forecast(Workload(**plan["workload"]), seconds)._asdict()
 
 
 if __name__ == "__main__":
