@@ -4,7 +4,7 @@ Every process reads and judges the rows of a batch that its devices decompose; t
 scores of all, and the main process has the layers that the report shows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,11 +18,13 @@ from sl_jax.data import EvalSet, Example, FolderError
 from sl_jax.data.loader import EvalBatch
 from sl_jax.eval.bootstrap import interval
 from sl_jax.eval.reference_free import ReferenceFree, reference_free
+from sl_jax.flow.sampler import evaluations
 from sl_jax.grpo.batches import group_keys, laid_out
 from sl_jax.grpo.config import EvaluationConfig
 from sl_jax.grpo.judging import Judging, Submitted
+from sl_jax.grpo.phases import Work
 from sl_jax.grpo.prompts import PromptTable
-from sl_jax.grpo.rollout import Rollout
+from sl_jax.grpo.rollout import Pictures, Rollout, sampling_work
 from sl_jax.grpo.spread import window_share
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.inference.sampling import Guidance
@@ -51,6 +53,9 @@ class Evaluated(NamedTuple):
     measures: ReferenceFree
 
 
+Computed = Callable[[Work], None]
+
+
 class _Pending(NamedTuple):
     """A decomposition on its way to the judge and back."""
 
@@ -60,9 +65,13 @@ class _Pending(NamedTuple):
     submitted: Submitted
 
 
+def _untold(_: Work) -> None:
+    """For whom nobody counts the work."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples and judges the held-out set.
+    """Samples and judges the held-out set; `computed` is told what each batch asked for.
 
     Attributes:
         judging: by stage 1 alone, which is a level; stage 2 is relative.
@@ -80,7 +89,7 @@ class Evaluator:
     layout: Layout
     guidance: Guidance | None = None
 
-    def __call__(self, adapter: Adapter) -> list[Evaluated]:
+    def __call__(self, adapter: Adapter, computed: Computed = _untold) -> list[Evaluated]:
         """Every held-out picture that all processes concerned can read, by the evaluation sampler.
 
         Raises:
@@ -88,18 +97,22 @@ class Evaluator:
             JudgeUnavailableError: they were not judged within `max_wait`.
         """
         rows = self._rows(self.config.batch)
-        pending = [
-            entry
-            for batch in self.examples.batches(self.config.batch, rows.held)
-            for entry in self._submitted(batch, self._sampled(batch, adapter)[:, None], rows.judged)
-        ]
+        pending = []
+        for batch in self.examples.batches(self.config.batch, rows.held):
+            layers = self._sampled(batch, adapter, computed)
+            pending += self._submitted(batch, layers[:, None], rows.judged)
         results = self._finished(pending)
         if not results:
             raise FolderError(f"no held-out picture can be read any more: {self.examples.failures}")
         return self._with_shown(results)
 
     def rolled_out(
-        self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
+        self,
+        rollout: Rollout,
+        adapter: Adapter,
+        window_start: int,
+        groups: int,
+        computed: Computed = _untold,
     ) -> list[Evaluated]:
         """One rollout candidate of each picture of the first batch of at most `groups`.
 
@@ -110,11 +123,17 @@ class Evaluator:
         rows = self._rows(groups)
         batch = next(self.examples.batches(groups, rows.held))
         keys = self._keys(batch)
-        layers, finite = self._candidates(rollout, adapter, window_start, groups, batch, keys)
+        candidates = (rollout, adapter, window_start, groups, batch, keys, computed)
+        layers, finite = self._candidates(*candidates)
         return self._finished(self._submitted(batch, layers[:, :1], rows.judged, finite))
 
     def window_share(
-        self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
+        self,
+        rollout: Rollout,
+        adapter: Adapter,
+        window_start: int,
+        groups: int,
+        computed: Computed = _untold,
     ) -> float:
         """The share of the scores' variance within a group that the window's noise explains.
 
@@ -127,7 +146,8 @@ class Evaluator:
         pending = []
         for draw in range(draws):
             keys = self._keys(batch, 1 + draw)
-            layers, finite = self._candidates(shared, adapter, window_start, groups, batch, keys)
+            candidates = (shared, adapter, window_start, groups, batch, keys, computed)
+            layers, finite = self._candidates(*candidates)
             pending.append(self._submitted(batch, layers, rows.judged, finite))
         entries = [entry for draw in pending for entry in draw]
         scores = [
@@ -150,13 +170,13 @@ class Evaluator:
         groups: int,
         batch: EvalBatch,
         keys: UInt32[np.ndarray, "n words"],
+        computed: Computed,
     ) -> tuple[UInt8[np.ndarray, "n g l h w 4"], Bool[np.ndarray, "n g"]]:
         """Of the rows that this process holds, layers and which candidates are finite."""
-        grid = LatentGrid(
-            batch.layers, batch.bucket.height // PACKED_PIXELS, batch.bucket.width // PACKED_PIXELS
-        )
+        grid = _grid(batch)
         pictures = laid_out(self.layout, batch.examples, self.prompts, keys, groups)
         candidates = rollout(adapter, pictures, window_start, grid)
+        computed(rollout.work(candidates, window_start, grid))
         decoded = jax.block_until_ready(rollout.decode(candidates.latents, grid))
         finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
         finite = finite.reshape(groups, -1)[list(batch.rows)]
@@ -166,7 +186,7 @@ class Evaluator:
     def _rows(self, size: int) -> BatchRows:
         return batch_rows(self.layout.mesh, size, self.judging.processes.index)
 
-    def _sampled(self, batch: EvalBatch, adapter: Adapter) -> np.ndarray:
+    def _sampled(self, batch: EvalBatch, adapter: Adapter, computed: Computed) -> np.ndarray:
         """Layers of the rows that this process holds: uint8 [rows, L, H, W, 4]."""
         pictures = laid_out(
             self.layout, batch.examples, self.prompts, self._keys(batch), self.config.batch
@@ -183,7 +203,16 @@ class Evaluator:
             adapter=adapter,
             guidance=self.guidance,
         )
+        computed(self._work(pictures, _grid(batch)))
         return to_local(self._split_by_rows(layers))
+
+    def _work(self, pictures: Pictures, grid: LatentGrid) -> Work:
+        """What decomposing a batch asks of the transformer."""
+        rows, text_tokens = pictures.text.shape[:2]
+        steps = sum(evaluations(self.config.steps, 0, 0, self.config.method))
+        velocities = rows * steps * (1 if self.guidance is None else 2)
+        work = sampling_work(self.decomposer.transformer, velocities, grid, text_tokens)
+        return work._replace(candidates=rows)
 
     @cached_property
     def _split_by_rows(self) -> Any:
@@ -265,6 +294,11 @@ class Evaluator:
             step=0,
             slot=slot,
         )
+
+
+def _grid(batch: EvalBatch) -> LatentGrid:
+    height, width = (side // PACKED_PIXELS for side in (batch.bucket.height, batch.bucket.width))
+    return LatentGrid(batch.layers, height, width)
 
 
 def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:

@@ -25,6 +25,7 @@ from sl_jax.inference.sampling import (
 from sl_jax.models.codec import to_uint8
 from sl_jax.models.flops import sequence_tokens, velocity_flops
 from sl_jax.models.lora import Adapter
+from sl_jax.models.mmdit import MMDiTConfig
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae, denormalize_latents
@@ -162,11 +163,8 @@ class Rollout:
         rows, text_tokens = candidates.condition.text.shape[:2]
         velocities = sampled_velocities(self._config, rows // self.group_size, window_start)
         velocities *= 1 if self._guidance is None else 2
-        return Work(
-            velocities * velocity_flops(self._pipeline.model.config, grid, text_tokens),
-            velocities * sequence_tokens(grid, text_tokens),
-            rows,
-        )
+        model = self._pipeline.model.config
+        return sampling_work(model, velocities, grid, text_tokens)._replace(candidates=rows)
 
     def trace_encode(self, pixels: UInt8[Array, "n h w 3"]) -> jax.stages.Traced:
         """The program that encodes pictures; for this and the next two, arguments may be shapes."""
@@ -326,6 +324,16 @@ def sampled_velocities(config: RolloutConfig, groups: int, window_start: float) 
     )
     different = 1 if config.group_noise == "shared" else config.group_size
     return groups * (before * different + after * config.group_size)
+
+
+def sampling_work(
+    model: MMDiTConfig, velocities: float, grid: LatentGrid, text_tokens: int
+) -> Work:
+    """What so many velocities of one shape ask of the transformer."""
+    return Work(
+        velocities * velocity_flops(model, grid, text_tokens),
+        velocities * sequence_tokens(grid, text_tokens),
+    )
 
 
 def _candidate_keys(keys: PRNGKeyArray, count: int) -> PRNGKeyArray:

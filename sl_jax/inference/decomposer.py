@@ -45,6 +45,7 @@ from sl_jax.inference.sampling import (
 )
 from sl_jax.models.codec import encode_frames, opaque
 from sl_jax.models.lora import Adapter
+from sl_jax.models.mmdit import MMDiTConfig
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
@@ -62,6 +63,11 @@ class Decomposer:
         self._pipeline = pipeline
         self._tables = ModulationTables(pipeline)
         self._program = jax.jit(self._sampled, static_argnames=("grid", "method"))
+
+    @property
+    def transformer(self) -> MMDiTConfig:
+        """Sizes of the model that is evaluated."""
+        return self._pipeline.model.config
 
     @staticmethod
     def from_pretrained(
