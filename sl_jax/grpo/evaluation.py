@@ -4,6 +4,7 @@ Every process reads and judges the rows of a batch that its devices decompose; t
 scores of all, and the main process has the layers that the report shows.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
@@ -27,12 +28,14 @@ from sl_jax.grpo.prompts import PromptTable
 from sl_jax.grpo.rollout import Pictures, Rollout, sampling_work
 from sl_jax.grpo.spread import window_share
 from sl_jax.inference.decomposer import Decomposer
-from sl_jax.inference.sampling import Guidance
+from sl_jax.inference.sampling import Decoded, Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
-from sl_jax.parallel.mesh import Layout, batch_sharding
+from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 from sl_jax.parallel.processes import BatchRows, batch_rows, to_local
 from sl_jax.scoring import CRITERIA, GroupScores
+
+_log = logging.getLogger(__name__)
 
 
 class Evaluated(NamedTuple):
@@ -41,7 +44,8 @@ class Evaluated(NamedTuple):
     Attributes:
         example: the picture; without pixels where `layers` is None.
         layers: uint8 [L, H, W, 4]; None in a process that neither judged nor shows them.
-        reward: stage-1 score, 0 to 1; nan if the judge gave none.
+        reward: stage-1 score, 0 to 1; nan if the judge gave none, or the layers are not finite,
+            of which criteria and measures are then nan as well.
         criteria: [5], 0 to 1.
         measures: of the layers and the picture alone.
     """
@@ -99,8 +103,9 @@ class Evaluator:
         rows = self._rows(self.config.batch)
         pending = []
         for batch in self.examples.batches(self.config.batch, rows.held):
-            layers = self._sampled(batch, adapter, computed)
-            pending += self._submitted(batch, layers[:, None], rows.judged)
+            layers, finite = self._sampled(batch, adapter, computed)
+            stacks = (layers[:, None], rows.judged, finite[:, None])
+            pending += self._submitted(batch, *stacks)
         results = self._finished(pending)
         if not results:
             raise FolderError(f"no held-out picture can be read any more: {self.examples.failures}")
@@ -186,12 +191,14 @@ class Evaluator:
     def _rows(self, size: int) -> BatchRows:
         return batch_rows(self.layout.mesh, size, self.judging.processes.index)
 
-    def _sampled(self, batch: EvalBatch, adapter: Adapter, computed: Computed) -> np.ndarray:
-        """Layers of the rows that this process holds: uint8 [rows, L, H, W, 4]."""
+    def _sampled(
+        self, batch: EvalBatch, adapter: Adapter, computed: Computed
+    ) -> tuple[UInt8[np.ndarray, "n l h w 4"], Bool[np.ndarray, " n"]]:
+        """Of the rows that this process holds, layers and which are finite."""
         pictures = laid_out(
             self.layout, batch.examples, self.prompts, self._keys(batch), self.config.batch
         )
-        layers = self.decomposer(
+        decoded = self.decomposer(
             pictures.pixels,
             pictures.text,
             pictures.text_lengths,
@@ -204,7 +211,8 @@ class Evaluator:
             guidance=self.guidance,
         )
         computed(self._work(pictures, _grid(batch)))
-        return to_local(self._split_by_rows(layers))
+        layers, finite = self._split_by_rows(decoded)
+        return to_local(layers), np.asarray(finite)[list(batch.rows)]
 
     def _work(self, pictures: Pictures, grid: LatentGrid) -> Work:
         """What decomposing a batch asks of the transformer."""
@@ -216,7 +224,8 @@ class Evaluator:
 
     @cached_property
     def _split_by_rows(self) -> Any:
-        return jax.jit(lambda x: x, out_shardings=batch_sharding(self.layout.mesh))
+        mesh = self.layout.mesh
+        return jax.jit(lambda x: x, out_shardings=Decoded(batch_sharding(mesh), replicated(mesh)))
 
     def _keys(self, batch: EvalBatch, draw: int = 0) -> UInt32[np.ndarray, "n words"]:
         root = jax.random.key(self.config.seed)
@@ -228,14 +237,12 @@ class Evaluator:
         batch: EvalBatch,
         stacks: UInt8[np.ndarray, "n g l h w 4"],
         judged: Sequence[int],
-        finite: Bool[np.ndarray, "n candidates"] | None = None,
+        finite: Bool[np.ndarray, "n g"],
     ) -> list[_Pending]:
         """Sends to the judge what this process judges, if all that hold it could read it.
 
-        What waits has the layers of each picture's first candidate. All are finite by default.
+        What waits has the layers of each picture's first candidate.
         """
-        if finite is None:
-            finite = np.ones(stacks.shape[:2], bool)
         unread = self.judging.processes.all_gather(
             "reading held-out pictures",
             [r for r, e in zip(batch.rows, batch.examples, strict=True) if e.is_blank],
@@ -302,31 +309,36 @@ def _grid(batch: EvalBatch) -> LatentGrid:
 
 
 def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
-    return Evaluated(
-        entry.example,
-        entry.layers,
-        float(scores.stage1[0]) if entry.finite[0] else np.nan,
-        scores.criteria[0],
-        reference_free(entry.layers, entry.example.picture),
-    )
+    example, layers = entry.example, entry.layers
+    if not entry.finite[0]:  # What the judge was shown is black, and not what was sampled.
+        _log.warning("The layers of held-out picture %s are not finite.", example.picture_id)
+        nothing = ReferenceFree(*[np.nan] * len(fields(ReferenceFree)))
+        return Evaluated(example, layers, np.nan, np.full(len(CRITERIA), np.nan), nothing)
+    measures = reference_free(layers, example.picture)
+    return Evaluated(example, layers, float(scores.stage1[0]), scores.criteria[0], measures)
 
 
 def evaluation_metrics(results: Sequence[Evaluated]) -> dict[str, float]:
-    """Means over pictures, with the bootstrap interval of the reward."""
+    """Means over the pictures that have a value, with the bootstrap interval of the reward."""
     reward = interval([r.reward for r in results])
-    criteria = np.nanmean([r.criteria for r in results], axis=0)
     return {
         "evaluation/reward": reward.mean,
         "evaluation/reward_low": reward.low,
         "evaluation/reward_high": reward.high,
-        **{f"evaluation/{name}": float(v) for name, v in zip(CRITERIA, criteria, strict=True)},
         **{
-            f"evaluation/{field.name}": float(
-                np.mean([getattr(r.measures, field.name) for r in results])
-            )
+            f"evaluation/{name}": _mean([r.criteria[k] for r in results])
+            for k, name in enumerate(CRITERIA)
+        },
+        **{
+            f"evaluation/{field.name}": _mean([getattr(r.measures, field.name) for r in results])
             for field in fields(ReferenceFree)
         },
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
 
 
 def strip(result: Evaluated) -> UInt8[np.ndarray, "height width 3"]:
