@@ -36,7 +36,7 @@ class AnswerCache:
 
     Every answer is one transaction (write-ahead log): a killed process loses at most the one it was
     writing. Several processes on one machine may use the file at once; on a network drive they may
-    not. Methods block: `CachedEndpoint` calls them on a thread.
+    not. Methods but `spend` block: `CachedEndpoint` calls them on a thread.
 
     Args:
       path: of the file, made if it is missing; on a local disk.
@@ -47,7 +47,8 @@ class AnswerCache:
 
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
-        self._gate = threading.Lock()
+        self._gate = threading.Lock()  # of the database, held while a write waits for others
+        self._counting = threading.Lock()  # never held for long: `spend` does not block
         self._unsaved = [0, 0]
         self.hits = self.misses = 0
         try:
@@ -90,13 +91,13 @@ class AnswerCache:
 
     def spend(self, requests: int, tokens: int) -> None:
         """Adds to them; written with the next answer, or by `save`."""
-        with self._gate:
+        with self._counting:
             self._unsaved[0] += requests
             self._unsaved[1] += tokens
 
     def save(self) -> None:
         """Writes what was spent."""
-        with self._gate:
+        with self._counting:
             unsaved, self._unsaved = self._unsaved, [0, 0]
         if any(unsaved):
             self._execute("UPDATE spent SET requests = requests + ?, tokens = tokens + ?", *unsaved)

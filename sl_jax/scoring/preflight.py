@@ -158,9 +158,9 @@ async def _ask(pool: JudgePool, client: OpenAIJudge, request: JudgeRequest, asks
             answer = await client.answer(dataclasses.replace(request, repeat=repeat))
             pool.budget.answered(answer.tokens)
             return answer
-        except TransientJudgeError as error:
+        except (TransientJudgeError, PermanentJudgeError) as error:
             pool.budget.answered(error.tokens)
-            if repeat == asks - 1:
+            if repeat == asks - 1 or isinstance(error, PermanentJudgeError):
                 raise
     raise AssertionError("asks is at least 1")
 

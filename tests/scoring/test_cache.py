@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -174,6 +175,24 @@ def test_budgets_count_over_restarts(tmp_path):
         cache = AnswerCache(tmp_path / "c")
         assert cache.spent() == (total, 7 * total)
         cache.close()
+
+
+def test_spending_waits_for_no_write(tmp_path):
+    """It is counted on the event loop, which has answers to attend to."""
+    cache = AnswerCache(tmp_path / "c")
+    with sqlite3.connect(tmp_path / "c") as other, ThreadPoolExecutor(1) as thread:
+        other.execute("BEGIN IMMEDIATE")
+        cache.spend(1, 0)
+        saved = thread.submit(cache.save)  # waits for the other
+        while not cache._gate.locked():
+            time.sleep(0.001)
+        began = time.monotonic()
+        cache.spend(1, 5)
+        assert time.monotonic() - began < 1 and not saved.done()
+        other.rollback()
+        saved.result(30)
+    assert cache.spent() == (2, 5)
+    cache.close()
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):
