@@ -193,7 +193,8 @@ class JudgeSettings:
         asks: how often a request is sent before its candidate, or the grid, has failed; the pool's
             own tries count, and are not cut short.
         weights: one per criterion, in the order of `scoring.types.CRITERIA`.
-        prompts: folder with candidate.md and grid.md; empty for the packaged ones.
+        prompts: folder with candidate.md, grid.md and, where it describes pictures, caption.md;
+            empty for the packaged ones.
         captions: whether the judge is told the pictures' captions.
         render: how pictures are laid out.
         request: how a server is asked.
@@ -277,6 +278,10 @@ class EvaluationConfig:
     def spread_draws(self) -> int:
         """Rollout batches of an evaluation that measures `window_share`."""
         return 2 if self.window_share else 0
+
+    def times(self, epochs: int) -> int:
+        """How many evaluations so many epochs make: before them, on schedule, and at their end."""
+        return 1 + epochs // self.every + bool(epochs % self.every)
 
 
 @dataclass(frozen=True)

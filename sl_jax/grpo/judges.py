@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
-from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings
+from sl_jax.grpo.config import GrpoConfig, JudgeSettings
 from sl_jax.grpo.judging import Judging
 from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import ALONE, Processes
@@ -46,19 +46,6 @@ class _Pooled(NamedTuple):
 
     pool: "JudgePool"
     endpoint: Endpoint
-
-
-class _WrittenAtOnce:
-    """A ledger that is on disk after each request, where no answers are stored with it."""
-
-    def __init__(self, cache: AnswerCache):
-        self._cache = cache
-        self.spent = cache.spent
-
-    def spend(self, requests: int, tokens: int) -> None:
-        """As `budget.Ledger`."""
-        self._cache.spend(requests, tokens)
-        self._cache.save()
 
 
 @contextmanager
@@ -118,7 +105,7 @@ def open_judges(
         )
         graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
         if judge.preflight:
-            rollout, times = config.rollout, evaluations(config.evaluation, epochs)
+            rollout, times = config.rollout, config.evaluation.times(epochs)
             spread = config.evaluation.spread_draws * rollout.batch_groups * rollout.group_size
             graded = (held_out + spread) * times // processes.count
             groups = config.rollout.groups // processes.count
@@ -162,11 +149,6 @@ def make_judge(
     return TwoStageJudge(endpoint, config)
 
 
-def evaluations(config: EvaluationConfig, epochs: int) -> int:
-    """How many evaluations a run makes: before it, on schedule, and at its end."""
-    return 1 + epochs // config.every + bool(epochs % config.every)
-
-
 def _own(
     settings: JudgeSettings, folder: epath.Path, processes: Processes, users: Mapping[str, int]
 ) -> JudgeSettings:
@@ -205,8 +187,7 @@ def _shared(
 def _budget(settings: JudgeSettings, stack: ExitStack) -> Budget:
     ledger = AnswerCache(settings.cache_path)
     stack.callback(ledger.close)
-    kept = ledger if settings.cache else _WrittenAtOnce(ledger)
-    return Budget(settings.max_requests, settings.max_tokens, kept)
+    return Budget(settings.max_requests, settings.max_tokens, ledger)
 
 
 def _pooled(

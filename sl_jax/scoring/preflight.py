@@ -116,8 +116,8 @@ def _requests(
         rendering.grid_request(group, arrangement, np.full(group_size, 0.5), texts, render),
     ]
     if caption:
-        config = captions.CaptionConfig()
-        requests.append(captions.caption_request(group.source, captions.load_template(), config))
+        template, config = captions.load_template(prompts), captions.CaptionConfig()
+        requests.append(captions.caption_request(group.source, template, config))
     return requests
 
 

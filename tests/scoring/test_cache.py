@@ -1,6 +1,7 @@
 """What was asked once is not asked again; what would be answered differently is."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -8,7 +9,6 @@ import sqlite3
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -160,6 +160,32 @@ def test_failures_are_not_stored(tmp_path):
     assert again == first and first.cached and len(endpoint.asked) == 2
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-1], lambda text: b"\xff" + text[1:], lambda _: b'{"score": 7}']
+)
+def test_a_stored_answer_that_is_broken_now_is_asked_for_anew(tmp_path, caplog, damage):
+    """Cut off, no UTF-8, or of rules of another day: it would be no less broken at every ask."""
+    path = tmp_path / "c"
+
+    async def work(cached):
+        answers = [await cached.answer(one(index)) for index in range(3)]
+        return answers, cached.metrics()
+
+    first, _ = through(path, Counting(), work)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        keys = [key for (key,) in database.execute("SELECT key FROM answers")]
+        for key, text in zip(keys[:2], first, strict=False):
+            damaged = damage(text.encode()), key
+            database.execute("UPDATE answers SET answer = CAST(? AS TEXT) WHERE key = ?", damaged)
+    for asked, hits in ((2, 1), (0, 3)):
+        endpoint = Counting()
+        again, metrics = through(path, endpoint, work)
+        assert again == first and len(endpoint.asked) == asked
+        assert (metrics["cache/hits"], metrics["cache/broken"]) == (hits, asked)
+        assert metrics["cache/misses"] == asked
+    assert len(caplog.records) == 1 and f"{path} holds an answer that is broken" in caplog.text
+
+
 def test_budgets_count_over_restarts(tmp_path):
     for total in (2, 4):
         with HostileServer(tokens=7) as server:
@@ -177,22 +203,18 @@ def test_budgets_count_over_restarts(tmp_path):
         cache.close()
 
 
-def test_spending_waits_for_no_write(tmp_path):
-    """It is counted on the event loop, which has answers to attend to."""
-    cache = AnswerCache(tmp_path / "c")
-    with sqlite3.connect(tmp_path / "c") as other, ThreadPoolExecutor(1) as thread:
-        other.execute("BEGIN IMMEDIATE")
-        cache.spend(1, 0)
-        saved = thread.submit(cache.save)  # waits for the other
-        while not cache._gate.locked():
-            time.sleep(0.001)
-        began = time.monotonic()
-        cache.spend(1, 5)
-        assert time.monotonic() - began < 1 and not saved.done()
-        other.rollback()
-        saved.result(30)
-    assert cache.spent() == (2, 5)
-    cache.close()
+def test_what_is_spent_is_in_the_file_when_the_process_is_killed(tmp_path):
+    """A run counts in one connection and stores answers in others."""
+    script = (
+        "import os, sys; from sl_jax.scoring.budget import Budget\n"
+        "from sl_jax.scoring.cache import AnswerCache\n"
+        "budget = Budget(ledger=AnswerCache(sys.argv[1])); answers = AnswerCache(sys.argv[1])\n"
+        "budget.request(); budget.answered(7); budget.request(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")])
+    assert killed.returncode == -signal.SIGKILL
+    with contextlib.closing(AnswerCache(tmp_path / "c")) as cache:
+        assert cache.spent() == (2, 7)
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):
