@@ -37,14 +37,17 @@ command="" name="" type="" version="" zone="" project=""
 spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=60
 variables=() training=()
 pause="${TPU_PAUSE:-30}"
+rest="$pause" # until the next try to have a VM once more
+trained=no    # whether a training was started or found here
 again="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
 
 HOST_SCRIPT=sl_jax/launch/tpu_host.sh # on a host
 SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
-CHIPS=4   # of a host, but for single hosts of eight
-TRIES=4   # of a command that needs a connection
-LOOKS=20  # at hosts that do not answer
-AGAIN=200 # the status of a training that is to start again
+CHIPS=4     # of a host, but for single hosts of eight
+TRIES=4     # of a command that needs a connection
+LOOKS=20    # at hosts that do not answer, or at a gcloud that does not
+LONGEST=600 # seconds between tries to have a VM once more
+AGAIN=200   # the status of a training that is to start again
 
 bad() {
   fail "$@" "bash launch/tpu_vm.sh --help says more."
@@ -260,9 +263,10 @@ request() {
 }
 
 remove() {
-  local requested="$queued"
-  if [ "$dry$queued" = nono ] && [ -n "$(described queued-resources name)" ]; then
-    requested=yes
+  local requested="$queued" found
+  if [ "$dry$queued" = nono ]; then
+    found="$(described queued-resources name)" || return
+    [ -z "$found" ] || requested=yes
   fi
   if [ "$requested" = yes ]; then
     cloud queued-resources delete "$name" --force
@@ -275,13 +279,35 @@ say() {
   printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2
 }
 
+# change WORD...: changes what VM there is. Once there was a training, a failure is no end, as chips
+# are often short after a preemption: it is said, and after a pause, each time longer, the caller may
+# look how things stand, and try again.
+change() {
+  if "$@"; then
+    rest="$pause"
+    return
+  fi
+  [ "$trained" = yes ] || return 1
+  say "That has failed; the reason stands above. Next try in $rest s."
+  sleep "$rest"
+  rest="$(awk -v rest="$rest" -v most="$LONGEST" 'BEGIN { print (2 * rest < most ? 2 * rest : most) }')"
+}
+
 create() {
-  local state known said=""
+  local state known said="" looks=0 answered="$trained"
   while :; do
-    state="$(vm_state)"
+    state="$(vm_state)" || state=unknown
     case "$state" in
+      unknown) # of a client that is offline, or not logged in: then nothing is waited for yet
+        [ "$answered" = yes ] || exit 1
+        looks=$((looks + 1))
+        [ "$looks" -lt "$LOOKS" ] || fail "gcloud has not answered $looks times." \
+          "What was asked for comes all the same, and costs. To go on: $again"
+        sleep "$pause"
+        continue
+        ;;
       READY)
-        known="$(described tpu-vm acceleratorType)"
+        known="$(described tpu-vm acceleratorType)" || continue
         [ "${known##*/}" = "$type" ] || fail "$name is there, as a ${known##*/} and not a $type." \
           "Please choose another name, or delete it: bash launch/tpu_vm.sh delete $name"
         say "$name is ready."
@@ -289,17 +315,17 @@ create() {
         ;;
       "")
         say "Making $name, a $type."
-        request || fail "gcloud could not make $name; its words stand above." \
+        change request || fail "gcloud could not make $name; its words stand above." \
           "Where chips are short, --queued waits for them in Google's queue."
         [ "$dry" = no ] || return 0
         ;;
       PREEMPTED | TERMINATED | SUSPENDED)
         say "$name is $state: it is deleted and made again."
-        remove
+        change remove
         ;;
       STOPPED)
         say "$name is stopped: it is started."
-        cloud tpu-vm start "$name"
+        change cloud tpu-vm start "$name"
         ;;
       FAILED)
         fail "The request for $name has failed. To see why:" \
@@ -311,7 +337,7 @@ create() {
         sleep "$pause"
         ;;
     esac
-    said="$state"
+    said="$state" answered=yes looks=0
   done
 }
 
@@ -435,7 +461,7 @@ run() {
         start
         ;;
     esac
-    status=0
+    status=0 trained=yes
     attend || status=$?
     [ "$status" -eq "$AGAIN" ] || return "$status"
     [ "$count" -lt "$restarts" ] || fail "It has started again $count times, and does not any more."

@@ -103,13 +103,49 @@ def test_a_preempted_one_is_made_again_and_goes_on(cloud):
     assert verbs(cloud.calls()).count("create") == 2
 
 
+def trouble(cloud: Cloud, **times: int) -> None:
+    """What fails from now on, and how often."""
+    (cloud.place / "trouble.json").write_text(json.dumps(times))
+
+
+def test_chips_that_are_short_after_a_preemption_are_waited_for(cloud):
+    cloud.plan("hang", "0")
+    process = cloud.start(*run_words("--spot"))
+    wait_for(lambda: len(cloud.trained()) == 1)
+    trouble(cloud, create=2, delete=1)
+    preempt(cloud)
+    _, said = cloud.ended(process)
+    assert said.count("no more capacity") == 2 and len(cloud.trained()) == 2
+    pauses = re.findall(r"That has failed; .* Next try in (\S+) s\.", said)
+    assert pauses == ["0.1", "0.1", "0.2"]  # of a deletion; twice of a creation
+
+
+@pytest.mark.parametrize("words", [("--queued",), ()])
+def test_a_gcloud_that_is_offline_for_a_while_is_asked_again(cloud, words):
+    """While chips are waited for, and when they are there again."""
+    cloud.plan("hang", "0")
+    process = cloud.start(*run_words("--spot", *words))
+    wait_for(lambda: "create" in verbs(cloud.calls()))
+    trouble(cloud, describe=2)
+    wait_for(lambda: len(cloud.trained()) == 1)
+    preempt(cloud)
+    _, said = cloud.ended(process)
+    assert said.count("no connection") == 2 and len(cloud.trained()) == 2
+
+
+def test_a_gcloud_that_never_answered_is_not_asked_again(cloud):
+    trouble(cloud, describe=2)
+    _, said = cloud.run(*run_words(), code=1)
+    assert "gcloud does not say what my-tpu is:" in said and len(cloud.calls()) == 1
+
+
 def test_a_lost_connection_is_taken_up_where_the_log_was(cloud):
     cloud.plan("hang")
     process = cloud.start(*run_words())
     wait_for(lambda: len(cloud.trained()) == 1)
     wait_for(lambda: tails(cloud) != [])
     before = tails(cloud)
-    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "describe": 1}))  # offline
+    trouble(cloud, ssh=2, describe=1)  # offline
     for tail in before:
         os.kill(tail, signal.SIGKILL)
     wait_for(lambda: set(tails(cloud)) - set(before))
@@ -169,13 +205,13 @@ def test_a_host_whose_python_is_too_old_gets_one(cloud):
 
 @pytest.mark.slow
 def test_troubles_that_pass(cloud):
-    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 4, "scp": 3}))
+    trouble(cloud, ssh=4, scp=3)
     _, said = cloud.run(*run_words("--env=JUDGE_TOKEN"))
     assert "Try 3 of 4 has failed" in said and len(cloud.trained()) == 1
 
 
 def test_no_chips(cloud):
-    (cloud.place / "trouble.json").write_text(json.dumps({"create": 1}))
+    trouble(cloud, create=1)
     _, said = cloud.run(*run_words(), code=1)
     assert "no more capacity" in said and "--queued waits" in said
 
