@@ -33,9 +33,10 @@ training itself outlives it. TPU_PAUSE: seconds between looks and tries, 30.
 END_OF_USAGE
 }
 
-command="" name="" type="" version="" zone="" project=""
+command="" name="" type="" version=""
 spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=60
 variables=() training=()
+place=() # flags of gcloud
 pause="${TPU_PAUSE:-30}"
 rest="$pause" # until the next try to have a VM once more
 trained=no    # whether a training was started or found here
@@ -64,8 +65,7 @@ parse() {
         exit 0
         ;;
       --type=*) type="${word#*=}" ;;
-      --zone=*) zone="${word#*=}" ;;
-      --project=*) project="${word#*=}" ;;
+      --zone=* | --project=*) place+=("$word") ;;
       --version=*) version="${word#*=}" ;;
       --env=*) variables+=("${word#*=}") ;;
       --extras=*) extras="${word#*=}" ;;
@@ -200,10 +200,7 @@ here() {
 
 # cloud WORD...: gcloud compute tpus WORD... for the VM's place.
 cloud() {
-  local line=(gcloud compute tpus "$@" --quiet)
-  [ -z "$zone" ] || line+=("--zone=$zone")
-  [ -z "$project" ] || line+=("--project=$project")
-  here "${line[@]}"
+  here gcloud compute tpus "$@" --quiet ${place[@]+"${place[@]}"}
 }
 
 # shell WORKER COMMAND: runs it on a host, or on all; a connection that is dead is given up.
@@ -320,6 +317,10 @@ create() {
         [ "$dry" = no ] || return 0
         ;;
       PREEMPTED | TERMINATED | SUSPENDED)
+        [ "$state" = PREEMPTED ] || [ "$spot$queued" != nono ] ||
+          fail "$name is $state, with all that is on its disk. To start it again, and go on:" \
+            "  gcloud compute tpus tpu-vm start $name${place[*]+ ${place[*]}}" \
+            "If nothing on it is wanted: bash launch/tpu_vm.sh delete $name"
         say "$name is $state: it is deleted and made again."
         change remove
         ;;
@@ -461,7 +462,7 @@ run() {
         start
         ;;
     esac
-    status=0 trained=yes
+    status=0 looks=0 trained=yes
     attend || status=$?
     [ "$status" -eq "$AGAIN" ] || return "$status"
     [ "$count" -lt "$restarts" ] || fail "It has started again $count times, and does not any more."

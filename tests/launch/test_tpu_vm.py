@@ -82,10 +82,15 @@ def without_folders(call: list[str]) -> list[str]:
     return [Path(word).name if word.startswith("/") else word for word in call]
 
 
+def set_state(cloud: Cloud, state: str) -> None:
+    """As Google does with a TPU VM."""
+    vm = json.loads((cloud.place / "vm.json").read_text())
+    (cloud.place / "vm.json").write_text(json.dumps(vm | {"state": state}))
+
+
 def preempt(cloud: Cloud) -> None:
     """As Google does: the hosts are gone, and the VM says so."""
-    vm = json.loads((cloud.place / "vm.json").read_text())
-    (cloud.place / "vm.json").write_text(json.dumps(vm | {"state": "PREEMPTED"}))
+    set_state(cloud, "PREEMPTED")
     for session in cloud.sessions():
         os.killpg(session, signal.SIGKILL)
 
@@ -137,6 +142,35 @@ def test_a_gcloud_that_never_answered_is_not_asked_again(cloud):
     trouble(cloud, describe=2)
     _, said = cloud.run(*run_words(), code=1)
     assert "gcloud does not say what my-tpu is:" in said and len(cloud.calls()) == 1
+
+
+def test_hosts_may_be_slow_to_answer_after_every_preemption(cloud):
+    """What counts as too often is that of one start."""
+    script = cloud.repository.root / "launch" / "tpu_vm.sh"
+    text = script.read_text()
+    assert "\nLOOKS=20 " in text
+    script.write_text(text.replace("\nLOOKS=20 ", "\nLOOKS=3 "))
+    cloud.plan("hang", "hang", "0")
+    process = cloud.start(*run_words("--spot"))
+    for starts in (1, 2):
+        wait_for(lambda starts=starts: len(cloud.trained()) == starts)
+        trouble(cloud, ssh=3)  # once before the VM is found to be gone
+        preempt(cloud)
+    cloud.ended(process)
+    assert len(cloud.trained()) == 3
+
+
+@pytest.mark.parametrize("state", ["TERMINATED", "SUSPENDED"])
+def test_one_of_the_users_own_with_a_run_on_its_disk_is_not_deleted(cloud, state):
+    words = ("run", "my-tpu", "--type=v5e:2x4", "--zone=us-a", "--", "--config=grpo")
+    cloud.run(*words)
+    set_state(cloud, state)
+    _, said = cloud.run(*words, code=1)
+    assert f"my-tpu is {state}, with all that is on its disk" in said
+    assert "  gcloud compute tpus tpu-vm start my-tpu --zone=us-a\n" in said
+    assert "delete" not in verbs(cloud.calls()) and list(cloud.place.glob("host*"))
+    cloud.run(*words[:4], "--spot", "--", "--config=grpo", WORKDIR)
+    assert verbs(cloud.calls()).count("delete") == 1
 
 
 def test_a_lost_connection_is_taken_up_where_the_log_was(cloud):
