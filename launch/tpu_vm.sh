@@ -48,7 +48,9 @@ CHIPS=4     # of a host, but for single hosts of eight
 TRIES=4     # of a command that needs a connection
 LOOKS=20    # at hosts that do not answer, or at a gcloud that does not
 LONGEST=600 # seconds between tries to have a VM once more
+FAILURES=3  # that nobody expected (70), one after the other with no epoch between
 AGAIN=200   # the status of a training that is to start again
+FAILED=201  # likewise, after an error that nobody expected
 
 bad() {
   fail "$@" "bash launch/tpu_vm.sh --help says more."
@@ -386,15 +388,14 @@ training_state() {
   printf 'ended %s\n' "$(sed -n 's/^ended //p' <<<"$lines" | sort -n | tail -n 1)"
 }
 
-# goes_on STATUS: whether a training that ended so goes on by itself when it is started again:
-# terminated (143), killed otherwise, or after an error that nobody expected (70); not after one that
-# says what to do (1).
+# goes_on STATUS: whether a training that ended so is to be started again, as often as it takes:
+# terminated (143) or killed otherwise.
 goes_on() {
-  [ "$1" -eq 70 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }
+  [ "$1" -gt 128 ] && [ "$1" -ne 130 ]
 }
 
 # attend: follows the training until it ends, over lost connections. The status is that of the
-# training, or AGAIN if it is to start again.
+# training, or AGAIN or FAILED if it is to start again. Its log is then in $scratch/log.
 attend() {
   local state looks=0 copy="$scratch/log"
   if [ "$dry" = yes ]; then
@@ -409,6 +410,7 @@ attend() {
       "ended 0") return 0 ;;
       ended*)
         say "The training has ended with status ${state#* }."
+        [ "$state" != "ended 70" ] || return "$FAILED"
         ! goes_on "${state#* }" || return "$AGAIN"
         return "${state#* }"
         ;;
@@ -437,7 +439,7 @@ attend() {
 }
 
 run() {
-  local state status count=0 looks=0
+  local state status count=0 looks=0 failures=0
   while :; do
     create
     state=never
@@ -464,7 +466,17 @@ run() {
     esac
     status=0 looks=0 trained=yes
     attend || status=$?
-    [ "$status" -eq "$AGAIN" ] || return "$status"
+    case "$status" in
+      "$AGAIN") failures=0 ;;
+      "$FAILED")
+        ! grep -q 'Epoch [0-9]* of [0-9]*: ' "$scratch/log" || failures=0
+        failures=$((failures + 1))
+        [ "$failures" -lt "$FAILURES" ] ||
+          fail "An error that nobody expected has ended it $failures times, with no epoch between." \
+            "The log above says why. To try again: $again"
+        ;;
+      *) return "$status" ;;
+    esac
     [ "$count" -lt "$restarts" ] || fail "It has started again $count times, and does not any more."
     count=$((count + 1))
     say "Start $((count + 1)), to go on where it was."

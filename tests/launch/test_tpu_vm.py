@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from cloud import HERE, TOKEN, Cloud, lines, wait_for
 
+from sl_jax.grpo.metrics import epoch_line
+
 WORKDIR = "--config.workdir=gs://bucket/run"
 OLD = """#!/bin/bash
 # Not of a version that suits: all that it is good for is pip.
@@ -213,6 +215,26 @@ def test_the_status_decides_whether_it_starts_again(cloud, plan, code, starts):
     _, said = cloud.run(*run_words(), code=code)
     assert len(cloud.trained()) == starts
     assert f"The training has ended with status {'1' if code else '137'}." in said
+
+
+def test_an_error_that_comes_each_time_ends_it(cloud):
+    cloud.plan("70")
+    _, said = cloud.run(*run_words(), code=1)
+    assert len(cloud.trained()) == 3
+    assert "An error that nobody expected has ended it 3 times" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [("70", "70", "143", "70", "0"), ("70", "70", "70", "70", "0")])
+def test_errors_that_come_now_and_then_do_not(cloud, plan):
+    """After a preemption, or where epochs are complete between them."""
+    train = cloud.repository.root / "sl_jax" / "train.py"
+    line = epoch_line(7, 24, {"judge/reward_mean": 0.4, "seconds/all": 90.0}, None)
+    if "143" not in plan:
+        train.write_text(f"print({line!r})\n{train.read_text()}")
+    cloud.plan(*plan)
+    cloud.run(*run_words())
+    assert len(cloud.trained()) == len(plan)
 
 
 @pytest.mark.slow
