@@ -59,8 +59,10 @@ STAGE_RULES = dict.fromkeys(("steps", *WATCHED), AT_LEAST_ONE) | {"ema": DECAY}
 
 
 def warmup_problems(config: StageConfig, path: str = "config") -> Iterator[str]:
-    """A problem if the stage ends before its learning rate has warmed up."""
-    warmup = config.optimizer.warmup_steps
+    """A problem if the stage, or the decay of its learning rate, ends before that has warmed up."""
+    warmup, decay = config.optimizer.warmup_steps, config.optimizer.decay_steps
+    if decay != 0 and decay <= warmup:
+        yield f"{path}.optimizer.decay_steps is {decay}; please use 0, or more than warmup_steps"
     if warmup >= config.steps > 0:
         yield (
             f"{path}.optimizer.warmup_steps is {warmup}; please use less than {path}.steps, "

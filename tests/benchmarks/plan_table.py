@@ -136,7 +136,7 @@ def _line(entry: dict[str, Any]) -> str:
     plan, card = entry["plan"], entry["kind"] == "card"
     chip = plan["chip"] | _H100 if card else plan["chip"]
     needed = plan["needed"] + (_RESERVED if card else 0)
-    forecast = card_forecast(plan) if card else plan["forecast"]
+    forecast = card_forecast(plan) if card and plan["forecast"] else plan["forecast"]
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     cells = (
         ("H100, estimate" if card else plan["topology"]) + (" †" if "note" in entry else ""),
@@ -144,8 +144,8 @@ def _line(entry: dict[str, Any]) -> str:
         plan["workload"]["groups"],
         "yes" if needed <= chip["hbm"] else "**no**",
         f"{needed / _GIB:.1f} of {chip['hbm'] / _GIB:.1f}",
-        f"{forecast['epoch_seconds']:.0f} s",
-        f"{forecast['hours']:.0f} h",
+        f"{forecast['epoch_seconds']:.0f} s" if forecast else "–",
+        f"{forecast['hours']:.0f} h" if forecast else "–",
     )
     return f"| {' | '.join(map(str, cells))} |"
 
