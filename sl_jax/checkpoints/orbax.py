@@ -171,6 +171,7 @@ class RunCheckpoints:
                 self._set_aside(list(passed_over))
                 return number, tree, record["record"]
             passed_over[number] = damage
+            tree = None  # no room for two
         misfit = next((why for why in passed_over.values() if why.startswith(_MISFIT)), None)
         if misfit is not None:
             raise CheckpointError(
@@ -192,18 +193,19 @@ class RunCheckpoints:
             )
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
-        """Tree and record as they are there, or what keeps this process from reading them."""
+        """Tree and record as they are there, or what keeps this process from reading them.
+
+        By the handler, which waits for nobody; Orbax's manager would, for a process that cannot
+        read its part.
+        """
+        path = self.directory / str(step)
         try:
-            misfit = _misfit(abstract, self.directory / str(step) / _TREE)
+            misfit = _misfit(abstract, path / _TREE)
             if misfit is not None:
                 return None, {}, misfit
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-                ),
-            )
-            return found["tree"], _content(found["record"]), None
+            args = ocp.args.StandardRestore(abstract)
+            tree = ocp.StandardCheckpointHandler().restore(path / _TREE, args=args)
+            return tree, _content(json.loads((path / _RECORD).read_text())), None
         except Exception as error:
             if not _is_damage(error):
                 raise
@@ -275,6 +277,14 @@ class RunCheckpoints:
                 f"a checkpoint cannot be written to {self.directory}: {reason}; those before it "
                 f"are whole. Please {advice}; the same command then goes on"
             ) from error
+
+
+def donated(tree: Any) -> Any:
+    """Shapes, dtypes and shardings to restore to, of arrays, which are deleted to make room."""
+    like = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+    for leaf in jax.tree.leaves(tree):
+        leaf.delete()
+    return like
 
 
 class _LastAndBest(preservation_policy.PreservationPolicy):

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm import tqdm
 
-from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.orbax import RunCheckpoints, donated
 from sl_jax.flow.schedule import draw_sigmas
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.rope import LatentGrid
@@ -59,8 +59,10 @@ STAGE_RULES = dict.fromkeys(("steps", *WATCHED), AT_LEAST_ONE) | {"ema": DECAY}
 
 
 def warmup_problems(config: StageConfig, path: str = "config") -> Iterator[str]:
-    """A problem if the stage ends before its learning rate has warmed up."""
-    warmup = config.optimizer.warmup_steps
+    """A problem if the stage, or the decay of its learning rate, ends before that has warmed up."""
+    warmup, decay = config.optimizer.warmup_steps, config.optimizer.decay_steps
+    if decay != 0 and decay <= warmup:
+        yield f"{path}.optimizer.decay_steps is {decay}; please use 0, or more than warmup_steps"
     if warmup >= config.steps > 0:
         yield (
             f"{path}.optimizer.warmup_steps is {warmup}; please use less than {path}.steps, "
@@ -195,7 +197,10 @@ class Stage:
         self._evaluations = {kind: jax.jit(fn) for kind, fn in losses.items()}
 
     def start(self, trained: Any) -> StageState:
-        """The state to begin with, or the newest checkpoint of the work directory."""
+        """The state to begin with, or the newest checkpoint of the work directory.
+
+        `trained` is given up: the first update, or what is restored, takes its room.
+        """
         state = StageState(
             jnp.zeros((), jnp.int32),
             trained,
@@ -205,7 +210,7 @@ class Stage:
         state = state if self._mesh is None else _on_mesh(state, self._mesh)
         if self._checkpoints.latest is None:
             return state
-        step, state, self._told = self._checkpoints.restore(state)
+        step, state, self._told = self._checkpoints.restore(donated(state))
         _log.info("Going on at update %d of %d.", step, self._config.steps)
         return state
 

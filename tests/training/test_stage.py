@@ -186,6 +186,39 @@ def test_the_order_is_a_function_of_seed_and_update():
     assert not np.array_equal(indices(3, 7, 4, 50), indices(3, 8, 4, 50))
 
 
+def test_a_resumed_stage_holds_as_much_as_a_fresh_one(tmp_path, monkeypatch):
+    """At an update, parameters, their average and two moments; while restoring, nothing."""
+    size, updates, restored = 12_347, [], []
+    restore = RunCheckpoints.restore
+    config = StageConfig(steps=4, optimizer=OptimizerConfig(0.1), eval_every=9, checkpoint_every=9)
+    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+
+    def alive():
+        return sum(x.shape == (size,) for x in jax.live_arrays())
+
+    def restoring(self, like):
+        restored.append(alive())
+        return restore(self, like)
+
+    def batches(step):
+        updates.append(alive())
+        if updates == [4, 4]:
+            raise _Stopped
+        return "all", None
+
+    def run():
+        trained = {"w": jnp.ones(size)}  # which the caller holds on to
+        with open_stage(config, losses, tmp_path, 1, LogConfig()) as stage:
+            stage.run(stage.start(trained), batches, [], "toy")
+
+    monkeypatch.setattr(RunCheckpoints, "restore", restoring)
+    with ALONE.open():
+        with pytest.raises(_Stopped):
+            run()
+        run()
+    assert restored == [0] and updates == [4] * 5
+
+
 def test_on_a_mesh_everything_stays_where_its_parameters_are(tmp_path):
     mesh = make_mesh(MeshConfig())
     spread = NamedSharding(mesh, PartitionSpec("fsdp"))
