@@ -53,7 +53,6 @@ class AnswerCache:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._gate = threading.Lock()
-        self._unsaved = [0, 0]
         self.hits = self.misses = self.broken = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -88,7 +87,6 @@ class AnswerCache:
             "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)",
             *(key, str(answer), answer.endpoint, answer.tokens, answer.seconds, time.time()),
         )
-        self.save()
 
     def forget(self, key: str) -> None:
         """Removes an answer that `get` gave and that proved to be none: it was a miss."""
@@ -97,25 +95,15 @@ class AnswerCache:
 
     def spent(self) -> tuple[int, int]:
         """Requests and tokens of all processes so far."""
-        self.save()
         return self._execute("SELECT requests, tokens FROM spent")
 
     def spend(self, requests: int, tokens: int) -> None:
-        """Adds to them; written with the next answer, or by `save`."""
-        with self._gate:
-            self._unsaved[0] += requests
-            self._unsaved[1] += tokens
-
-    def save(self) -> None:
-        """Writes what was spent."""
-        with self._gate:
-            unsaved, self._unsaved = self._unsaved, [0, 0]
-        if any(unsaved):
-            self._execute("UPDATE spent SET requests = requests + ?, tokens = tokens + ?", *unsaved)
+        """Adds to them, in the file, where a kill leaves it."""
+        change = "UPDATE spent SET requests = requests + ?, tokens = tokens + ?"
+        self._execute(change, requests, tokens)
 
     def close(self) -> None:
-        """Writes what is left, and closes the file."""
-        self.save()
+        """Closes the file."""
         with self._gate:
             self._database.close()
 

@@ -203,6 +203,20 @@ def test_budgets_count_over_restarts(tmp_path):
         cache.close()
 
 
+def test_what_is_spent_is_in_the_file_when_the_process_is_killed(tmp_path):
+    """A run counts in one connection and stores answers in others."""
+    script = (
+        "import os, sys; from sl_jax.scoring.budget import Budget\n"
+        "from sl_jax.scoring.cache import AnswerCache\n"
+        "budget = Budget(ledger=AnswerCache(sys.argv[1])); answers = AnswerCache(sys.argv[1])\n"
+        "budget.request(); budget.answered(7); budget.request(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")])
+    assert killed.returncode == -signal.SIGKILL
+    with contextlib.closing(AnswerCache(tmp_path / "c")) as cache:
+        assert cache.spent() == (2, 7)
+
+
 def test_a_file_that_is_no_cache_is_named(tmp_path):
     path = tmp_path / "judge.sqlite3"
     path.write_bytes(b"not a database " * 100)
