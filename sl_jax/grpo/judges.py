@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
+from sl_jax.checkpoints.source import TINY
 from sl_jax.grpo.config import GrpoConfig, JudgeSettings
 from sl_jax.grpo.judging import Judging
 from sl_jax.imaging.words import counted
@@ -84,6 +85,12 @@ def open_judges(
         if judge.endpoints or servers:
             budget = _budget(judge, stack)
         training = _pooled(judge, judge.endpoints, budget) if judge.endpoints else None
+        if training is None and config.model != TINY:
+            _log.warning(
+                "The judge in process looks at pixels, by rules made for procedural designs: of "
+                "other pictures its scores mean little. Please name servers of a vision-language "
+                "model as config.judge.endpoints."
+            )
         endpoint = training.endpoint if training else make_endpoint(judge)
         worker = stack.enter_context(
             JudgeWorker(make_judge(judge, endpoint, config.seed), judge.concurrency)

@@ -22,11 +22,11 @@ class RequestConfig:
     """How a request is put to a server.
 
     Attributes:
-      temperature, top_p: of sampling; None leaves the server's own.
+      temperature, top_p: how answers are sampled; None leaves the server's own.
       max_tokens: longest answer.
       tokens_field: what the server calls that limit; hosted reasoning models want
         "max_completion_tokens".
-      seed: of sampling, moved on for every repeat and sample; None sends none.
+      seed: what sampling follows from, moved on for every repeat and sample; None sends none.
       picture_format: "png" is exact; "jpeg" is smaller.
       jpeg_quality: 1…95, of JPEGs; more is larger and closer.
       detail: how closely a hosted model looks, "low", "high" or "auto"; None leaves it out.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import ClassVar
 from urllib.parse import SplitResult, urlsplit
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -25,6 +26,8 @@ class EndpointConfig:
       ValueError: a field is wrong; the message begins with its name, and repeats nothing that may
         be a secret.
     """
+
+    SHORT: ClassVar[str] = "a URL, or "  # what else a configuration may give, in words
 
     url: str
     model: str

@@ -17,10 +17,10 @@ URL = "http://127.0.0.1:9/v1"  # nobody listens
 QUIET = {"preflight": False}
 
 
-def _config(evaluation=(), **judge):
+def _config(evaluation=(), model="tiny", **judge):
     return GrpoConfig(
         "run",
-        "tiny",
+        model,
         4,
         rollout=RolloutConfig(group_size=2),
         judge=JudgeSettings(**judge),
@@ -49,6 +49,19 @@ def test_in_process_nothing_is_written_or_tried(tmp_path, caplog):
     assert both.two_stage and not one.two_stage and both.stage1.tolist() == one.stage1.tolist()
     assert list(tmp_path.iterdir()) == []
     assert "config.evaluation.judge names another" in caplog.text
+
+
+@pytest.mark.parametrize("model", ["tiny", "Qwen/Qwen-Image-Layered"])
+def test_pixels_alone_should_not_judge_other_pictures_than_procedural_ones(tmp_path, caplog, model):
+    with open_judges(_config(model=model), tmp_path, 4, 10):
+        pass
+    said = "config.judge.endpoints" in caplog.text
+    assert said == (model != "tiny")
+    caplog.clear()
+    config = _config(model=model, endpoints=(EndpointConfig(URL, "m"),), **QUIET)
+    with open_judges(config, tmp_path, 4, 10):
+        pass
+    assert "config.judge.endpoints" not in caplog.text
 
 
 def test_training_and_evaluation_share_servers_answers_and_budget(served, tmp_path):
