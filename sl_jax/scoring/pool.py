@@ -22,6 +22,7 @@ from sl_jax.scoring.types import (
     BrokenAnswerError,
     JudgeError,
     JudgeRequest,
+    NoJudgeError,
     PermanentJudgeError,
     TransientJudgeError,
 )
@@ -151,7 +152,8 @@ class JudgePool:
         """One verified answer.
 
         Raises:
-          TransientJudgeError: `tries` failed, or nothing was up for `patience`.
+          TransientJudgeError: `tries` failed.
+          NoJudgeError: nothing was up for `patience`.
           PermanentJudgeError: an endpoint refuses the picture.
           BudgetError: nothing may be spent any more.
         """
@@ -239,7 +241,7 @@ class JudgePool:
             if member is not None:
                 waiter.place.set_result(_Place(member, member.state.start(now)))
             elif self._given_up_at(waiter) <= now:
-                waiter.place.set_exception(TransientJudgeError(self._complaint()))
+                waiter.place.set_exception(NoJudgeError(self._complaint()))
             else:
                 left.append(waiter)
                 if not waiter.avoid and self._down_since is None:  # none behind it is luckier

@@ -58,6 +58,10 @@ class EndpointError(TransientJudgeError):
     """The endpoint itself is set up wrongly (key, model, address): others may still answer."""
 
 
+class NoJudgeError(TransientJudgeError):
+    """No endpoint was up for as long as a request waits: it is not the fault of a picture."""
+
+
 class PermanentJudgeError(JudgeError):
     """No other try will succeed with this picture: refusal, content filter, 4xx about it.
 
