@@ -62,7 +62,10 @@ def _production() -> ConfigDict:
     optimizer.learning_rate = 1e-4  # with train = "full" use 1e-5
     optimizer.weight_decay = 1e-4
     optimizer.clip_norm = 1.0
+    optimizer.b1 = 0.9  # peer: flow_grpo's decay of AdamW's first moment
+    optimizer.b2 = 0.999  # peer: of its second
     optimizer.warmup_steps = 100
+    optimizer.decay_steps = 0  # of a cosine to a hundredth of the peak; 0 for all of `steps`
 
     mesh = config.mesh = ConfigDict()
     mesh.data = 1
@@ -82,6 +85,8 @@ def _production() -> ConfigDict:
     distributed.processes = placeholder(int)
     distributed.process = placeholder(int)  # this one, from 0
     distributed.cpu_devices = 1  # of a process without accelerators
+    # seconds from SIGTERM to the end: Kubernetes, spot machines and SLURM give 30 by default
+    distributed.grace = 25.0
     return config
 
 

@@ -46,6 +46,9 @@ def get_config() -> ConfigDict:
     vae.optimizer.warmup_steps = 100
     vae.optimizer.weight_decay = 1e-4
     vae.optimizer.clip_norm = 1.0
+    vae.optimizer.b1 = 0.9  # AdamW's, of what Muon leaves to it
+    vae.optimizer.b2 = 0.999
+    vae.optimizer.decay_steps = 0  # of a cosine to a hundredth of the peak; 0 for all of `steps`
     vae.log_every = 50
     vae.eval_every = 500
     vae.checkpoint_every = 500
@@ -73,6 +76,9 @@ def get_config() -> ConfigDict:
     flow.optimizer.warmup_steps = 100
     flow.optimizer.weight_decay = 1e-2
     flow.optimizer.clip_norm = 1.0
+    flow.optimizer.b1 = 0.9
+    flow.optimizer.b2 = 0.999
+    flow.optimizer.decay_steps = 0
     flow.log_every = 50
     flow.eval_every = 500
     flow.checkpoint_every = 500

@@ -199,6 +199,15 @@ def place(random_checkpoint, tmp_path_factory):
     return folder
 
 
+def section(title: str) -> str:
+    """The text of the section with this title, and of those within it."""
+    headings = re.finditer(r"```.*?```|^(#+) ([^\n]*)$", README, re.DOTALL | re.MULTILINE)
+    found = [match for match in headings if match[1]]
+    (here,) = [match for match in found if match[2] == title]
+    ends = [m.start() for m in found if m.start() > here.start() and len(m[1]) <= len(here[1])]
+    return README[here.end() : min(ends, default=len(README))]
+
+
 def python_blocks(begin: str) -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     return [block for block in blocks if block.startswith(begin)]
@@ -280,8 +289,7 @@ def _said() -> list[str]:
 
 
 def test_messages_of_the_troubleshooting_are_those_of_the_program():
-    section = README[README.index("## Troubleshooting") : README.index("## Citations")]
-    messages = re.findall(r"^\| `([^`]+)` \|", section, re.MULTILINE)
+    messages = re.findall(r"^\| `([^`]+)` \|", section("Troubleshooting"), re.MULTILINE)
     assert len(messages) > 20
     said = _said()
     for message in messages:
@@ -295,13 +303,12 @@ def test_messages_of_the_troubleshooting_are_those_of_the_program():
 
 
 def test_variants_and_exit_codes_of_the_readme_are_those_of_the_program():
-    section = README[README.index("### Configuration") : README.index("### Watching a run")]
-    named = set(re.findall(r"`:(\w+)`", section))
+    named = set(re.findall(r"`:(\w+)`", section("Configuration")))
     with pytest.raises(ValueError, match="please use") as error:
         packaged("grpo", "none")
     assert named == set(str(error.value).partition("please use ")[2].split(", "))
-    told = README[README.index("### Watching a run") : README.index("### Variants of")]
-    codes = {int(code) for code in re.findall(r"^\| (\d) \|", told, re.MULTILINE)}
+    told = re.findall(r"^\| (\d) \|", section("Watching a run"), re.MULTILINE)
+    codes = {int(code) for code in told}
     assert codes == {1, *EXIT_CODES.values()}
 
 

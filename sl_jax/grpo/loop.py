@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from sl_jax.checkpoints.orbax import donated
 from sl_jax.grpo.epoch import Epochs, window_start
 from sl_jax.grpo.evaluation import Evaluated, evaluation_metrics, strip
 from sl_jax.grpo.learner import LearnerState
@@ -198,7 +199,7 @@ def _begin(
         )
     if latest is None:
         return state, 0
-    epoch, state, record = parts.checkpoints.restore(state)
+    epoch, state, record = parts.checkpoints.restore(donated(state))
     epochs.restore(record)
     _log.info("Going on after epoch %d.", epoch)
     return state, epoch

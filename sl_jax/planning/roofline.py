@@ -5,7 +5,7 @@ counts. A run takes longer; how much longer is what a measurement on the hardwar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -126,23 +126,34 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether every phase does."""
-        return self.most.needed <= self.slice.chip.hbm
+        """Whether every phase does, and the compiler agrees."""
+        return not self.refused and self.most.needed <= self.slice.chip.hbm
 
-    def forecast(self) -> Forecast:
-        """The run's time and what it asks of the judge."""
-        work, seconds = self.workload, {p.name: p.seconds(self.slice) for p in self.phases}
-        epoch = sum(seconds.values())
-        evaluation = seconds["rollout"] * work.evaluations / work.rollouts
-        candidates, calls = work.groups * work.group_size, work.groups * work.judge_calls
-        return Forecast(
-            epoch,
-            evaluation,
-            work.epochs * (epoch + evaluation) / 3600,
-            work.epochs * calls,
-            candidates / epoch,
-            calls / epoch,
-        )
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """The phases that the compiler refused; what would come after them is not planned."""
+        return tuple(phase.name for phase in self.phases if phase.refused)
+
+    def forecast(self) -> Forecast | None:
+        """The run's time and what it asks of the judge; None where a phase was refused."""
+        if self.refused:
+            return None
+        return forecast(self.workload, {p.name: p.seconds(self.slice) for p in self.phases})
+
+
+def forecast(work: Workload, seconds: Mapping[str, float]) -> Forecast:
+    """The forecast of a run from the seconds that an epoch spends in each of its phases."""
+    epoch = sum(seconds.values())
+    evaluation = seconds["rollout"] * work.evaluations / work.rollouts
+    candidates, calls = work.groups * work.group_size, work.groups * work.judge_calls
+    return Forecast(
+        epoch,
+        evaluation,
+        work.epochs * (epoch + evaluation) / 3600,
+        work.epochs * calls,
+        candidates / epoch,
+        calls / epoch,
+    )
 
 
 def plan_phases(

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array, Float, PRNGKeyArray
 from tqdm import tqdm
 
-from sl_jax.checkpoints.orbax import RunCheckpoints
+from sl_jax.checkpoints.orbax import RunCheckpoints, donated
 from sl_jax.flow.schedule import draw_sigmas
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.rope import LatentGrid
@@ -59,8 +59,10 @@ STAGE_RULES = dict.fromkeys(("steps", *WATCHED), AT_LEAST_ONE) | {"ema": DECAY}
 
 
 def warmup_problems(config: StageConfig, path: str = "config") -> Iterator[str]:
-    """A problem if the stage ends before its learning rate has warmed up."""
-    warmup = config.optimizer.warmup_steps
+    """A problem if the stage, or the decay of its learning rate, ends before that has warmed up."""
+    warmup, decay = config.optimizer.warmup_steps, config.optimizer.decay_steps
+    if decay != 0 and decay <= warmup:
+        yield f"{path}.optimizer.decay_steps is {decay}; please use 0, or more than warmup_steps"
     if warmup >= config.steps > 0:
         yield (
             f"{path}.optimizer.warmup_steps is {warmup}; please use less than {path}.steps, "
@@ -90,10 +92,12 @@ class FlowBatch(NamedTuple):
     Attributes:
         target: [B, (layers + 1)·N, C]: the whole picture, then its layers back to front.
         condition: [B, N, C]: the picture.
+        fresh: only the first so many examples count; None for all.
     """
 
     target: Float[Array, "b n c"]
     condition: Float[Array, "b m c"]
+    fresh: int | None = None
 
 
 def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
@@ -142,7 +146,10 @@ def flow_loss(
         noise = jax.random.normal(noise_key, batch.target.shape)
         x = (1 - t[:, None, None]) * batch.target + t[:, None, None] * noise
         error = velocity(trained, x, t, batch.condition) - (noise - batch.target)
-        mse = jnp.mean(jnp.square(error))
+        counts = None
+        if batch.fresh is not None:
+            counts = (jnp.arange(len(error)) < batch.fresh)[:, None, None]
+        mse = jnp.mean(jnp.square(error), where=counts)
         return mse, {"mse": mse}
 
     return loss
@@ -195,7 +202,10 @@ class Stage:
         self._evaluations = {kind: jax.jit(fn) for kind, fn in losses.items()}
 
     def start(self, trained: Any) -> StageState:
-        """The state to begin with, or the newest checkpoint of the work directory."""
+        """The state to begin with, or the newest checkpoint of the work directory.
+
+        `trained` is given up: the first update, or what is restored, takes its room.
+        """
         state = StageState(
             jnp.zeros((), jnp.int32),
             trained,
@@ -205,7 +215,7 @@ class Stage:
         state = state if self._mesh is None else _on_mesh(state, self._mesh)
         if self._checkpoints.latest is None:
             return state
-        step, state, self._told = self._checkpoints.restore(state)
+        step, state, self._told = self._checkpoints.restore(donated(state))
         _log.info("Going on at update %d of %d.", step, self._config.steps)
         return state
 
@@ -283,7 +293,7 @@ class Stage:
     def _evaluate(self, state: StageState, batches: Sequence[Any], name: str) -> dict[str, float]:
         """Means over all examples of the batches."""
         results: dict[str, list[float]] = {}
-        sizes = [len(jax.tree.leaves(batch)[0]) for _, batch in batches]
+        sizes = [_examples(batch) for _, batch in batches]
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
             _, metrics = self._evaluations[kind](state.ema, batch, key)
@@ -331,6 +341,12 @@ def open_stage(
         with open_metrics(folder, resume, log, processes) as writer:
             chosen = kept_as(checkpoints)
             yield Stage(config, losses, chosen, writer, seed, mesh=mesh, processes=processes)
+
+
+def _examples(batch: Any) -> int:
+    """How many examples of a batch count."""
+    fresh = batch.fresh if isinstance(batch, FlowBatch) else None
+    return len(jax.tree.leaves(batch)[0]) if fresh is None else fresh
 
 
 def _is_whole(state: StageState) -> bool:

@@ -348,6 +348,16 @@ def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):
     run.start()
     # When an epoch begins, the one state's three arrays are all there is.
     assert alive == [3] * 6
+    restore, restored = RunCheckpoints.restore, []
+
+    def restoring(self, like):
+        restored.append(sum(x.shape == (12345,) for x in jax.live_arrays()))
+        return restore(self, like)
+
+    monkeypatch.setattr(RunCheckpoints, "restore", restoring)
+    run.config = dataclasses.replace(run.config, epochs=8)
+    run.start()
+    assert restored == [0] and alive == [3] * 8
 
 
 def test_windows_are_drawn_per_epoch_from_the_seed():

@@ -2,25 +2,32 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.grpo.config import from_mapping
-from sl_jax.grpo.programs import Programs
-from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.grpo.programs import Programs, workload
+from sl_jax.parallel.mesh import Layout, make_mesh, replicated
 from sl_jax.planning.phases import bytes_per_chip
 from sl_jax.planning.work import count_work
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 
 
-def _programs(**rollout):
+def _config(rollout, **others):
+    """The tiny configuration with other fields of `rollout`, and of parts that are named."""
     settings = runpy.run_path(str(_FILE))["get_config"]("tiny").to_dict()
     settings["data"]["path"] = "pictures"
-    settings["rollout"] |= rollout
-    config = from_mapping(settings, 1)
+    for part, fields in (others | {"rollout": rollout}).items():
+        settings[part] |= fields
+    return from_mapping(settings, 1)
+
+
+def _programs(others=None, **rollout):
+    config = _config(rollout, **(others or {}))
     layout = Layout(make_mesh(config.mesh, jax.devices()[:1]))
     return Programs(config, resolve_model(config.model), layout)
 
@@ -33,6 +40,30 @@ def _first_phases(programs):
 @pytest.fixture(scope="module")
 def plain():
     return _first_phases(_programs())
+
+
+@pytest.mark.parametrize("rollout", [{}, {"ode_method": "heun", "group_noise": "independent"}])
+def test_forward_passes_are_those_of_the_program(plain, rollout):
+    """What the rollouts of an epoch multiply, by what one sample's forward pass does."""
+    config, phases = _config(rollout), _first_phases(_programs(**rollout)) if rollout else plain
+    sampled, once = phases["rollout"], plain["learner forward"]
+    passes = sampled.calls * count_work(sampled.traced, sampled.trips).flops
+    passes /= count_work(once.traced).flops / config.learner.micro_batch
+    assert workload(config).rollouts == pytest.approx(passes, rel=0.01)
+
+
+def test_evaluations_are_those_of_the_whole_run():
+    """24 epochs of the tiny configuration evaluate 48 pictures four times, every eighth epoch."""
+    plain = _config({}, evaluation={"method": "euler"})
+    # Once a batch of four groups of eight: a mean of 1 step together, then 9 each.
+    begin = 4 * (1 + 8 * 9)
+    assert workload(plain).evaluations * 24 == pytest.approx(4 * 48 * 20 + begin)
+    heun = _config({}, evaluation={"method": "heun"})
+    assert workload(heun).evaluations * 24 == pytest.approx(4 * 48 * 39 + begin)
+    measured = {"method": "euler", "window_share": True}
+    share = _config({"group_noise": "independent"}, evaluation=measured)
+    alone, spread = 4 * 8 * 10, 4 * 2 * begin  # two batches whose groups share their noise
+    assert workload(share).evaluations * 24 == pytest.approx(4 * 48 * 20 + alone + spread)
 
 
 def test_guidance_doubles_the_passes(plain):
@@ -65,3 +96,30 @@ def test_staleness_keeps_another_epoch_and_its_adapter(plain):
         assert more == epoch + adapter, name
     # The sampling adapter's velocities are computed in all updates, not in the second alone.
     assert stale["learner forward"].calls / plain["learner forward"].calls == 2 / 1.5
+
+
+def _held(programs):
+    """Bytes beside each program, of the learner's both and of what is not the learner's."""
+    learner, _, small = programs.chains()
+    forward = next(learner)
+    # On one device the compiler has no choice.
+    whole = replicated(programs._layout.mesh)
+    compiled = SimpleNamespace(
+        output_shardings=[whole] * len(jax.tree.leaves(forward.traced.out_info))
+    )
+    phases = [forward, learner.send(compiled), *small]
+    return {phase.name: bytes_per_chip(phase.held) for phase in phases}
+
+
+def test_a_kl_term_keeps_an_adapter_of_zeros_through_the_update():
+    """It stands for the base; where the initial adapter is the reference, that is there anyway."""
+    with_kl = {"objective": {"kl_weight": 0.1}, "learner": {"reference": "base"}}
+    base, plain = _programs(with_kl), _programs()
+    zeros = bytes_per_chip(base.adapter.lora)
+    held, more = _held(plain), _held(base)
+    learning = {"learner forward", "learner backward", "apply"}
+    assert {n for n in held if more[n] == held[n] + zeros} == learning
+    assert {n for n in held if more[n] == held[n]} == {"decode", "encode"}
+    initial = _programs(with_kl | {"learner": {"reference": "init"}})
+    needed = [bytes_per_chip(programs.learning()) for programs in (plain, base, initial)]
+    assert needed == [needed[0], needed[0] + zeros, needed[0]]

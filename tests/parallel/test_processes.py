@@ -141,6 +141,22 @@ def test_an_error_of_one_ends_the_block_in_all(failing):
             assert f"process {failing} cannot go on: OSError" in str(error)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_before_an_exchange_in_the_block_is_told_in_it(failing, hasty):
+    """One is at the block's end, the others are in the block: they run one program all the same."""
+
+    def work(processes):
+        with processes.open(), processes.together("finding the work directory"):
+            if processes.index == failing:
+                raise OSError("no such disk")
+            processes.barrier("writing a file")
+
+    results = run(3, work)
+    for index, error in enumerate(results):
+        assert isinstance(error, OSError if index == failing else ProcessError)
+        assert "no such disk" in str(error)
+
+
 def test_a_block_without_errors_ends_in_none():
     def work(processes):
         with processes.together("reading"):
@@ -169,6 +185,38 @@ def test_a_process_that_stopped_is_not_waited_for(stopped, hasty):
     assert isinstance(results.pop(stopped), ZeroDivisionError)
     for error in results:
         assert isinstance(error, ProcessError) and "a defect" in str(error)
+
+
+def _ends_in(code):
+    """As `sl_jax.train` is told: what the user has to put right ends in 1, other processes as they
+    say, and all else in 70."""
+    return lambda error: getattr(error, "code", code)
+
+
+@pytest.mark.parametrize("code", [1, 70])
+@pytest.mark.parametrize("where", ["in a block", "elsewhere", "after another"])
+def test_all_end_with_the_exit_code_of_the_first(where, code, hasty):
+    """Otherwise what starts them again is told by one to do so, and by others not to."""
+
+    def work(processes):
+        processes._code_of = _ends_in(code)
+        with processes.open():
+            if processes.index == 1 and where != "in a block":
+                raise ZeroDivisionError("a defect")
+            with processes.together("reading"):
+                if processes.index == 1:
+                    raise ZeroDivisionError("a defect")
+            if where == "after another":
+                processes.barrier("never complete")
+
+    first, _, third = run(3, work)
+    for error in (first, third):
+        assert isinstance(error, ProcessError) and error.code == code
+
+
+def test_a_process_that_fails_by_itself_has_to_be_put_right():
+    first, second = run(2, lambda p: p.all_gather(f"place {p.index}"))
+    assert (first.code, second.code) == (1, 1)
 
 
 def test_waiting_is_said(hasty, caplog):
@@ -209,6 +257,44 @@ def test_who_hears_that_one_leaves_can_leave_with_it(hasty, monkeypatch):
             return processes.leave(error, 3)
 
     assert run(3, work) == [True] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_who_failed_between_exchanges_saves_with_those_that_were_in_one(
+    failing, hasty, monkeypatch
+):
+    """These have counted it; what all do next is one exchange all the same."""
+    monkeypatch.setattr(module, "_FAREWELL", 5.0)
+
+    def work(processes):
+        try:
+            processes.barrier("learning")
+            if processes.index == failing:
+                raise ZeroDivisionError("a defect")
+            processes.to_main("metrics", processes.index)
+            processes.barrier("never complete")
+        except (ZeroDivisionError, ProcessError) as error:
+            assert processes.leave(error, 3)
+            time.sleep(0.1 * processes.index)  # longer than a look: who is slow is waited for
+            assert processes.from_main("looking for room", processes.index + 7) == 7
+            return processes.all_gather("saving", processes.index)
+
+    assert run(3, work) == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_who_cannot_save_after_all_left_is_not_waited_for(failing, hasty):
+    def work(processes):
+        with processes.open():
+            processes.leave(KeyboardInterrupt(), 3)
+            if processes.index == failing:
+                raise OSError("no room")
+            processes.barrier("saving")
+
+    results = run(3, work)
+    assert isinstance(results.pop(failing), OSError)
+    for error in results:
+        assert isinstance(error, ProcessError) and "stopped: OSError: no room" in str(error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -288,6 +374,21 @@ def test_a_process_without_signs_of_life_ends_all(ended):
     for message, code in ended[:2]:
         assert "OthersGoneError: process 2 is gone (it was killed, or its host was" in message
         assert "please start all again" in message and code == 143
+
+
+def test_who_ends_all_has_the_code_of_the_one_that_is_gone(ended):
+    def work(processes):
+        processes._code_of = _ends_in(70)
+        with processes._watched():
+            if processes.index == 1:
+                processes._tell("leaving", ZeroDivisionError("a defect"), -1)
+                raise SystemExit
+            while len(ended) < 1:
+                time.sleep(0.01)
+
+    run(2, work)
+    message, code = ended[0]
+    assert "process 1 is gone (ZeroDivisionError: a defect)" in message and code == 70
 
 
 def test_a_process_that_is_done_may_be_silent(ended):

@@ -67,6 +67,7 @@ def test_both_variants_make_a_configuration():
         ({"batch": 12}, "config.batch is 12; please use a multiple of data × fsdp = 8"),
         ({"steps": 0}, "config.steps is 0; please use at least 1"),
         ({"steps": 20}, "warmup_steps is 20; please use less than config.steps"),
+        ({"optimizer__decay_steps": 20}, "config.optimizer.decay_steps is 20; please use 0, or"),
         ({"optimizer__name": "sgd"}, "config.optimizer.name is 'sgd'"),
         ({"compute__dtype": "float16"}, "config.compute.dtype is 'float16'"),
         ({"time_distribution": "normal"}, "'uniform', 'logit_normal'"),

@@ -47,6 +47,7 @@ def test_the_file_makes_a_configuration():
         ({"vae__batch": 7}, "config.vae.batch is 7; please use an even number"),
         ({"vae__steps": 0}, "config.vae.steps is 0; please use at least 1"),
         ({"vae__steps": 50}, "config.vae.optimizer.warmup_steps is 100"),
+        ({"flow__optimizer__decay_steps": -1}, "config.flow.optimizer.decay_steps is -1; please"),
         ({"vae__stepps": 5}, "config.vae.stepps is unknown"),
         ({"flow__optimizer__name": "sgd"}, "config.flow.optimizer.name is 'sgd'"),
         ({"flow__ema": 1.0}, "config.flow.ema is 1.0"),

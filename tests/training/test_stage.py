@@ -17,7 +17,14 @@ from sl_jax.parallel.processes import ALONE
 from sl_jax.training.metrics import LogConfig, MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
-from sl_jax.training.supervised import Stage, StageConfig, StageState, open_stage
+from sl_jax.training.supervised import (
+    FlowBatch,
+    Stage,
+    StageConfig,
+    StageState,
+    flow_loss,
+    open_stage,
+)
 
 STEPS = 30
 RNG = np.random.default_rng(0)
@@ -155,7 +162,26 @@ def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
     batches = [("all", (values,)) for values in np.split(np.arange(7.0), [3, 6])]
     assert stage._evaluate(whole.state, batches, "toy") == {"toy/held_out_mean": 3.0}
     assert stage._evaluate(whole.state, [], "toy") == {}
+    filled = [
+        ("all", FlowBatch(jnp.full((2, 1), mean), jnp.zeros((2, 1)), fresh))
+        for mean, fresh in ((1.0, 2), (4.0, 1))
+    ]
+    assert stage._evaluate(whole.state, filled, "toy") == {"toy/held_out_mean": 2.0}
     checkpoints.close()
+
+
+def test_copies_are_not_in_the_loss_of_a_flow():
+    """Those that fill up the last batch of held-out examples."""
+    loss = flow_loss(lambda trained, x, t, condition: trained * x, 1.0, "uniform")
+    target = jax.random.normal(jax.random.key(1), (4, 3, 2))
+
+    def found(target, fresh):
+        return float(loss(2.0, FlowBatch(target, target[:, :1], fresh), jax.random.key(0))[0])
+
+    other = target.at[2:].add(1)
+    assert found(target, 2) == found(other, 2)
+    assert found(target, 3) != found(other, 3)
+    assert found(target, None) == pytest.approx(found(target, 4), rel=1e-6)
 
 
 def test_a_finished_stage_does_nothing_more(whole):
@@ -184,6 +210,39 @@ def test_the_order_is_a_function_of_seed_and_update():
     assert np.array_equal(indices(3, 7, 4, 50), indices(3, 7, 4, 50))
     assert not np.array_equal(indices(3, 7, 4, 50), indices(4, 7, 4, 50))
     assert not np.array_equal(indices(3, 7, 4, 50), indices(3, 8, 4, 50))
+
+
+def test_a_resumed_stage_holds_as_much_as_a_fresh_one(tmp_path, monkeypatch):
+    """At an update, parameters, their average and two moments; while restoring, nothing."""
+    size, updates, restored = 12_347, [], []
+    restore = RunCheckpoints.restore
+    config = StageConfig(steps=4, optimizer=OptimizerConfig(0.1), eval_every=9, checkpoint_every=9)
+    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+
+    def alive():
+        return sum(x.shape == (size,) for x in jax.live_arrays())
+
+    def restoring(self, like):
+        restored.append(alive())
+        return restore(self, like)
+
+    def batches(step):
+        updates.append(alive())
+        if updates == [4, 4]:
+            raise _Stopped
+        return "all", None
+
+    def run():
+        trained = {"w": jnp.ones(size)}  # which the caller holds on to
+        with open_stage(config, losses, tmp_path, 1, LogConfig()) as stage:
+            stage.run(stage.start(trained), batches, [], "toy")
+
+    monkeypatch.setattr(RunCheckpoints, "restore", restoring)
+    with ALONE.open():
+        with pytest.raises(_Stopped):
+            run()
+        run()
+    assert restored == [0] and updates == [4] * 5
 
 
 def test_on_a_mesh_everything_stays_where_its_parameters_are(tmp_path):
