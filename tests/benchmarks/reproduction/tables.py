@@ -85,7 +85,7 @@ def controls(results: Sequence[Result]) -> list[str]:
     rows = [r for r in results if r["arm"] in _names("controls") or r["arm"] == "tuned"]
     if not rows:
         return []
-    measures = ("layer_l1_order_free", "layerd_cost_0", "reward", "psnr")
+    measures = ("layer_l1_order_free", "layerd_cost_0", "layerd_cost_2", "reward", "psnr")
     lines = [_row(["arm", *(_WORDS[m] for m in measures), "minutes"]), _rule(2 + len(measures))]
     for result in rows:
         cells = [_change(m, result["held_out"]["B"][m]) for m in measures]
@@ -99,7 +99,7 @@ def ablations(results: Sequence[Result]) -> list[str]:
     rows = [r for r in results if r["arm"] in _names("ablations")]
     if not rows:
         return []
-    measures = ("layer_l1_order_free", "layerd_cost_0", "reward", "blank_rate")
+    measures = ("layer_l1_order_free", "layerd_cost_0", "layerd_cost_2", "reward", "blank_rate")
     head = ["arm", *(_WORDS[m] for m in measures), "training reward, first to last eighth"]
     lines = [_row(head), _rule(len(head))]
     for result in rows:
