@@ -1,4 +1,4 @@
-"""Two real processes load one checkpoint over a mesh of both."""
+"""Two real processes load one checkpoint over a mesh of both, and gather it again."""
 
 import json
 import os
@@ -18,9 +18,11 @@ from sl_jax.checkpoints.pipeline import abstract_params
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 
 CONFIG = MMDiTConfig(2, 16, 2, 12, axes_dims_rope=(4, 6, 6))
-# Prints the bytes that this process read of linear layers, and whether all of its shards are right.
+# Prints the bytes that this process read of linear layers, and whether all of its shards are right,
+# as well as what it gathers from both.
 _SCRIPT = """
 import json, sys
+from functools import partial
 from pathlib import Path
 folder, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 import jax, numpy as np, pytest
@@ -29,12 +31,13 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, index)
 from bucket import Bucket
 from flax import traverse_util
 from safetensors.numpy import load_file
-from sl_jax.checkpoints.huggingface import load_params
+from sl_jax.checkpoints.huggingface import load_params, named_tensors
 from sl_jax.checkpoints.naming import MMDIT, to_parameter
+from sl_jax.parallel.processes import to_everywhere
 from test_two_processes import layout_and_shapes
 
 bucket = Bucket.install(folder, pytest.MonkeyPatch())
-_, abstract = layout_and_shapes()
+layout, abstract = layout_and_shapes()
 params = load_params("gs://bucket/model", MMDIT, abstract)
 tensors = load_file(folder / "bucket/model/diffusion_pytorch_model.safetensors")
 right = True
@@ -45,6 +48,9 @@ for path, leaf in traverse_util.flatten_dict(params).items():
     for shard in leaf.addressable_shards:
         right &= np.array_equal(shard.data, whole[shard.index])
 read = sum(end - begin for name, begin, end in bucket.asked if name.endswith(".safetensors"))
+gathered = dict(named_tensors(MMDIT, params, whole=partial(to_everywhere, mesh=layout.mesh)))
+right &= gathered.keys() == tensors.keys()
+right &= all(np.array_equal(tensors[name], tensor) for name, tensor in gathered.items())
 print(json.dumps({"read": read, "right": bool(right), "devices": jax.device_count()}))
 """
 
