@@ -29,7 +29,7 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline
 from sl_jax.checkpoints.tensor_files import local_path
-from sl_jax.data.buckets import Bucket, make_buckets
+from sl_jax.data.buckets import make_buckets
 from sl_jax.data.paired import PairedData, open_paired
 from sl_jax.data.paired_stream import PairedBatch, PairedShape, PairedStream
 from sl_jax.flow.schedule import SchedulerConfig, SigmaDistribution, shift_mu
@@ -38,7 +38,7 @@ from sl_jax.models.codec import encode_frames
 from sl_jax.models.lora import Adapter, LoRAConfig
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.packing import pack
-from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, make_mesh
@@ -324,8 +324,7 @@ def _stream(config: FineTuneConfig, data: PairedData, rows: Sequence[int]) -> Pa
 
 
 def _grid(shape: PairedShape) -> LatentGrid:
-    bucket: Bucket = shape.bucket
-    return LatentGrid(shape.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
+    return LatentGrid.of_pixels(shape.layers, *shape.bucket)
 
 
 def _first(
