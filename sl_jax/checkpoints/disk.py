@@ -80,15 +80,17 @@ def require_writable(folder: epath.PathLike) -> None:
         raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a file of which nobody ever reads half; what a kill leaves, the next writing takes.
+
+    Text is written as UTF-8, with its own line ends. One process at a time may write a path.
 
     Raises:
         OSError: it cannot be written; what was there before is there still, and nothing else.
     """
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(text)
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):  # what failed first is what is to be told

@@ -193,18 +193,19 @@ class RunCheckpoints:
             )
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
-        """Tree and record as they are there, or what keeps this process from reading them."""
+        """Tree and record as they are there, or what keeps this process from reading them.
+
+        By the handler, which waits for nobody; Orbax's manager would, for a process that cannot
+        read its part.
+        """
+        path = self.directory / str(step)
         try:
-            misfit = _misfit(abstract, self.directory / str(step) / _TREE)
+            misfit = _misfit(abstract, path / _TREE)
             if misfit is not None:
                 return None, {}, misfit
-            found = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    tree=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
-                ),
-            )
-            return found["tree"], _content(found["record"]), None
+            args = ocp.args.StandardRestore(abstract)
+            tree = ocp.StandardCheckpointHandler().restore(path / _TREE, args=args)
+            return tree, _content(json.loads((path / _RECORD).read_text())), None
         except Exception as error:
             if not _is_damage(error):
                 raise

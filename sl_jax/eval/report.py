@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 
 from sl_jax import imaging
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.eval import _format
 from sl_jax.eval._charts import Curve, Series, line_chart
 from sl_jax.eval._thumbnails import data_url
@@ -305,7 +306,7 @@ def write_report(report: Report, folder: epath.PathLike) -> None:
 
 
 def _write(path: epath.PathLike, text: str) -> None:
-    epath.Path(path).write_bytes(text.encode("utf-8"))  # bytes: no platform changes line ends
+    write_whole(epath.Path(path), text)  # a page that is there counts as finished
 
 
 @functools.cache

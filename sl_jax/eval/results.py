@@ -206,7 +206,7 @@ def _fields(
 
 
 def _write_json(path: epath.Path, content: Any) -> None:
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"
+    partial = path.parent / f".{uuid.uuid4().hex}.partial"  # shards may write one file at once
     partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
     partial.replace(path)
 

@@ -277,6 +277,10 @@ class EvaluationConfig:
         """Rollout batches of an evaluation that measures `window_share`."""
         return 2 if self.window_share else 0
 
+    def times(self, epochs: int) -> int:
+        """How many evaluations so many epochs make: before them, on schedule, and at their end."""
+        return 1 + epochs // self.every + bool(epochs % self.every)
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from etils import epath
 
-from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings
+from sl_jax.grpo.config import GrpoConfig, JudgeSettings
 from sl_jax.grpo.judging import Judging
 from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import ALONE, Processes
@@ -114,7 +114,7 @@ def open_judges(
         )
         graders = stack.enter_context(JudgeWorker(grader, judge.concurrency, beside=worker))
         if judge.preflight:
-            rollout, times = config.rollout, evaluations(config.evaluation, epochs)
+            rollout, times = config.rollout, config.evaluation.times(epochs)
             spread = config.evaluation.spread_draws * rollout.batch_groups * rollout.group_size
             graded = (held_out + spread) * times // processes.count
             groups = config.rollout.groups // processes.count
@@ -156,11 +156,6 @@ def make_judge(
         seed=seed,
     )
     return TwoStageJudge(endpoint, config)
-
-
-def evaluations(config: EvaluationConfig, epochs: int) -> int:
-    """How many evaluations a run makes: before it, on schedule, and at its end."""
-    return 1 + epochs // config.every + bool(epochs % config.every)
 
 
 def _own(settings: JudgeSettings, folder: epath.Path, processes: Processes) -> JudgeSettings:

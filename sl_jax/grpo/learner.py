@@ -31,7 +31,7 @@ from sl_jax.grpo.objective import (
 from sl_jax.grpo.phases import Work
 from sl_jax.grpo.rollout import Candidates
 from sl_jax.inference.sampling import Condition, Guidance, modulation_rows, velocity_function
-from sl_jax.models.flops import sequence_tokens, velocity_flops
+from sl_jax.models.flops import gradient_flops, sequence_tokens, velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
@@ -300,19 +300,20 @@ class Learner:
     def work(self, batches: Sequence[Scored], old: Adapter | None = None) -> Work:
         """What an update on these asks of the transformer.
 
-        A velocity and the gradient of its inputs, which takes as many operations: the weights of
-        the base have none. Velocities of the old adapter and of the reference come to them; what is
-        computed twice to save memory does not. Tokens are those of the trained velocities alone.
+        Velocities and their gradient, and velocities of the old adapter and of the reference; what
+        is computed twice to save memory does not count, see `models.flops`. Tokens are those of the
+        trained velocities alone.
         """
         flops = tokens = 0.0
         if not any(np.any(batch.weight) for batch in batches):
             return Work(flops)
-        passes = 2 + (old is not None) + bool(self._objective.kl_weight)
-        passes *= 1 if self._guidance is None else 2
+        config, prompts = self._pipeline.model.config, 1 if self._guidance is None else 2
+        velocities = 1 + (old is not None) + bool(self._objective.kl_weight)
         for batch in batches:
             trained = self._rollout.window_size * len(batch.advantage)
             sizes = (batch.grid, batch.candidates.condition.text.shape[1])
-            flops += passes * trained * velocity_flops(self._pipeline.model.config, *sizes)
+            once = velocities * velocity_flops(config, *sizes) + gradient_flops(config, *sizes)
+            flops += prompts * trained * once
             tokens += trained * sequence_tokens(*sizes)
         return Work(flops, tokens)
 

@@ -1,5 +1,6 @@
 """The programs of an epoch as `planning` takes them: of shapes, for devices that need not exist."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,9 +11,9 @@ from etils import epath
 from sl_jax.checkpoints.pipeline import Pipeline, abstract_pipeline, adapter_shardings
 from sl_jax.data.buckets import make_buckets
 from sl_jax.flow.sampler import WindowSteps, evaluations, window_starts
-from sl_jax.grpo.config import GrpoConfig
+from sl_jax.grpo.config import GrpoConfig, RolloutConfig
 from sl_jax.grpo.learner import Learner, LearnerState, Step
-from sl_jax.grpo.rollout import Candidates, Rollout
+from sl_jax.grpo.rollout import Candidates, Rollout, sampled_velocities
 from sl_jax.inference.modulation import abstract_table
 from sl_jax.inference.sampling import GUIDANCE_SCOPE, Condition, Guidance
 from sl_jax.models.lora import Adapter
@@ -242,16 +243,11 @@ class Programs:
         On average over the positions of the window.
         """
         rollout = self._config.rollout
-        starts = window_starts(rollout.window_range, rollout.window_size)
-        before, after = evaluations(
-            rollout.steps, sum(starts) / len(starts), rollout.window_size, rollout.ode_method
-        )
-        shared = rollout.group_noise == "shared"
+        start, shared = _mean_start(rollout), rollout.group_noise == "shared"
         if self._rollout.one_by_one(self.grid):
-            turns = rollout.group_size + shared
-            passes = before if shared else before * rollout.group_size
-            passes += after * rollout.group_size
+            turns, passes = rollout.group_size + shared, sampled_velocities(rollout, 1, start)
             return (passes / turns,), ((_TURNS, passes),), passes
+        before, after = evaluations(rollout.steps, start, rollout.window_size, rollout.ode_method)
         trips = (before, after) if shared else (before + after,)
         return trips, tuple(zip(_LOOPS[-len(trips) :], trips, strict=True)), before + after
 
@@ -320,16 +316,25 @@ def largest_grid(config: GrpoConfig) -> LatentGrid:
 def workload(config: GrpoConfig) -> Workload:
     """What the run asks of accelerators and judges, whatever they are."""
     judge, rollout, evaluation = config.judge, config.rollout, config.evaluation
-    heun = evaluation.method == "heun"
+    heun, start = evaluation.method == "heun", _mean_start(rollout)
     per_picture = 2 * evaluation.steps - 1 if heun else evaluation.steps
-    candidates = evaluation.spread_draws * rollout.batch_groups * rollout.group_size
-    passes = evaluation.pictures * per_picture + candidates * rollout.steps
+    shared = dataclasses.replace(rollout, group_noise="shared")
+    spread = evaluation.spread_draws * sampled_velocities(shared, rollout.batch_groups, start)
+    passes = evaluation.times(config.epochs) * (evaluation.pictures * per_picture + spread)
+    # Beside the first one, what the rollout's own sampler makes of some of the pictures.
+    passes += sampled_velocities(rollout, rollout.batch_groups, start)
     return Workload(
         epochs=config.epochs,
         updates=config.learner.updates,
         groups=rollout.groups,
         group_size=rollout.group_size,
         judge_calls=rollout.group_size + (judge.grids if judge.two_stage else 0),
-        evaluations=passes / evaluation.every,
-        rollouts=rollout.groups * rollout.group_size * rollout.steps,
+        evaluations=passes / config.epochs,
+        rollouts=sampled_velocities(rollout, rollout.groups, start),
     )
+
+
+def _mean_start(rollout: RolloutConfig) -> float:
+    """Of the window, over its positions."""
+    starts = window_starts(rollout.window_range, rollout.window_size)
+    return sum(starts) / len(starts)

@@ -159,13 +159,8 @@ class Rollout:
 
     def work(self, candidates: Candidates, window_start: int, grid: LatentGrid) -> Work:
         """What sampling the candidates asks of the transformer."""
-        config = self._config
         rows, text_tokens = candidates.condition.text.shape[:2]
-        before, after = sampler.evaluations(
-            config.steps, window_start, config.window_size, config.ode_method
-        )
-        sampled = rows // config.group_size if config.group_noise == "shared" else rows
-        velocities = before * sampled + after * rows
+        velocities = sampled_velocities(self._config, rows // self.group_size, window_start)
         velocities *= 1 if self._guidance is None else 2
         return Work(
             velocities * velocity_flops(self._pipeline.model.config, grid, text_tokens),
@@ -318,6 +313,19 @@ class Rollout:
 
     def _spread(self, x: Array) -> Array:
         return self._layout(x, ("batch", None, None))
+
+
+def sampled_velocities(config: RolloutConfig, groups: int, window_start: float) -> float:
+    """How many velocities of one sample the candidates of so many groups take, without guidance.
+
+    Up to the window, whose start may be an average over several, one sample stands for a group
+    whose candidates share their noise.
+    """
+    before, after = sampler.evaluations(
+        config.steps, window_start, config.window_size, config.ode_method
+    )
+    different = 1 if config.group_noise == "shared" else config.group_size
+    return groups * (before * different + after * config.group_size)
 
 
 def _candidate_keys(keys: PRNGKeyArray, count: int) -> PRNGKeyArray:

@@ -33,7 +33,7 @@ from sl_jax.grpo.objective import ObjectiveConfig
 from sl_jax.grpo.rollout import Pictures, Rollout
 from sl_jax.grpo.run import run
 from sl_jax.models.attention import Attention, Implementation, choose_implementation
-from sl_jax.models.flops import velocity_flops
+from sl_jax.models.flops import gradient_flops, velocity_flops
 from sl_jax.models.lora import DEFAULT_TARGETS, LoRAConfig, init_adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
@@ -354,7 +354,7 @@ def check_speed() -> Numbers:
 
     `product_slowest` is that of the host's slowest device.
     On accelerators with the shapes of 640 pixels and four layers in bfloat16, one sample; on CPUs
-    with small ones. `…_share` is of the device's peak; backward counts as much as forward.
+    with small ones. `…_share` is of the device's peak; operations are those of `models.flops`.
     """
     device = jax.devices()[0]
     small = device.platform == "cpu"
@@ -410,11 +410,11 @@ def _block_rates(
     def loss(lora: Any, params: Any, *inputs: Any) -> Any:
         return jnp.square(forward(lora, params, *inputs).astype(jnp.float32)).mean()
 
-    flops = velocity_flops(config, grid, words) / 1e12
-    weights = (adapter.lora, params)
+    once, back = (count(config, grid, words) / 1e12 for count in (velocity_flops, gradient_flops))
+    given = (adapter.lora, params, *inputs)
     return {
-        "forward": flops / _median_seconds(jax.jit(forward), *weights, *inputs),
-        "training": 2 * flops / _median_seconds(jax.jit(jax.grad(loss)), *weights, *inputs),
+        "forward": once / _median_seconds(jax.jit(forward), *given),
+        "training": (once + back) / _median_seconds(jax.jit(jax.grad(loss)), *given),
     }
 
 

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import re
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.checkpoints.psd import save_psd
 from sl_jax.imaging import (
     bounding_box,
@@ -36,7 +36,7 @@ from sl_jax.imaging.words import readable_json
 
 RECORD = "layers.json"
 
-_FILE = re.compile(r"source\.png|composite\.png|layer_\d+\.png|layers\.psd|\.[0-9a-f]{32}\.partial")
+_FILE = re.compile(r"source\.png|composite\.png|layer_\d+\.png|layers\.psd|\.layers\.json\.partial")
 _LAYER_FOLDER = re.compile(r"layer_\d+")
 
 _log = logging.getLogger(__name__)
@@ -70,9 +70,7 @@ def write_outputs(
         _save_png(folder / f"{name}.png", layer if transparent else flatten(layer))
     save_psd(folder / "layers.psd", layers, names)
     content = dict(record) | description(source, layers)
-    partial = folder / f".{uuid.uuid4().hex}.partial"
-    partial.write_text(readable_json(content, indent=2) + "\n", "utf-8")
-    partial.replace(folder / RECORD)
+    write_whole(folder / RECORD, readable_json(content, indent=2) + "\n")
 
 
 def clear_outputs(folder: epath.PathLike) -> None:

@@ -11,7 +11,7 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -40,6 +40,7 @@ _FAREWELL = 60.0  # seconds that a process that stops gives the others to save w
 _BEAT = 5.0  # seconds between signs of life
 _LOST = 60.0  # seconds without one after which a process counts as killed
 _DONE = -1  # the last one
+_LEAVING, _GONE = "leaving", "gone"  # what a process says why under: it may save yet; it is out
 
 
 class ProcessError(RuntimeError):
@@ -79,7 +80,7 @@ class Processes:
         self._store = store
         self._number = 0
         self._interrupts = Interrupts(count == 1, f"Process {index}")
-        self._left = False
+        self._ending = _LEAVING  # what of another process ends waiting for it
 
     @property
     def is_main(self) -> bool:
@@ -108,16 +109,8 @@ class Processes:
             "signal": int(self._interrupts.received),
         }
         entries = self._exchanged(what, mine)
-        for index, entry in enumerate(entries):
-            if entry["what"] != what:
-                raise ProcessError(
-                    f"process {index} is at '{entry['what']}' while process {self.index} is at "
-                    f"'{what}': they run different programs; please start all with one version"
-                )
         if error is None:
-            for index, entry in enumerate(entries):
-                if entry["error"] is not None:
-                    raise ProcessError(f"process {index} cannot go on: {entry['error']}")
+            _require_agreement(entries, self.index)
             received = {entry["signal"] for entry in entries} - {0}
             if received:
                 self._interrupts.come_through(max(received))  # SIGTERM, if it is among them
@@ -157,22 +150,26 @@ class Processes:
         Returns:
             Whether all stop, at the same place: what takes all of them can then still be done.
         """
-        self._tell(error, place)
+        self._tell(_LEAVING, error, place)
         if self.count > 1:
             _log.warning(
                 "Process %d stops (%s); it waits for the others, %.0f s at most, to save together.",
                 *(self.index, _told(error), _FAREWELL),
             )
         deadline = time.monotonic() + _FAREWELL
-        for index in range(self.count):
-            left = max(deadline - time.monotonic(), 0.1)
-            if index != self.index and self._farewell(index, left).get("place") != place:
+        last = self._number
+        for index in set(range(self.count)) - {self.index}:
+            told = self._farewell(index, max(deadline - time.monotonic(), 0.1))
+            if told.get("place") != place:
                 _log.error(
                     "Process %d does not stop at the same place: nothing is saved, and the run "
                     "will go on from its newest checkpoint.",
                     index,
                 )
                 return False
+            last = max(last, told["exchange"])
+        self._number = last  # past an exchange that others were waiting in
+        self._ending = _GONE  # that all are leaving, all know
         return True
 
     @contextmanager
@@ -194,8 +191,8 @@ class Processes:
                 with self._watched():
                     yield self
             except BaseException as error:
-                if not self._left:
-                    self._tell(error, -1)
+                for ending in {self._ending, _GONE}:
+                    self._tell(ending, error, -1)
                 raise
 
     def uninterrupted(self) -> AbstractContextManager[None]:
@@ -264,21 +261,20 @@ class Processes:
         if self.count > 1:
             self._store.delete(f"{_PREFIX}/{self._number - 1}")
 
-    def _tell(self, error: BaseException, place: int) -> None:
-        self._left = True
+    def _tell(self, ending: str, error: BaseException, place: int) -> None:
         if self.count > 1:
-            self._put(f"leaving/{self.index}", {"reason": _told(error), "place": place})
+            told = {"reason": _told(error), "place": place, "exchange": self._number}
+            self._put(f"{ending}/{self.index}", told)
 
     def _farewell(self, index: int, seconds: float) -> dict[str, Any]:
         """What a process said when it stopped; empty if it said nothing."""
-        return self._get(f"leaving/{index}", seconds) or {}
+        return self._get(f"{_LEAVING}/{index}", seconds) or {}
 
     def _awaited(self, name: str, index: int, what: str) -> Any:
         started, said = time.monotonic(), _SAID
         while (value := self._get(name, _LOOK)) is None:
-            farewell = self._farewell(index, 0.0)
-            if farewell:
-                raise ProcessError(f"process {index} stopped: {farewell['reason']}")
+            if told := self._get(f"{self._ending}/{index}", 0.0):
+                raise ProcessError(f"process {index} stopped: {told['reason']}")
             waited = time.monotonic() - started
             if waited >= said:
                 _log.warning(
@@ -324,6 +320,26 @@ class _Together(AbstractContextManager):
     ) -> None:
         if error is None or isinstance(error, Exception):
             self._processes.all_gather(self._what, error=error)
+
+
+def _require_agreement(entries: Sequence[Mapping[str, Any]], mine: int) -> None:
+    """Checks that the entries of an exchange are of one place in the program, without an error.
+
+    An error comes first: it may have taken its process past an exchange that the others are in.
+
+    Raises:
+        ProcessError: they are not.
+    """
+    for index, entry in enumerate(entries):
+        if entry["error"] is not None:
+            raise ProcessError(f"process {index} cannot go on: {entry['error']}")
+    what = entries[mine]["what"]
+    for index, entry in enumerate(entries):
+        if entry["what"] != what:
+            raise ProcessError(
+                f"process {index} is at '{entry['what']}' while process {mine} is at '{what}': "
+                "they run different programs; please start all with one version"
+            )
 
 
 def _told(error: BaseException) -> str:

@@ -54,8 +54,10 @@ class Workload(NamedTuple):
         groups: pictures per epoch.
         group_size: candidates per picture.
         judge_calls: requests to the judge per group.
-        evaluations: forward passes of one sample for the held-out pictures, per epoch on average.
-        rollouts: forward passes of one sample for the candidates, per epoch.
+        evaluations: forward passes of one sample for the held-out pictures, per epoch on average,
+            that before the first one included.
+        rollouts: forward passes of one sample for the candidates, per epoch; with guidance each
+            pass, here and there, is two.
     """
 
     epochs: int

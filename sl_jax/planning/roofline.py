@@ -5,7 +5,7 @@ counts. A run takes longer; how much longer is what a measurement on the hardwar
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -131,18 +131,22 @@ class Plan(NamedTuple):
 
     def forecast(self) -> Forecast:
         """The run's time and what it asks of the judge."""
-        work, seconds = self.workload, {p.name: p.seconds(self.slice) for p in self.phases}
-        epoch = sum(seconds.values())
-        evaluation = seconds["rollout"] * work.evaluations / work.rollouts
-        candidates, calls = work.groups * work.group_size, work.groups * work.judge_calls
-        return Forecast(
-            epoch,
-            evaluation,
-            work.epochs * (epoch + evaluation) / 3600,
-            work.epochs * calls,
-            candidates / epoch,
-            calls / epoch,
-        )
+        return forecast(self.workload, {p.name: p.seconds(self.slice) for p in self.phases})
+
+
+def forecast(work: Workload, seconds: Mapping[str, float]) -> Forecast:
+    """The forecast of a run from the seconds that an epoch spends in each of its phases."""
+    epoch = sum(seconds.values())
+    evaluation = seconds["rollout"] * work.evaluations / work.rollouts
+    candidates, calls = work.groups * work.group_size, work.groups * work.judge_calls
+    return Forecast(
+        epoch,
+        evaluation,
+        work.epochs * (epoch + evaluation) / 3600,
+        work.epochs * calls,
+        candidates / epoch,
+        calls / epoch,
+    )
 
 
 def plan_phases(

@@ -108,9 +108,9 @@ def _forecast(plan: Plan) -> list[str]:
         f"TFLOP/s (bfloat16), {chip.bandwidth / 1e9:.0f} GB/s of HBM and "
         f"{plan.slice.ici / 1e9:.0f} GB/s of links: no run is faster.",
         f"Always there, GiB per chip: {resident}.",
-        f"Epoch {forecast.epoch_seconds:.0f} s and {forecast.evaluation_seconds:.0f} s of "
-        f"evaluation; {work.epochs} epochs ({work.epochs * work.updates} updates) "
-        f"{forecast.hours:.1f} h, without the judge.",
+        f"Epoch {forecast.epoch_seconds:.0f} s, and {forecast.evaluation_seconds:.0f} s of "
+        f"evaluation per epoch on average; {work.epochs} epochs ({work.epochs * work.updates} "
+        f"updates) {forecast.hours:.1f} h, without the judge.",
         f"Judge: {forecast.judge_calls} calls; so that nobody waits for it, "
         f"{forecast.pictures_per_second:.2f} candidates and {forecast.calls_per_second:.2f} calls "
         f"per second{_replicas(plan)}.",

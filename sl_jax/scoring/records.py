@@ -16,6 +16,7 @@ from etils import epath
 from jaxtyping import UInt8
 from PIL import Image
 
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.imaging.words import printable, readable_json
 from sl_jax.scoring import request as rendering
 from sl_jax.scoring.rubric import Prompts
@@ -82,12 +83,12 @@ class JudgeRecords:
             for group, found, name in rows
         ]
         path = folder / f"epoch_{epoch:06d}.jsonl"
-        _replace(path, "".join(f"{line}\n" for line in lines).encode())
+        write_whole(path, "".join(f"{line}\n" for line in lines))
         for index in _telling(scores, self.pictures):
             picture = grid_picture(groups[index], scores[index], self.render)
             buffer = io.BytesIO()
             Image.fromarray(picture).save(buffer, "PNG")
-            _replace(folder / f"epoch_{epoch:06d}_{index:03d}.png", buffer.getvalue())
+            write_whole(folder / f"epoch_{epoch:06d}_{index:03d}.png", buffer.getvalue())
         return path
 
 
@@ -276,10 +277,3 @@ def _telling(scores: Sequence[GroupScores], count: int) -> list[int]:
     order = np.argsort(means)
     picks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)
     return sorted({int(order[pick]) for pick in picks})
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes whole files only: under another name first, of which a kill leaves one at most."""
-    part = path.parent / f".{path.name}.partial"
-    part.write_bytes(content)
-    part.replace(path)

@@ -10,10 +10,13 @@ from jax.experimental.compilation_cache import compilation_cache as jax_cache
 
 _FOLDER = "programs"
 _DIRECTORY = "jax_compilation_cache_dir"
-# JAX itself keeps only what took a second to compile: a start has hundreds of smaller programs.
-_KEEP_ALL = {
+_SETTINGS = {
+    # JAX itself keeps only what took a second to compile: a start has hundreds of smaller programs.
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    # XLA's own caches get the folder's path as it is: XLA opens no gs://, and the path would be
+    # part of every program's key, so that a folder that was moved would hold nothing.
+    "jax_persistent_cache_enable_xla_caches": "",
 }
 
 
@@ -34,8 +37,8 @@ def compilation_cache(place: str, workdir: epath.PathLike) -> Iterator[None]:
         yield
         return
     folder = epath.Path(workdir) / _FOLDER if place == "auto" else epath.Path(place)
-    before = {name: jax.config.values[name] for name in (_DIRECTORY, *_KEEP_ALL)}
-    _configure({_DIRECTORY: os.fspath(folder), **_KEEP_ALL})
+    before = {name: jax.config.values[name] for name in (_DIRECTORY, *_SETTINGS)}
+    _configure({_DIRECTORY: os.fspath(folder), **_SETTINGS})
     try:
         yield
     finally:

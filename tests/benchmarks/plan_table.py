@@ -19,6 +19,9 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sl_jax.planning.phases import Workload
+from sl_jax.planning.roofline import forecast
+
 _ROOT = Path(__file__).parents[2]
 _GIB = 2**30
 _H100 = {"hbm": 80e9, "flops": 989e12, "bandwidth": 3352e9}  # NVIDIA's data sheet, SXM, bfloat16
@@ -154,9 +157,7 @@ def card_forecast(plan: dict[str, Any]) -> dict[str, float]:
         * max(phase["flops"] / _H100["flops"], phase["hbm_bytes"] / _H100["bandwidth"])
         for phase in plan["phases"]
     }
-    work, epoch = plan["workload"], sum(seconds.values())
-    evaluation = seconds["rollout"] * work["evaluations"] / work["rollouts"]
-    return {"epoch_seconds": epoch, "hours": work["epochs"] * (epoch + evaluation) / 3600}
+    return forecast(Workload(**plan["workload"]), seconds)._asdict()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from sl_jax.eval.report import (
     Table,
     render_html,
     write_csv,
+    write_html,
     write_json,
     write_report,
 )
@@ -225,6 +227,23 @@ def test_files(tmp_path):
     assert content["curves"][0]["series"][0]["y"] == [0.0, None, None]
     assert content["pictures"][0]["scores"]["base"] == {"reward": 0.5}
     assert (tmp_path / "deep/er/records.csv").read_text() == "picture,l1,psnr\none,0.5,\ntwo,,\n"
+
+
+@pytest.mark.parametrize("before", [None, "the page of an earlier run"])
+def test_a_page_that_finds_no_room_leaves_no_half(tmp_path, before):
+    """Where a run finds a page, it says that it is finished."""
+    path = tmp_path / "report.html"
+    if before:
+        path.write_text(before)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            write_html(Report("T"), path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    left = {file.name: file.read_text() for file in tmp_path.iterdir()}
+    assert left == ({path.name: before} if before else {})
 
 
 def test_csv_spreads_intervals(tmp_path):

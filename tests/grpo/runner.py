@@ -206,8 +206,8 @@ def left_by(workdir):
     """All that a run leaves but for what the clock and the servers decide, as name → content.
 
     Arrays of the newest checkpoint (adapter, average, moments, counters) and the exported adapter
-    to the last bit, the position in the data, metrics, and judgements. The work directory may be
-    a remote one, and is an absolute path.
+    to the last bit, the position in the data, metrics, and judgements; of the report that it is
+    there, to its end. The work directory may be a remote one, and is an absolute path.
     """
     workdir = epath.Path(workdir)
     step = find_step(workdir)
@@ -218,6 +218,8 @@ def left_by(workdir):
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
     found["position"] = (step / "record" / "metadata").read_text()
+    report = workdir / "report.html"
+    found["report is whole"] = report.exists() and report.read_text().rstrip().endswith("</html>")
     for path in sorted((workdir / "adapter").iterdir()):
         # The header's settings stand in no fixed order, the tensors do.
         tensors = path.suffix == ".safetensors"

@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings, RolloutConfig
-from sl_jax.grpo.judges import evaluations, open_judges
+from sl_jax.grpo.judges import open_judges
 from sl_jax.scoring import BudgetError, EmbeddedJudge, cases
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.endpoint_config import EndpointConfig
@@ -134,4 +134,4 @@ def test_what_cannot_be_used_is_said(tmp_path, monkeypatch):
 
 def test_evaluations_are_counted():
     config = EvaluationConfig(every=3)
-    assert [evaluations(config, epochs) for epochs in (0, 1, 3, 4, 6)] == [1, 2, 2, 3, 3]
+    assert [config.times(epochs) for epochs in (0, 1, 3, 4, 6)] == [1, 2, 2, 3, 3]

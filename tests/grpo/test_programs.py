@@ -8,7 +8,7 @@ import pytest
 
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.grpo.config import from_mapping
-from sl_jax.grpo.programs import Programs
+from sl_jax.grpo.programs import Programs, workload
 from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.planning.phases import bytes_per_chip
 from sl_jax.planning.work import count_work
@@ -16,11 +16,16 @@ from sl_jax.planning.work import count_work
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 
 
-def _programs(**rollout):
+def _config(rollout, **evaluation):
     settings = runpy.run_path(str(_FILE))["get_config"]("tiny").to_dict()
     settings["data"]["path"] = "pictures"
     settings["rollout"] |= rollout
-    config = from_mapping(settings, 1)
+    settings["evaluation"] |= evaluation
+    return from_mapping(settings, 1)
+
+
+def _programs(**rollout):
+    config = _config(rollout)
     layout = Layout(make_mesh(config.mesh, jax.devices()[:1]))
     return Programs(config, resolve_model(config.model), layout)
 
@@ -33,6 +38,29 @@ def _first_phases(programs):
 @pytest.fixture(scope="module")
 def plain():
     return _first_phases(_programs())
+
+
+@pytest.mark.parametrize("rollout", [{}, {"ode_method": "heun", "group_noise": "independent"}])
+def test_forward_passes_are_those_of_the_program(plain, rollout):
+    """What the rollouts of an epoch multiply, by what one sample's forward pass does."""
+    config, phases = _config(rollout), _first_phases(_programs(**rollout)) if rollout else plain
+    sampled, once = phases["rollout"], plain["learner forward"]
+    passes = sampled.calls * count_work(sampled.traced, sampled.trips).flops
+    passes /= count_work(once.traced).flops / config.learner.micro_batch
+    assert workload(config).rollouts == pytest.approx(passes, rel=0.01)
+
+
+def test_evaluations_are_those_of_the_whole_run():
+    """24 epochs of the tiny configuration evaluate 48 pictures four times, every eighth epoch."""
+    plain = _config({}, method="euler")
+    # Once a batch of four groups of eight: a mean of 1 step together, then 9 each.
+    begin = 4 * (1 + 8 * 9)
+    assert workload(plain).evaluations * 24 == pytest.approx(4 * 48 * 20 + begin)
+    heun = _config({}, method="heun")
+    assert workload(heun).evaluations * 24 == pytest.approx(4 * 48 * 39 + begin)
+    share = _config({"group_noise": "independent"}, method="euler", window_share=True)
+    alone, spread = 4 * 8 * 10, 4 * 2 * begin  # two batches whose groups share their noise
+    assert workload(share).evaluations * 24 == pytest.approx(4 * 48 * 20 + alone + spread)
 
 
 def test_guidance_doubles_the_passes(plain):

@@ -19,7 +19,7 @@ from sl_jax.grpo.learner import Learner, Scored
 from sl_jax.grpo.objective import ObjectiveConfig, policy_objective
 from sl_jax.grpo.rollout import Rollout
 from sl_jax.inference.sampling import Guidance
-from sl_jax.models.flops import velocity_flops
+from sl_jax.models.flops import gradient_flops, velocity_flops
 from sl_jax.models.lora import Adapter
 from sl_jax.training.optimizer import OptimizerConfig
 
@@ -156,10 +156,11 @@ def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
     if objective.kl_weight:
         nothing = bench.adapter.replace(lora=jax.tree.map(jnp.zeros_like, bench.adapter.lora))
         reference = {"base": nothing, "init": initial}[variant.reference]
-    # Forward, backward, the old adapter and a reference, each for one prompt or for two.
-    passes = (3 + bool(reference)) * (1 if guidance is None else 2) * len(first.gradient_norms)
-    once = velocity_flops(bench.pipeline.model.config, bench.grid, candidates[2].text.shape[1])
-    assert learner.work([scored], bench.adapter).flops == passes * SAMPLES * once
+    # Forward, the old adapter, a reference, and backward, each for one prompt or for two.
+    sizes = (bench.pipeline.model.config, bench.grid, candidates[2].text.shape[1])
+    once = (2 + bool(reference)) * velocity_flops(*sizes) + gradient_flops(*sizes)
+    passes = SAMPLES * (1 if guidance is None else 2) * len(first.gradient_norms)
+    assert learner.work([scored], bench.adapter).flops == passes * once
     loss = _objective(bench, config, objective, reference, scored, guidance)
     wanted = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(moved))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted))

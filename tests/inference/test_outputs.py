@@ -206,7 +206,7 @@ def test_what_an_earlier_decomposition_left_is_removed(tmp_path):
     _decompose(path, tmp_path / "out", transparent=True, recurse=1)
     folder = tmp_path / "out" / "photo"
     (folder / "layer_1" / "notes.txt").write_text("not ours")
-    (folder / f".{'0' * 32}.partial").write_text("of a process that was killed")
+    (folder / ".layers.json.partial").write_text("of a process that was killed")
     _decompose(path, tmp_path / "out", overwrite=True, recurse=0, transparent=True)
     assert [file.name for file in (folder / "layer_1").iterdir()] == ["notes.txt"]
     assert (folder / "layer_0").is_dir()

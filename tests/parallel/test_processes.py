@@ -141,6 +141,22 @@ def test_an_error_of_one_ends_the_block_in_all(failing):
             assert f"process {failing} cannot go on: OSError" in str(error)
 
 
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_before_an_exchange_in_the_block_is_told_in_it(failing, hasty):
+    """One is at the block's end, the others are in the block: they run one program all the same."""
+
+    def work(processes):
+        with processes.open(), processes.together("finding the work directory"):
+            if processes.index == failing:
+                raise OSError("no such disk")
+            processes.barrier("writing a file")
+
+    results = run(3, work)
+    for index, error in enumerate(results):
+        assert isinstance(error, OSError if index == failing else ProcessError)
+        assert "no such disk" in str(error)
+
+
 def test_a_block_without_errors_ends_in_none():
     def work(processes):
         with processes.together("reading"):
@@ -209,6 +225,44 @@ def test_who_hears_that_one_leaves_can_leave_with_it(hasty, monkeypatch):
             return processes.leave(error, 3)
 
     assert run(3, work) == [True] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_who_failed_between_exchanges_saves_with_those_that_were_in_one(
+    failing, hasty, monkeypatch
+):
+    """These have counted it; what all do next is one exchange all the same."""
+    monkeypatch.setattr(module, "_FAREWELL", 5.0)
+
+    def work(processes):
+        try:
+            processes.barrier("learning")
+            if processes.index == failing:
+                raise ZeroDivisionError("a defect")
+            processes.to_main("metrics", processes.index)
+            processes.barrier("never complete")
+        except (ZeroDivisionError, ProcessError) as error:
+            assert processes.leave(error, 3)
+            time.sleep(0.1 * processes.index)  # longer than a look: who is slow is waited for
+            assert processes.from_main("looking for room", processes.index + 7) == 7
+            return processes.all_gather("saving", processes.index)
+
+    assert run(3, work) == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_who_cannot_save_after_all_left_is_not_waited_for(failing, hasty):
+    def work(processes):
+        with processes.open():
+            processes.leave(KeyboardInterrupt(), 3)
+            if processes.index == failing:
+                raise OSError("no room")
+            processes.barrier("saving")
+
+    results = run(3, work)
+    assert isinstance(results.pop(failing), OSError)
+    for error in results:
+        assert isinstance(error, ProcessError) and "stopped: OSError: no room" in str(error)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,13 +1,16 @@
 """Plans: what counts as fitting, times by the slowest of three rates, forecasts, suggestions."""
 
 import json
+import runpy
+from pathlib import Path
 
 import pytest
 
+from sl_jax.grpo.config import from_mapping
+from sl_jax.grpo.programs import workload
 from sl_jax.parallel.mesh import MeshConfig
 from sl_jax.planning import suggestions
 from sl_jax.planning.compiled import Memory, out_of_memory
-from sl_jax.planning.phases import Workload
 from sl_jax.planning.roofline import JudgePool, PhasePlan, Plan
 from sl_jax.planning.text import to_json, to_text
 from sl_jax.planning.topologies import PlanError, topology
@@ -16,19 +19,21 @@ from sl_jax.training.configuration import ConfigError
 SLICE = topology("v5e:2x4")
 CHIP = SLICE.chip
 GIB = 2**30
-WORK = Workload(
-    epochs=300,
-    updates=2,
-    groups=32,
-    group_size=8,
-    judge_calls=9,
-    evaluations=320.0,
-    rollouts=2560.0,
-)
+CONFIGS = Path(__file__).parents[2] / "configs" / "grpo.py"
 REFUSAL = (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. "
     "Used 17.90G of 15.75G hbm. Exceeded hbm capacity by 2.15G."
 )
+
+
+def _work(**rollout):
+    settings = runpy.run_path(str(CONFIGS))["get_config"]().to_dict()
+    settings["data"]["path"] = "pictures"
+    settings["rollout"] |= rollout
+    return workload(from_mapping(settings, SLICE.chips))
+
+
+WORK = _work()
 
 
 def _phase(name, calls=1.0, memory=(4, 2, 1), held=1, flops=1e12, hbm=0.0, sent=0.0):
@@ -44,9 +49,9 @@ def _phase(name, calls=1.0, memory=(4, 2, 1), held=1, flops=1e12, hbm=0.0, sent=
     )
 
 
-def _plan(*phases, resident=4 * GIB, pool=None):
+def _plan(*phases, resident=4 * GIB, pool=None, work=WORK):
     mesh = {"data": 1, "fsdp": 8, "tensor": 1, "sequence": 1}
-    return Plan(SLICE, mesh, {"base": resident}, phases, WORK, 8, pool)
+    return Plan(SLICE, mesh, {"base": resident}, phases, work, 8, pool)
 
 
 def test_a_phase_takes_as_long_as_the_slowest_of_three():
@@ -95,15 +100,40 @@ def test_refusals_are_understood(message, needed, available):
     assert out_of_memory("RESOURCE_EXHAUSTED: too many requests") is None
 
 
+# Per epoch: 64 pictures of 50 Heun steps before the first of 300 epochs and after every twentieth,
+# and a batch of the rollout's own once. Its window of 2 of 10 steps starts at 0 to 3.
+EVALUATIONS = (16 * 64 * 99 + 8 * (1.5 + 8 * 8.5)) / 300
+
+
+@pytest.mark.parametrize(
+    ("rollout", "per_group"),
+    [
+        ({}, 1.5 + 8 * 8.5),
+        ({"group_noise": "independent"}, 8 * 10),
+        ({"ode_method": "heun"}, 3 + 8 * (2 + 2 * 6.5 - 1)),
+        ({"ode_method": "heun", "group_noise": "independent"}, 8 * (3 + 2 + 2 * 6.5 - 1)),
+    ],
+)
+def test_an_evaluation_takes_its_share_of_a_rollout(rollout, per_group):
+    """One forward pass a second: a stochastic step has one, and so has the last one of Heun's."""
+    work = _work(**rollout)
+    phase = _phase("rollout", calls=32 * per_group, flops=CHIP.flops)
+    found = _plan(phase, work=work).forecast()
+    once = 8 * per_group - 8 * (1.5 + 8 * 8.5)
+    assert found.evaluation_seconds == pytest.approx(EVALUATIONS + once / 300)
+
+
 def test_the_forecast_of_a_run():
     plan = _plan(_phase("rollout", calls=4, flops=10 * CHIP.flops), _phase("apply", calls=2, hbm=0))
     found = plan.forecast()
     assert found.epoch_seconds == pytest.approx(40, rel=1e-3)
-    assert found.evaluation_seconds == pytest.approx(5, rel=1e-3)  # an eighth
-    assert found.hours == pytest.approx(300 * 45 / 3600, rel=1e-3)
+    evaluation = 40 * EVALUATIONS / 2224
+    assert found.evaluation_seconds == pytest.approx(evaluation, rel=1e-3)
+    assert found.hours == pytest.approx(300 * (40 + evaluation) / 3600, rel=1e-3)
     assert found.judge_calls == 300 * 32 * 9
     assert found.pictures_per_second == pytest.approx(32 * 8 / 40, rel=1e-3)
     text = to_text(plan)
+    assert "Epoch 40 s, and 6 s of evaluation per epoch on average" in text
     assert "300 epochs (600 updates) 3.8 h" in text and "86400 calls" in text
     assert json.loads(json.dumps(to_json(plan)))["forecast"]["judge_calls"] == 86400
 

@@ -1,11 +1,14 @@
 """Compiled programs are kept, and found again."""
 
 import errno
+import os
+import shutil
 
 import jax
 import jax.numpy as jnp
 import pytest
 from etils import epath
+from jax._src import compiler
 
 from sl_jax.training.compilation import compilation_cache
 
@@ -53,6 +56,21 @@ def test_a_folder_of_ones_own(tmp_path, events):
     _compile(str(tmp_path / "mine"), tmp_path / "another")
     assert _HITS in events
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_programs_are_found_where_the_folder_was_moved_to(tmp_path, events):
+    _compile(str(tmp_path / "one"), tmp_path)
+    shutil.copytree(tmp_path / "one", tmp_path / "another")
+    events.clear()
+    _compile(str(tmp_path / "another"), tmp_path)
+    assert events.count(_MISSES) == 0 and events.count(_HITS) >= 1
+
+
+def test_xla_is_told_of_no_folder(tmp_path):
+    """It opens local files alone, and keeps nothing on a bucket."""
+    with compilation_cache("auto", tmp_path):
+        options = compiler.get_compile_options(num_replicas=1, num_partitions=1)
+    assert os.fsencode(tmp_path) not in options.SerializeAsString()
 
 
 def test_none(tmp_path, events):
