@@ -14,6 +14,7 @@ from sl_jax.checkpoints.byte_ranges import is_remote, reachable
 _FULL = "please free some space, or choose a place on another disk"
 _CLOSED = "please allow access to it, or choose another place"
 _TAKEN = "something else is in its way; please choose another place"
+_MISSING = "please check the path, or choose another place"
 _ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -23,6 +24,24 @@ _ADVICE = {
     errno.ENOTDIR: _TAKEN,
     errno.EEXIST: _TAKEN,
     errno.EISDIR: _TAKEN,
+    errno.ENOENT: _MISSING,
+    errno.ENAMETOOLONG: _MISSING,
+    errno.ELOOP: _MISSING,
+}
+
+# TensorStore raises ValueErrors, which name the system's number, or begin with a store's status.
+_NUMBER = re.compile(r"os_error_code='(\d+)'")
+_STATUSES = {
+    "UNAVAILABLE": errno.EHOSTUNREACH,
+    "DEADLINE_EXCEEDED": errno.ETIMEDOUT,
+    "PERMISSION_DENIED": errno.EACCES,
+    "UNAUTHENTICATED": errno.EACCES,
+    "RESOURCE_EXHAUSTED": errno.EDQUOT,
+}
+# Of a path that leads nowhere, which others cannot read either, or that nobody can have meant.
+_OF_THE_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG),
 }
 
 # File systems take 255 bytes, and endings come behind it.
@@ -46,6 +65,17 @@ def _inside(part: str) -> str:
     return f"{told or 'name'}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
+def is_the_users(error: OSError) -> bool:
+    """Whether the user has to do something about it; other errors of the system may pass by.
+
+    Those of networks and servers do. Libraries have classes of their own for them, some with
+    numbers that are not the system's.
+    """
+    if type(error).__module__ != "builtins" or isinstance(error, (ConnectionError, TimeoutError)):
+        return False
+    return error.errno is None or error.errno in _ADVICE
+
+
 def disk_problem(error: OSError, place: epath.PathLike) -> str:
     """One line that names the path and what to do about it.
 
@@ -55,8 +85,29 @@ def disk_problem(error: OSError, place: epath.PathLike) -> str:
     """
     known = error.errno in errno.errorcode  # network libraries use other numbers, too
     reason = os.strerror(error.errno) if known else str(error) or type(error).__name__
-    advice = _ADVICE.get(error.errno or 0, "please check the path, or choose another place")
+    advice = _ADVICE.get(error.errno or 0, _MISSING)
     return f"{error.filename or os.fspath(place)}: {' '.join(reason.split())}; {advice}"
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """The system's number of what an error, or what caused it, tells of; None if of no such."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if isinstance(error, ValueError):
+            told = str(error)
+            if number := _NUMBER.search(told):
+                return int(number[1])
+            if (status := told.partition(":")[0]) in _STATUSES:
+                return _STATUSES[status]
+        error = error.__cause__
+    return None
+
+
+def storage_failed(error: BaseException | None) -> bool:
+    """Whether an error of reading is one of the storage, and tells nothing of what lies there."""
+    number = error_number(error)
+    return number is not None and number not in _OF_THE_PATH
 
 
 def require_writable(folder: epath.PathLike) -> None:

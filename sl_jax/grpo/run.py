@@ -48,7 +48,7 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
     """One run, from wherever its work directory stands; of some epochs a trace may be made."""
     folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
-    profiler = Profiler(profiled, folder)
+    profiler = Profiler(profiled, folder, processes)
     keep = config.checkpoint.keep
     with closing(RunCheckpoints(folder / "checkpoints", keep, processes)) as checkpoints:
         done = checkpoints.latest or 0
@@ -126,7 +126,9 @@ def _parts(
     count = len(held_out_set(held_out))
     judging = open_judges(config, folder, left, count, processes, described)
     with judging as judges, ExitStack() as stack:
-        index, held_out = captioned((index, held_out), data.caption, judges.training, processes)
+        index, held_out = captioned(
+            (index, held_out), data.caption, judges.training, config.judge.prompts, processes
+        )
         stream = stack.enter_context(closing(training_stream(index)))
         examples = held_out_set(held_out)
         captions = [record.caption for part in (index, held_out) for record in part]

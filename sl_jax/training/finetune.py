@@ -430,7 +430,7 @@ class _Feed:
         target, picture = self._encode(self._vae_params, placed(batch.frames))
         text, lengths = map(placed, self._texts(batch.captions))
         told = Told(picture, text, lengths, self._parts.base, self._parts.scale)
-        return _grid(shape), FlowBatch(target, told)
+        return _grid(shape), FlowBatch(target, told, batch.fresh)
 
 
 def packed_frames(
