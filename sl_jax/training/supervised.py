@@ -103,8 +103,14 @@ class FlowBatch(NamedTuple):
 def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
     """Loss of the autoencoder on RGBA frames.
 
-    |Δα| + w·|Δrgb| + (Δ of neighbouring-pixel differences) + kl_weight·KL, where w is 1 on visible
-    pixels and 0.05 where alpha is 0, whose colour no one sees. Terms are means over pixels.
+    With e = w · (decoded − pixels), where w is 0.05 for the colour of pixels whose alpha is 0,
+    which no one sees, and else 1:
+
+        mean |e| + mean e² + ½ (mean |∂e/∂y| + mean |∂e/∂x|) + kl_weight · KL,
+        KL = ½ mean (μ² + σ² − 1 − log σ²)
+
+    ∂ are differences of neighbouring pixels, (μ, σ) is the posterior. Means are over the batch,
+    places and channels.
     """
 
     def loss(params: Any, batch: Frames, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
