@@ -30,7 +30,7 @@ from sl_jax.grpo.spread import window_share
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.inference.sampling import Decoded, Guidance
 from sl_jax.models.lora import Adapter
-from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 from sl_jax.parallel.processes import BatchRows, batch_rows, to_local
 from sl_jax.scoring import CRITERIA, GroupScores
@@ -178,7 +178,7 @@ class Evaluator:
         computed: Computed,
     ) -> tuple[UInt8[np.ndarray, "n g l h w 4"], Bool[np.ndarray, "n g"]]:
         """Of the rows that this process holds, layers and which candidates are finite."""
-        grid = _grid(batch)
+        grid = LatentGrid.of_pixels(batch.layers, *batch.bucket)
         pictures = laid_out(self.layout, batch.examples, self.prompts, keys, groups)
         candidates = rollout(adapter, pictures, window_start, grid)
         computed(rollout.work(candidates, window_start, grid))
@@ -210,7 +210,7 @@ class Evaluator:
             adapter=adapter,
             guidance=self.guidance,
         )
-        computed(self._work(pictures, _grid(batch)))
+        computed(self._work(pictures, LatentGrid.of_pixels(batch.layers, *batch.bucket)))
         layers, finite = self._split_by_rows(decoded)
         return to_local(layers), np.asarray(finite)[list(batch.rows)]
 
@@ -301,11 +301,6 @@ class Evaluator:
             step=0,
             slot=slot,
         )
-
-
-def _grid(batch: EvalBatch) -> LatentGrid:
-    height, width = (side // PACKED_PIXELS for side in (batch.bucket.height, batch.bucket.width))
-    return LatentGrid(batch.layers, height, width)
 
 
 def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
