@@ -34,14 +34,15 @@ class RulesConfig:
     Keys and values have all tokens on every device, whatever splits the queries.
 
     Attributes:
-        batch: mesh axes over which the samples of activations are split; what comes into and out
-            of a program is split over data × fsdp.
-        tokens: those for the tokens of activations, and so for attention's queries.
-        embed: those for the channels between blocks, in parameters.
-        heads: those for attention's heads, in activations and in the projections' parameters.
-        mlp: those for the hidden channels of MLPs, in parameters.
-        modulation: those for the scales and shifts that are computed from the time, in parameters.
-        layers: those for the blocks, whose parameters are stacked.
+        batch: mesh axes that split the samples of activations; what comes into and out of a
+            program is split over data × fsdp.
+        tokens: mesh axes that split the tokens of activations, and so attention's queries.
+        embed: mesh axes that split the channels between blocks, in parameters.
+        heads: mesh axes that split attention's heads, in activations and in the parameters of its
+            projections.
+        mlp: mesh axes that split the hidden channels of MLPs, in parameters.
+        modulation: mesh axes that split the scales and shifts that the time makes, in parameters.
+        layers: mesh axes that split the blocks, whose parameters are stacked.
 
     Raises:
         ValueError: a mesh axis would split two axes of one array.
