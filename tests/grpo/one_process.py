@@ -17,7 +17,8 @@ def main(arguments: dict) -> None:
     SIGKILL, or the "signal" that is named; with "pace" each micro-batch is said from then on, and
     takes so many seconds more. "lost" is after how many seconds without a sign of life a process
     counts as killed. "spoiled" says what is not finite in which "process": the "prompt" of a step
-    and slot, and advantages from one "update" on.
+    and slot, and advantages from one "update" on. "profile" is of which epochs a trace is made.
+    With "measured", a model and sizes of a mesh, `results` of `test_mesh_shapes` come first.
     """
     import jax
     import numpy as np
@@ -31,6 +32,7 @@ def main(arguments: dict) -> None:
     from sl_jax.parallel import processes as module
     from sl_jax.parallel.joining import DistributedConfig, joined
     from sl_jax.training.console import ending_in_a_line, set_up_logging
+    from sl_jax.training.profiling import span
 
     begun = _killer(arguments.get("kill"))
     module._LOST = arguments.get("lost", module._LOST)
@@ -59,7 +61,11 @@ def main(arguments: dict) -> None:
         spoiled = arguments.get("spoiled")
         if spoiled and spoiled["process"] == processes.index:
             _spoil(**spoiled)
-        train.run(from_mapping(arguments["config"], jax.device_count()), processes)
+        if "measured" in arguments:
+            place = Path(arguments["folder"]) / f"results_{processes.index}.npz"
+            _measure(place, **arguments["measured"])
+        config = from_mapping(arguments["config"], jax.device_count())
+        train.run(config, processes, span(arguments.get("profile", "")))
 
 
 def _killer(plan: dict | None):
@@ -91,6 +97,20 @@ def _slow_down(seconds):
         return accumulate(*args)
 
     Learner._accumulate = slowly
+
+
+def _measure(path, model, mesh):
+    """Leaves them at a path, each leaf by its place in the tree."""
+    import jax
+    import numpy as np
+    from conftest import Bench
+    from test_mesh_shapes import results
+
+    from sl_jax.parallel.processes import to_everywhere
+
+    bench = Bench(model, **mesh)
+    found = results(bench, lambda tree: to_everywhere(tree, bench.layout.mesh))
+    np.savez(path, *jax.tree.leaves(found))
 
 
 def _spoil(process, prompt, update):

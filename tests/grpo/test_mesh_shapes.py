@@ -12,7 +12,9 @@ from conftest import Bench
 from sl_jax.grpo.config import LearnerConfig
 from sl_jax.grpo.learner import Learner, Scored
 from sl_jax.grpo.objective import ObjectiveConfig
-from sl_jax.grpo.rollout import Rollout
+from sl_jax.grpo.rollout import Pictures, Rollout
+from sl_jax.parallel.mesh import batch_sharding
+from sl_jax.parallel.processes import from_everywhere
 from sl_jax.training.optimizer import OptimizerConfig
 
 AXES = ("data", "fsdp", "tensor", "sequence")
@@ -20,14 +22,18 @@ SHAPES = [shape for shape in itertools.product((1, 2, 4, 8), repeat=4) if math.p
 SAMPLES = Bench.groups * Bench.config.group_size
 
 
-def _results(bench):
+def _addressable(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def results(bench, to_host=_addressable):
     """A rollout, and an update of a policy that has moved away from the one that rolled out."""
     rollout = Rollout(bench.pipeline, bench.config, bench.layout)
-    candidates = rollout(bench.adapter, bench.pictures(), 1, bench.grid)
+    candidates = rollout(bench.adapter, _laid_out(bench), 1, bench.grid)
     advantage = np.random.default_rng(0).normal(size=SAMPLES)
     weight = np.full(SAMPLES, 1 / SAMPLES)
     scored = Scored(candidates, rollout.table(bench.grid), advantage, weight, bench.grid)
-    samples = jax.tree.map(np.asarray, (candidates.latents, candidates.window))
+    samples = to_host((candidates.latents, candidates.window))
     learner = Learner(
         *(bench.pipeline, bench.config, ObjectiveConfig(), OptimizerConfig(1e-3)),
         *(LearnerConfig(micro_batch=SAMPLES), bench.layout),
@@ -39,14 +45,24 @@ def _results(bench):
     return {
         "samples": samples,
         "loss": np.concatenate(loss),
-        "gradient": jax.tree.map(np.asarray, gradient),
+        "gradient": to_host(gradient),
         "norms": np.array([norm for _, norm in report.gradient_norms]),
     }
 
 
+def _laid_out(bench):
+    """The pictures as a run has them, where each process may have some."""
+    sharding = batch_sharding(bench.layout.mesh)
+    *arrays, keys = bench.pictures()
+    *placed, words = (
+        from_everywhere(np.asarray(x), sharding) for x in (*arrays, jax.random.key_data(keys))
+    )
+    return Pictures(*placed, jax.random.wrap_key_data(words))
+
+
 @pytest.fixture(scope="module")
 def wanted(bench):
-    return _results(bench)
+    return results(bench)
 
 
 def test_all_shapes_are_tried():
@@ -57,12 +73,12 @@ def test_all_shapes_are_tried():
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 def test_as_on_one_device(random_checkpoint, quick_compilation, wanted, shape):
     bench = Bench(random_checkpoint, **dict(zip(AXES, shape, strict=True)))
-    found = _results(bench)
+    found = results(bench)
     assert len(bench.layout.mesh.devices.flat) == 8
     # Ratios are not 1: the loss says something of the velocities.
     assert np.abs(np.abs(wanted["loss"]) - np.abs(wanted["loss"]).round(3)).max() > 1e-5
-    jax.tree.map(_assert_close, found, wanted)
+    jax.tree.map(assert_close, found, wanted)
 
 
-def _assert_close(found, wanted):
+def assert_close(found, wanted):
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5 * np.abs(wanted).max())

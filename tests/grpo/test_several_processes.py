@@ -7,9 +7,12 @@ import random
 import signal
 import time
 
+import jax
 import numpy as np
 import pytest
+from conftest import Bench
 from runner import LIMIT, Runner
+from test_mesh_shapes import assert_close, results
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.scoring.records import read_records
@@ -44,6 +47,9 @@ SETTINGS = {
     "judge.patience": 0.5,
     "judge.min_valid": 1.0,
 }
+
+
+MESH = {"data": 1, "fsdp": 4, "tensor": 2}
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +115,27 @@ def _misbehave(judge, share, seed):
     return done
 
 
+@pytest.fixture(scope="module")
+def wanted(random_checkpoint, quick_compilation):
+    """Samples, losses and gradient of one process with eight devices."""
+    return results(Bench(random_checkpoint, **MESH))
+
+
 @pytest.mark.slow
 def test_two_processes_with_partly_failing_judges_train_the_adapter_of_one(
-    runner, whole, four_servers, tmp_path
+    runner, whole, wanted, four_servers, tmp_path
 ):
+    """And have its samples, losses and gradient, to float32 rounding, in an update before that."""
     a, b, c, d = four_servers
     faults = [_misbehave(served.judge, 0.5, seed) for seed, served in enumerate((b, d))]
-    _, adapters = runner(tmp_path, ([a, b], [c, d]))
+    also = {"profile": "1:1", "measured": {"model": str(runner.model), "mesh": MESH}}
+    _, adapters = runner(tmp_path, ([a, b], [c, d]), faults=also)
     assert len(adapters) == 2
+    for index in range(2):
+        found = np.load(tmp_path / f"results_{index}.npz")
+        leaves, structure = jax.tree.flatten(wanted)
+        told = jax.tree.unflatten(structure, [found[f"arr_{n}"] for n in range(len(leaves))])
+        jax.tree.map(assert_close, told, wanted)
     _assert_same(tmp_path / "run", adapters, whole)
     # Each process asked its own servers, and met both kinds of failure.
     assert all(served.judge.asked.total() > 0 for served in four_servers)
@@ -128,6 +147,8 @@ def test_two_processes_with_partly_failing_judges_train_the_adapter_of_one(
         for record in read_records(tmp_path / "run" / "judge")
         for name in record.scores.endpoints
     }
+    traces = sorted((tmp_path / "run" / "profile").glob("*/plugins/profile/*/*.xplane.pb"))
+    assert [path.parents[3].name for path in traces] == ["process_0", "process_1"]
     assert {a.port, c.port} <= endpoints <= {served.port for served in four_servers}
 
 
