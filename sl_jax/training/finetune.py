@@ -1,8 +1,7 @@
 """Supervised fine-tuning of a loaded checkpoint on designs with true layers.
 
 The flow-matching loss of the base, at the noise levels of its own sampling grid; an adapter or all
-parameters are trained, laid out over the mesh like the weights that they belong to. The base's
-parameters travel with each batch, as an argument of the compiled update.
+parameters are trained, laid out over the mesh like the weights that they belong to.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from sl_jax.checkpoints.huggingface import named_tensors
 from sl_jax.checkpoints.naming import MMDIT
@@ -69,6 +68,7 @@ from sl_jax.training.supervised import (
     Loss,
     StageConfig,
     StageState,
+    Velocity,
     flow_loss,
     open_stage,
     warmup_problems,
@@ -207,24 +207,6 @@ class TextStore(Protocol):
         ...
 
 
-class Told(NamedTuple):
-    """What the loss is told beside the noised frames.
-
-    Attributes:
-        picture: packed latents of the picture.
-        text: hidden states of the prompts.
-        lengths: valid tokens of each.
-        base: parameters that are not trained; None if all are.
-        scale: the adapter's constant factors; None without one.
-    """
-
-    picture: Float[Array, "b m c"]
-    text: Float[Array, "b s e"]
-    lengths: Int[Array, " b"]
-    base: Any
-    scale: Any
-
-
 def fine_tune(
     config: FineTuneConfig,
     model: epath.PathLike,
@@ -271,24 +253,30 @@ def fine_tune(
         with processes.together("recording the configuration"):
             if processes.is_main:
                 workdir.record(config)
-        parts = first(pipeline.params)
-        feed = _Feed(pipeline, parts, texts, layout, config.batch)
+        trained, frozen = first(pipeline.params)
+        feed = _Feed(pipeline, texts, layout, config.batch)
         shapes = {shape for stream in streams for shape in stream.shapes}
         losses = {_grid(s): _loss(config, pipeline, _grid(s)) for s in sorted(shapes)}
         module = pipeline.model
         del pipeline  # with all parameters trained, nothing needs the loaded ones any more
-        average = _trained(config, folder, layout, parts, losses, streams, feed, processes)
+        average = _average(
+            config, folder, layout, trained, frozen, losses, streams, feed, processes
+        )
     with processes.together(_WRITING):
         if config.train == "lora":
-            whole = to_everywhere(Adapter(average, parts.scale), layout.mesh)
+            whole = to_everywhere(Adapter(average, frozen.scale), layout.mesh)
             return _write_adapter(config, folder, whole, processes)
         return _write_model(config, model, module, average, layout, processes)
 
 
-class _Parts(NamedTuple):
-    """What is trained, and what is not."""
+class Frozen(NamedTuple):
+    """What stays as it is while an adapter is trained.
 
-    trained: Any
+    Attributes:
+        base: parameters of the model.
+        scale: the adapter's constant factors.
+    """
+
     base: Any
     scale: Any
 
@@ -329,18 +317,21 @@ def _grid(shape: PairedShape) -> LatentGrid:
 
 def _first(
     config: FineTuneConfig, model: epath.PathLike, layout: Layout
-) -> Callable[[Any], _Parts]:
-    """Base parameters → what is trained first; what is wrong is said before they load."""
+) -> Callable[[Any], tuple[Any, Frozen | None]]:
+    """Base parameters → what is trained, as it begins, and what is not.
+
+    What is wrong is said before they load.
+    """
     if config.train == "full":
         _check_apart(Path(config.export), local_path(model))
-        return lambda base: _Parts(jax.tree.map(lambda x: x.astype(jnp.float32), base), None, None)
+        return lambda base: (jax.tree.map(lambda x: x.astype(jnp.float32), base), None)
     adapter_on = first_adapter(config, epath.Path(model), layout).on
 
-    def parts(base: Any) -> _Parts:
+    def begin(base: Any) -> tuple[Any, Frozen]:
         adapter = adapter_on(base)
-        return _Parts(adapter.lora, base, adapter.lora_scale)
+        return adapter.lora, Frozen(base, adapter.lora_scale)
 
-    return parts
+    return begin
 
 
 def _check_apart(export: Path, model: Path) -> None:
@@ -370,18 +361,20 @@ def _loss(config: FineTuneConfig, pipeline: Pipeline, grid: LatentGrid) -> Loss:
     return flow_loss(tuned_velocity(pipeline.model, grid), shift, config.time_distribution)
 
 
-def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Callable[..., Array]:
-    """(trained, x, t, told) → v: `trained` is the adapter's `lora`, or all parameters."""
+def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Velocity:
+    """What is trained is the adapter's `lora`, or, where nothing is frozen, all parameters."""
 
-    def velocity(trained: Any, x: Array, t: Array, told: Told) -> Array:
-        if told.base is None:
+    def velocity(
+        trained: Any, frozen: Frozen | None, x: Array, t: Array, batch: FlowBatch
+    ) -> Array:
+        if frozen is None:
             params = jax.tree.map(lambda leaf: leaf.astype(model.param_dtype), trained)
             variables = {"params": params}
         else:
-            variables = {"params": told.base, **Adapter(trained, told.scale).variables()}
+            variables = {"params": frozen.base, **Adapter(trained, frozen.scale).variables()}
         modulation = model.apply(variables, t, method="modulate")
         return model.apply(
-            variables, x, told.picture, told.text, told.lengths, modulation, grid
+            variables, x, batch.picture, batch.text, batch.lengths, modulation, grid
         ).astype(jnp.float32)
 
     return velocity
@@ -412,11 +405,8 @@ class _TextTable:
 class _Feed:
     """Encodes what a stream reads, and lays it out over the devices."""
 
-    def __init__(
-        self, pipeline: Pipeline, parts: _Parts, texts: _TextTable, layout: Layout, batch: int
-    ):
+    def __init__(self, pipeline: Pipeline, texts: _TextTable, layout: Layout, batch: int):
         self._vae_params = pipeline.vae_params
-        self._parts = parts
         self._texts = texts
         self._sharding = batch_sharding(layout.mesh)
         self._batch = batch
@@ -429,8 +419,7 @@ class _Feed:
         placed = partial(from_local, sharding=self._sharding, rows=self._batch)
         target, picture = self._encode(self._vae_params, placed(batch.frames))
         text, lengths = map(placed, self._texts(batch.captions))
-        told = Told(picture, text, lengths, self._parts.base, self._parts.scale)
-        return _grid(shape), FlowBatch(target, told)
+        return _grid(shape), FlowBatch(target, picture, text, lengths)
 
 
 def packed_frames(
@@ -472,30 +461,31 @@ class _AdapterCheckpoints:
         return state.replace(ema=Adapter(state.ema, self._scale))
 
 
-def _trained(
+def _average(
     config: FineTuneConfig,
     folder: epath.Path,
     layout: Layout,
-    parts: _Parts,
+    trained: Any,
+    frozen: Frozen | None,
     losses: Mapping[LatentGrid, Loss],
     streams: Sequence[PairedStream],
     feed: _Feed,
     processes: Processes,
 ) -> Any:
-    """The average of what was trained, which alone of the stage's state is kept."""
+    """Trains to the end; of the stage's state the average alone is kept."""
 
     def kept_as(checkpoints: RunCheckpoints) -> Any:
-        full = parts.scale is None
-        return checkpoints if full else _AdapterCheckpoints(checkpoints, parts.scale)
+        return checkpoints if frozen is None else _AdapterCheckpoints(checkpoints, frozen.scale)
 
     with open_stage(
         *(config, losses, folder, config.seed, config.log),
+        frozen=frozen,
         mesh=layout.mesh,
         processes=processes,
         kept_as=kept_as,
     ) as stage:
         examples = [feed(read) for read in _held_out(streams)]
-        state = stage.start(parts.trained)
+        state = stage.start(trained)
         return stage.run(state, lambda step: feed(streams[0](step)), examples, "tune").ema
 
 

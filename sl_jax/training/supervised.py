@@ -14,11 +14,11 @@ import optax
 from etils import epath
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from sl_jax.checkpoints.orbax import RunCheckpoints, donated
-from sl_jax.flow.schedule import draw_sigmas
+from sl_jax.flow.schedule import SigmaDistribution, draw_sigmas
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
@@ -30,7 +30,8 @@ from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _log = logging.getLogger(__name__)
 
-Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
+# (trained parameters, frozen ones, batch, key) → (loss, measures)
+Loss = Callable[[Any, Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +88,23 @@ class Frames(NamedTuple):
 
 
 class FlowBatch(NamedTuple):
-    """Packed, normalised latents for the flow.
+    """Packed, normalised latents for the flow, and what conditions it.
 
     Attributes:
         target: [B, (layers + 1)·N, C]: the whole picture, then its layers back to front.
-        condition: [B, N, C]: the picture.
+        picture: [B, N, C]: the picture.
+        text: [B, S, E]: hidden states of each prompt; None where one serves all batches.
+        lengths: [B]: valid vectors of each; None where all are.
     """
 
     target: Float[Array, "b n c"]
-    condition: Float[Array, "b m c"]
+    picture: Float[Array, "b m c"]
+    text: Float[Array, "b s e"] | None = None
+    lengths: Int[Array, " b"] | None = None
+
+
+# (trained parameters, frozen ones, x_t, t, batch) → v
+Velocity = Callable[[Any, Any, Array, Array, FlowBatch], Float[Array, "b n c"]]
 
 
 def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
@@ -111,7 +120,9 @@ def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
     places and channels.
     """
 
-    def loss(params: Any, batch: Frames, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, frozen: None, batch: Frames, key: PRNGKeyArray
+    ) -> tuple[Array, dict[str, Array]]:
         pixels = batch.pixels
         posterior = vae.apply({"params": params}, pixels, method="encode")
         noise = jax.random.normal(key, posterior.mean.shape)
@@ -133,36 +144,36 @@ def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
     return loss
 
 
-def flow_loss(
-    velocity: Callable[[Any, Array, Array, Array], Array], mu: float, distribution: str
-) -> Loss:
+def flow_loss(velocity: Velocity, mu: float, distribution: SigmaDistribution) -> Loss:
     """Flow matching: mean ‖v_θ(x_t, t) − (ε − x₀)‖² at random t (arXiv 2210.02747).
 
     Args:
-        velocity: (trained, x_t, t, condition) → v.
+        velocity: of the model, which is told of the batch all but its target.
         mu: shift of the draw of t, see `flow.schedule.draw_sigmas`.
         distribution: "uniform" or "logit_normal".
     """
 
-    def loss(trained: Any, batch: FlowBatch, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        trained: Any, frozen: Any, batch: FlowBatch, key: PRNGKeyArray
+    ) -> tuple[Array, dict[str, Array]]:
         time_key, noise_key = jax.random.split(key)
         t = draw_sigmas(time_key, (len(batch.target),), mu, distribution=distribution)
         noise = jax.random.normal(noise_key, batch.target.shape)
         x = (1 - t[:, None, None]) * batch.target + t[:, None, None] * noise
-        error = velocity(trained, x, t, batch.condition) - (noise - batch.target)
+        error = velocity(trained, frozen, x, t, batch) - (noise - batch.target)
         mse = jnp.mean(jnp.square(error))
         return mse, {"mse": mse}
 
     return loss
 
 
-def full_velocity(model: MMDiT, text: Array, grid: LatentGrid) -> Callable[..., Array]:
-    """(params, x, t, condition) → v with one text for the whole batch; all parameters trained."""
+def full_velocity(model: MMDiT, text: Float[Array, "s e"], grid: LatentGrid) -> Velocity:
+    """All parameters are trained, with one text for all batches."""
 
-    def velocity(params: Any, x: Array, t: Array, condition: Array) -> Array:
+    def velocity(params: Any, frozen: None, x: Array, t: Array, batch: FlowBatch) -> Array:
         words = jnp.broadcast_to(text, (len(x), *text.shape))
         return model.apply(
-            {"params": params}, x, condition, words, t, grid, method="initialise"
+            {"params": params}, x, batch.picture, words, t, grid, method="initialise"
         ).astype(jnp.float32)
 
     return velocity
@@ -183,11 +194,13 @@ class Stage:
         writer: RunMetrics,
         seed: int,
         *,
+        frozen: Any = None,
         mesh: Mesh | None = None,
         processes: Processes = ALONE,
     ):
         """`losses` holds one loss per kind of batch (for the flow: per number of layers).
 
+        What is `frozen` is an argument of the compiled updates, and not part of the state.
         With a mesh, what is trained stays laid out over it as it was when the stage started.
         """
         self._config = config
@@ -195,6 +208,7 @@ class Stage:
         self._checkpoints = checkpoints
         self._writer = writer
         self._key = jax.random.key(seed)
+        self._frozen = frozen
         self._mesh = mesh
         decay_steps = config.optimizer.decay_steps or config.steps
         self._optimizer = make_optimizer(replace(config.optimizer, decay_steps=decay_steps))
@@ -252,7 +266,7 @@ class Stage:
                     processes.uninterrupted()
                 ):  # an update, its records and its checkpoint belong together
                     key = jax.random.fold_in(self._key, step)
-                    state, metrics = updates[kind](state, batch, key)
+                    state, metrics = updates[kind](state, self._frozen, batch, key)
                     done = step + 1
                     for metric, value in metrics.items():
                         self._told.setdefault(metric, []).append(value)
@@ -297,14 +311,16 @@ class Stage:
         sizes = [len(jax.tree.leaves(batch)[0]) for _, batch in batches]
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
-            _, metrics = self._evaluations[kind](state.ema, batch, key)
+            _, metrics = self._evaluations[kind](state.ema, self._frozen, batch, key)
             for metric, value in metrics.items():
                 results.setdefault(f"{name}/held_out_{metric}", []).append(float(value))
         return {k: float(np.average(values, weights=sizes)) for k, values in results.items()}
 
-    def _update(self, loss: Loss) -> Callable[[StageState, Any, PRNGKeyArray], Any]:
-        def update(state: StageState, batch: Any, key: PRNGKeyArray) -> tuple[StageState, Any]:
-            gradients, metrics = jax.grad(loss, has_aux=True)(state.trained, batch, key)
+    def _update(self, loss: Loss) -> Callable[..., tuple[StageState, Any]]:
+        def update(
+            state: StageState, frozen: Any, batch: Any, key: PRNGKeyArray
+        ) -> tuple[StageState, Any]:
+            gradients, metrics = jax.grad(loss, has_aux=True)(state.trained, frozen, batch, key)
             updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
             step = state.step.astype(jnp.float32)
@@ -324,6 +340,7 @@ def open_stage(
     seed: int,
     log: LogConfig,
     *,
+    frozen: Any = None,
     mesh: Mesh | None = None,
     processes: Processes = ALONE,
     kept_as: Callable[[RunCheckpoints], Any] = lambda checkpoints: checkpoints,
@@ -331,7 +348,7 @@ def open_stage(
     """A stage with its checkpoints and metrics in `folder`; what that holds is gone on from.
 
     Args:
-        config, losses, seed, mesh, processes: see `Stage`.
+        config, losses, seed, frozen, mesh, processes: see `Stage`.
         folder: local, or gs://….
         log: where else metrics go.
         kept_as: gives checkpoints another form on disk.
@@ -341,7 +358,12 @@ def open_stage(
         resume = 0 if checkpoints.latest is None else checkpoints.latest + 1
         with open_metrics(folder, resume, log, processes) as writer:
             chosen = kept_as(checkpoints)
-            yield Stage(config, losses, chosen, writer, seed, mesh=mesh, processes=processes)
+            yield Stage(
+                *(config, losses, chosen, writer, seed),
+                frozen=frozen,
+                mesh=mesh,
+                processes=processes,
+            )
 
 
 def _is_whole(state: StageState) -> bool:

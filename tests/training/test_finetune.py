@@ -25,7 +25,7 @@ from sl_jax.training import finetune
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.finetune import fine_tune, from_mapping, packed_frames
 from sl_jax.training.metrics import read_metrics
-from sl_jax.training.supervised import Stage
+from sl_jax.training.supervised import FlowBatch, Stage
 
 get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sft.py"))["get_config"]
 
@@ -115,11 +115,12 @@ def test_a_fresh_adapter_predicts_what_the_base_predicts(random_checkpoint):
     t, lengths = jnp.asarray([0.3, 0.9]), jnp.asarray([3, 2])
     fresh = init_adapter(jax.random.key(0), pipeline.params, LoRAConfig(2, 4.0))
     velocity = finetune.tuned_velocity(pipeline.model, grid)
-    told = finetune.Told(picture, text, lengths, pipeline.params, fresh.lora_scale)
-    base = velocity(pipeline.params, x, t, told._replace(base=None, scale=None))
-    assert np.array_equal(velocity(fresh.lora, x, t, told), base)
+    frozen = finetune.Frozen(pipeline.params, fresh.lora_scale)
+    rest = (x, t, FlowBatch(x, picture, text, lengths))
+    base = velocity(pipeline.params, None, *rest)
+    assert np.array_equal(velocity(fresh.lora, frozen, *rest), base)
     moved = jax.tree.map(lambda leaf: leaf + 0.1, fresh.lora)
-    assert not np.allclose(velocity(moved, x, t, told), base, atol=1e-3)
+    assert not np.allclose(velocity(moved, frozen, *rest), base, atol=1e-3)
 
 
 def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):

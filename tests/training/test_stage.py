@@ -25,7 +25,7 @@ INPUTS = RNG.normal(size=(24, 3)).astype(np.float32)
 TARGETS = INPUTS @ np.array([1.0, -2.0, 0.5], np.float32)
 
 
-def _loss(params, batch, key):
+def _loss(params, frozen, batch, key):
     x, y = batch
     error = x @ params["w"] + params["b"] - y - 0.1 * jax.random.normal(key, y.shape)
     return jnp.mean(error**2), {"mse": jnp.mean(error**2)}
@@ -148,7 +148,7 @@ def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
     config = StageConfig(steps=STEPS, optimizer=OptimizerConfig(0.1))
 
-    def loss(params, batch, key):
+    def loss(params, frozen, batch, key):
         return jnp.mean(batch[0]), {"mean": jnp.mean(batch[0])}
 
     stage = Stage(config, {"all": loss}, checkpoints, None, seed=1)
@@ -191,7 +191,7 @@ def test_a_resumed_stage_holds_as_much_as_a_fresh_one(tmp_path, monkeypatch):
     size, updates, restored = 12_347, [], []
     restore = RunCheckpoints.restore
     config = StageConfig(steps=4, optimizer=OptimizerConfig(0.1), eval_every=9, checkpoint_every=9)
-    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+    losses = {"all": lambda params, frozen, batch, key: (jnp.sum(params["w"] ** 2), {})}
 
     def alive():
         return sum(x.shape == (size,) for x in jax.live_arrays())
@@ -225,7 +225,7 @@ def test_on_a_mesh_everything_stays_where_its_parameters_are(tmp_path):
     trained = {"w": jax.device_put(jnp.ones((8, 3)), spread)}
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
     config = StageConfig(steps=2, optimizer=OptimizerConfig(0.1))
-    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+    losses = {"all": lambda params, frozen, batch, key: (jnp.sum(params["w"] ** 2), {})}
     stage = Stage(config, losses, checkpoints, MetricsWriter(tmp_path), seed=1, mesh=mesh)
     state = stage.start(trained)
     for _ in range(2):
