@@ -5,7 +5,6 @@ parameters are trained, laid out over the mesh like the weights that they belong
 """
 
 import dataclasses
-import functools
 import logging
 import math
 import shutil
@@ -14,13 +13,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from sl_jax.checkpoints.huggingface import named_tensors
 from sl_jax.checkpoints.naming import MMDIT
@@ -84,7 +83,6 @@ _IDENTITY = workdir.Identity(
 )
 
 _WRITING = "writing the result"
-_HELD_TEXTS = 64  # Captions in memory; without captions there is only the prompt.
 
 
 @dataclass(frozen=True)
@@ -195,22 +193,14 @@ def _problems(config: FineTuneConfig, devices: int) -> Iterator[str]:
     yield from split_problems(config.mesh, devices, {"batch": config.batch})
 
 
-class TextStore(Protocol):
-    """Prompts as hidden states on disk; see `inference.prompts.PromptStore`."""
-
-    def complete(self, prompts: Sequence[str]) -> Mapping[str, int]:
-        """Encodes what is absent; number of valid vectors of each prompt."""
-        ...
-
-    def read(self, prompt: str) -> Float[np.ndarray, "s e"]:
-        """Hidden states of a prompt that `complete` was given."""
-        ...
+# Prompts of a batch → their hidden states, as wide as the longest of the run, and lengths.
+Texts = Callable[[Sequence[str]], tuple[Float[np.ndarray, "b s e"], Int32[np.ndarray, " b"]]]
 
 
 def fine_tune(
     config: FineTuneConfig,
     model: epath.PathLike,
-    store_at: Callable[[epath.Path], TextStore],
+    encoded: Callable[[epath.Path, Sequence[str]], Texts],
     processes: Processes = ALONE,
 ) -> epath.Path:
     """Trains to the end, from wherever the work directory stands.
@@ -218,7 +208,8 @@ def fine_tune(
     Args:
         config: of the run.
         model: the checkpoint folder that `config.model` means.
-        store_at: folder → the store that keeps prompts there.
+        encoded: (folder, all prompts of the run) → `Texts`, which are kept in that folder; see
+            `inference.prompts.PromptBatches`.
         processes: of the run.
 
     Returns:
@@ -248,7 +239,7 @@ def fine_tune(
         used = counted(streams[0].used, "design")
         _log.info("%s to train on, %d held out.", used, len(held_out))
         captions = {design.caption for data in (training, held_out) for design in data}
-        texts = _TextTable(config.data, captions, store_at(folder / "prompts"))
+        texts = _texts(config.data, captions, partial(encoded, folder / "prompts"))
         pipeline = load_pipeline(model, config.compute, layout)
         with processes.together("recording the configuration"):
             if processes.is_main:
@@ -380,32 +371,19 @@ def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Velocity:
     return velocity
 
 
-class _TextTable:
-    """Hidden states of the prompt and of all captions: on disk, but for those used last.
-
-    Rows are padded to the longest of all, so that one program serves every batch.
-    """
-
-    def __init__(self, config: PairedConfig, captions: set[str], store: TextStore):
-        self._prompt = config.prompt
-        self._used = captions - {"", config.prompt} if config.captions else set()
-        lengths = store.complete([config.prompt, *sorted(self._used)])
-        self._width = max(lengths.values())
-        self._read = functools.lru_cache(_HELD_TEXTS)(store.read)
-
-    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states and lengths; a caption that is not known stands for the prompt."""
-        rows = [self._read(text if text in self._used else self._prompt) for text in captions]
-        hidden = np.zeros((len(rows), self._width, rows[0].shape[1]), rows[0].dtype)
-        for target, row in zip(hidden, rows, strict=True):
-            target[: len(row)] = row
-        return hidden, np.array([len(row) for row in rows], np.int32)
+def _texts(
+    config: PairedConfig, captions: set[str], encoded: Callable[[Sequence[str]], Texts]
+) -> Texts:
+    """Captions of a batch, of which those that are not trained with stand for the prompt."""
+    used = captions - {"", config.prompt} if config.captions else set()
+    texts = encoded([config.prompt, *sorted(used)])
+    return lambda batch: texts([text if text in used else config.prompt for text in batch])
 
 
 class _Feed:
     """Encodes what a stream reads, and lays it out over the devices."""
 
-    def __init__(self, pipeline: Pipeline, texts: _TextTable, layout: Layout, batch: int):
+    def __init__(self, pipeline: Pipeline, texts: Texts, layout: Layout, batch: int):
         self._vae_params = pipeline.vae_params
         self._texts = texts
         self._sharding = batch_sharding(layout.mesh)

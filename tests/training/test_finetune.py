@@ -15,7 +15,7 @@ from sl_jax.checkpoints.adapters import load_adapter, read_adapter
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, parameter_shapes
 from sl_jax.data import write_designs
 from sl_jax.flow.schedule import SchedulerConfig, sigma_grid
-from sl_jax.inference.prompts import PromptStore, encode_prompts
+from sl_jax.inference.prompts import PromptBatches, PromptStore, encode_prompts
 from sl_jax.models.codec import encode_frames
 from sl_jax.models.lora import LoRAConfig, init_adapter
 from sl_jax.models.packing import pack
@@ -124,11 +124,11 @@ def test_a_fresh_adapter_predicts_what_the_base_predicts(random_checkpoint):
 
 
 def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):
-    """A table's rows are those of encoding at once; memory holds the last ones that were used."""
+    """A batch's rows are those of encoding at once; memory holds the last ones that were used."""
     captions = ["a red box", "two boxes and a long line of words below them", "", "never asked for"]
     texts = ["a prompt", *captions[:2]]
     whole = encode_prompts(random_checkpoint, texts, dtype=np.float32)
-    monkeypatch.setattr(finetune, "_HELD_TEXTS", 1)
+    monkeypatch.setattr("sl_jax.inference.prompts._HELD", 1)
     read = []
 
     class Store(PromptStore):
@@ -138,19 +138,20 @@ def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):
 
     store = Store(random_checkpoint, tmp_path / "prompts", dtype=np.float32)
     config = finetune.PairedConfig("designs", prompt="a prompt")
-    table = finetune._TextTable(config, {*captions[:3]}, store)
+    batches = partial(PromptBatches, store)
+    texts = finetune._texts(config, {*captions[:3]}, batches)
     assert len(list((tmp_path / "prompts").iterdir())) == 3
-    hidden, lengths = table(captions)
+    hidden, lengths = texts(captions)
     for found, count, row in zip(hidden, lengths, (1, 2, 0, 0), strict=True):
         assert count == whole.lengths[row]
         np.testing.assert_allclose(found, whole.hidden[row], atol=1e-5)
     assert hidden.shape[1] == max(whole.lengths)
-    table(["a red box"])
-    table(["a red box"])
+    texts(["a red box"])
+    texts(["a red box"])
     assert read == ["a red box", captions[1], "a prompt", "a red box"]
     unused = dataclasses.replace(config, captions=False)
     monkeypatch.setattr("sl_jax.inference.prompts._loaded", None)  # all of them are kept
-    hidden, lengths = finetune._TextTable(unused, {*captions}, store)(captions[:2])
+    hidden, lengths = finetune._texts(unused, {*captions}, batches)(captions[:2])
     assert np.array_equal(hidden[0], hidden[1]) and hidden.shape[1] == whole.lengths[0]
 
 
@@ -194,10 +195,12 @@ def run(random_checkpoint, tmp_path, monkeypatch):
                 raise _Stopped
             return read(stream, step)
 
+        def encoded(folder, texts):
+            return PromptBatches(PromptStore(random_checkpoint, folder, dtype=np.float32), texts)
+
         with monkeypatch.context() as patch:
             patch.setattr(finetune.PairedStream, "__call__", reading)
-            store_at = partial(PromptStore, random_checkpoint, dtype=np.float32)
-            return fine_tune(config, random_checkpoint, store_at)
+            return fine_tune(config, random_checkpoint, encoded)
 
     return run
 
