@@ -64,13 +64,12 @@ def run() -> int:
     chips = topologies.devices(slice_)
     settings = _CONFIG.value.to_dict()
     settings["data"]["path"] = settings["data"]["path"] or "of no interest here"
-    config = from_mapping(settings, len(chips))
-    name = config.model
+    name = settings["model"]
     folder = release_shapes() if name == RELEASE_ID else resolve_model(name, ["*/*.json"])
-    if _SUGGEST.value:
+    if _SUGGEST.value:  # whatever mesh the configuration has
         plan = _suggested(settings, folder, slice_, chips)
     else:
-        plan = make_plan(config, folder, slice_, chips)
+        plan = make_plan(from_mapping(settings, len(chips)), folder, slice_, chips)
     print(json.dumps(to_json(plan), indent=1) if _JSON.value else to_text(plan))
     return 0 if plan.fits else 1
 
@@ -111,14 +110,11 @@ def _suggested(settings: dict, folder: epath.Path, slice_: Topology, chips: list
 
     plans = []
     for mesh in suggestions.meshes(slice_, config_on, resident_on):
-        plans.append(make_plan(config_on(mesh), folder, slice_, chips))
-        sizes = ", ".join(f"{axis} {size}" for axis, size in plans[-1].mesh.items())
-        _log.info(
-            "%s: %s, %.0f s per epoch",
-            sizes,
-            "fits" if plans[-1].fits else "does not fit",
-            plans[-1].forecast().epoch_seconds,
-        )
+        plan = make_plan(config_on(mesh), folder, slice_, chips)
+        plans.append(plan)
+        sizes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())
+        seconds = f"{plan.forecast().epoch_seconds:.0f}" if plan.forecast() else "unknown"
+        _log.info("%s: %s, %s s per epoch", sizes, "fits" if plan.fits else "does not fit", seconds)
     return suggestions.best(plans)
 
 

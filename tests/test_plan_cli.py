@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,20 @@ def test_the_programs_of_a_run_are_compiled_for_a_slice(folder):
     # The forward pass again and one product back for each, but for what comes before any adapter.
     assert 1.5 < phases["learner backward"]["flops"] / forward["flops"] < 2.6
     assert plan["forecast"]["judge_calls"] == 300 * 8 * 5
+
+
+@pytest.mark.slow
+def test_a_mesh_is_suggested_where_that_of_the_configuration_cannot_be(folder):
+    """Batches of two groups leave 16 chips few meshes, and the default one is none of them."""
+    flags = [f"--config.model={folder}", *SMALL, "--config.rollout.batch_groups=2", "--quick"]
+    flags.append("--topology=v5e:4x4")
+    code, _, errors = _plan(*flags)
+    assert code == 1 and "ConfigError" in errors
+    code, printed, errors = _plan(*flags, "--suggest")
+    assert code == 0, errors
+    assert re.search(r"^v5e:4x4 .* tensor 8, micro-batch 4: fits", printed), printed
+    for data, fsdp in ((2, 1), (1, 2)):
+        assert f"data {data}, fsdp {fsdp}, tensor 8, sequence 1: fits, " in errors
 
 
 @pytest.mark.slow

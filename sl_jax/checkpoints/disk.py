@@ -25,6 +25,21 @@ _ADVICE = {
     errno.EISDIR: _TAKEN,
 }
 
+# TensorStore raises ValueErrors, which name the system's number, or begin with a store's status.
+_NUMBER = re.compile(r"os_error_code='(\d+)'")
+_STATUSES = {
+    "UNAVAILABLE": errno.EHOSTUNREACH,
+    "DEADLINE_EXCEEDED": errno.ETIMEDOUT,
+    "PERMISSION_DENIED": errno.EACCES,
+    "UNAUTHENTICATED": errno.EACCES,
+    "RESOURCE_EXHAUSTED": errno.EDQUOT,
+}
+# Of a path that leads nowhere, which others cannot read either, or that nobody can have meant.
+_OF_THE_PATH = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+    *(errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG),
+}
+
 # File systems take 255 bytes, and endings come behind it.
 _LONGEST_NAME = 200
 
@@ -57,6 +72,27 @@ def disk_problem(error: OSError, place: epath.PathLike) -> str:
     reason = os.strerror(error.errno) if known else str(error) or type(error).__name__
     advice = _ADVICE.get(error.errno or 0, "please check the path, or choose another place")
     return f"{error.filename or os.fspath(place)}: {' '.join(reason.split())}; {advice}"
+
+
+def error_number(error: BaseException | None) -> int | None:
+    """The system's number of what an error, or what caused it, tells of; None if of no such."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno is not None:
+            return error.errno
+        if isinstance(error, ValueError):
+            told = str(error)
+            if number := _NUMBER.search(told):
+                return int(number[1])
+            if (status := told.partition(":")[0]) in _STATUSES:
+                return _STATUSES[status]
+        error = error.__cause__
+    return None
+
+
+def storage_failed(error: BaseException | None) -> bool:
+    """Whether an error of reading is one of the storage, and tells nothing of what lies there."""
+    number = error_number(error)
+    return number is not None and number not in _OF_THE_PATH
 
 
 def require_writable(folder: epath.PathLike) -> None:

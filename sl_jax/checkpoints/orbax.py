@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,8 +26,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.checksums import checksums
+from sl_jax.checkpoints.disk import error_number, storage_failed
 from sl_jax.checkpoints.errors import CheckpointError
-from sl_jax.checkpoints.lock import InUseError, sole_writer
+from sl_jax.checkpoints.lock import sole_writer
 from sl_jax.parallel.processes import ALONE, Processes
 
 _log = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ _REASONS = {
 _MISFIT = "of another configuration"  # begins the reason why such a checkpoint is not read
 _IN_THE_WAY = (FileExistsError, IsADirectoryError, NotADirectoryError)
 _NAMED = 3  # damaged arrays in a message
+_PAUSES = (1.0, 5.0)  # seconds, where storage fails
 _UNREADABLE = (ValueError, OSError, KeyError, TypeError, AttributeError)
 
 
@@ -148,21 +151,23 @@ class RunCheckpoints:
 
         Damaged checkpoints that are newer are passed over with an error in the log, and set aside
         as `damaged-STEP`, so that those steps can be saved again. What one process cannot read,
-        all pass over.
+        all pass over. Storage that fails is no damage: it is tried again for a while.
 
         Args:
             like: a tree with the shapes, dtypes and shardings to restore to.
 
         Raises:
             CheckpointError: there is no readable checkpoint, or those that are there have other
-                arrays.
+                arrays, or storage fails.
+            ProcessError: it fails in another process.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         steps = [step] if step is not None else sorted(self._manager.all_steps(), reverse=True)
         passed_over: dict[int, str] = {}  # and why
         for number in steps:
-            tree, record, damage = self._read(number, abstract)
-            told = self._processes.all_gather("reading a checkpoint", damage)
+            with self._processes.together("reading a checkpoint"):
+                tree, record, damage = self._read(number, abstract)
+            told = self._processes.all_gather("comparing what was read", damage)
             damage = next((text for text in told if text is not None), None)
             if damage is None:
                 damage = _damage(checksums(tree), record["checksums"])
@@ -193,20 +198,16 @@ class RunCheckpoints:
             )
 
     def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
-        """Tree and record as they are there, or what keeps this process from reading them.
-
-        By the handler, which waits for nobody; Orbax's manager would, for a process that cannot
-        read its part.
-        """
+        """Tree and record as they are there, or what keeps this process from reading them."""
         path = self.directory / str(step)
         try:
-            misfit = _misfit(abstract, path / _TREE)
-            if misfit is not None:
-                return None, {}, misfit
-            args = ocp.args.StandardRestore(abstract)
-            tree = ocp.StandardCheckpointHandler().restore(path / _TREE, args=args)
-            return tree, _content(json.loads((path / _RECORD).read_text())), None
+            return _patiently(path, abstract)
         except Exception as error:
+            if storage_failed(error):
+                raise CheckpointError(
+                    f"{path} cannot be read: {_reason(error)}; it is left as it is. Please see to "
+                    "the storage; the same command then goes on"
+                ) from error
             if not _is_damage(error):
                 raise
             return None, {}, _reason(error)
@@ -259,12 +260,15 @@ class RunCheckpoints:
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What keeps Orbax from writing, in a line."""
+        """What keeps Orbax from writing, in a line; defects of a program come through as they are.
+
+        TensorStore's errors are ValueErrors.
+        """
         try:
             yield
-        except InUseError:
-            raise
         except (OSError, ValueError) as error:
+            if not _is_of_the_disk(error):
+                raise
             _silence_remains()
             known = (text for words, text in _REASONS.items() if words in str(error))
             reason = next(known, " ".join(str(error).split()))
@@ -333,6 +337,29 @@ def _content(found: Any) -> dict[str, Any]:
     return content
 
 
+def _patiently(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
+    """A checkpoint's tree and record, or why it does not fit; again where storage fails."""
+    for pause in _PAUSES:
+        try:
+            return _found(path, abstract)
+        except Exception as error:
+            if not storage_failed(error):
+                raise
+            _log.warning("%s cannot be read (%s); in %.0f s again.", path, _reason(error), pause)
+        time.sleep(pause)
+    return _found(path, abstract)
+
+
+def _found(path: epath.Path, abstract: Any) -> tuple[Any, dict[str, Any], str | None]:
+    """By the handler, which waits for nobody; Orbax's manager would, for who cannot read a part."""
+    misfit = _misfit(abstract, path / _TREE)
+    if misfit is not None:
+        return None, {}, misfit
+    args = ocp.args.StandardRestore(abstract)
+    tree = ocp.StandardCheckpointHandler().restore(path / _TREE, args=args)
+    return tree, _content(json.loads((path / _RECORD).read_text())), None
+
+
 def _misfit(wanted: Any, path: epath.Path) -> str | None:
     """The first array of which a checkpoint's tree has another shape than wanted; None if none."""
     here, there = _shapes(wanted), _shapes(ocp.PyTreeCheckpointHandler().metadata(path).tree)
@@ -358,8 +385,9 @@ def _is_damage(error: Exception) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, in a line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """What an error says, in a line; of Orbax's, which are of no kind, what caused it."""
+    told = error.__cause__ if type(error) is Exception and error.__cause__ else error
+    return " ".join(str(told).split()) or type(told).__name__
 
 
 def _damage(found: Mapping[str, str], saved: Mapping[str, str] | None) -> str | None:
@@ -379,6 +407,11 @@ def _reward(step: epath.Path) -> float | None:
         return _content(json.loads((step / _RECORD).read_text()))["reward"]
     except _UNREADABLE:
         return None  # `restore`, which needs it whole, says why
+
+
+def _is_of_the_disk(error: OSError | ValueError) -> bool:
+    told = any(words in str(error) for words in _REASONS)
+    return isinstance(error, OSError) or told or error_number(error) is not None
 
 
 def _silence_remains() -> None:

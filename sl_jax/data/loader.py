@@ -18,6 +18,7 @@ import grain
 import numpy as np
 from jaxtyping import UInt8
 
+from sl_jax.checkpoints.disk import storage_failed
 from sl_jax.data._schedule import Schedule
 from sl_jax.data.buckets import Bucket
 from sl_jax.data.folder import FolderError, PictureIndex, PictureRecord
@@ -493,8 +494,7 @@ def _open_patiently(
 
 def _may_pass(cause: BaseException | None) -> bool:
     """True for errors of the system that may go away by themselves."""
-    lasting = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
-    return isinstance(cause, OSError) and cause.errno is not None and not isinstance(cause, lasting)
+    return storage_failed(cause) and not isinstance(cause, PermissionError)
 
 
 def _checked_slots(groups: int, slots: Sequence[int] | None) -> tuple[int, ...]:

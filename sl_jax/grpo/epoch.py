@@ -219,10 +219,13 @@ def _scored(
     """The rollout batches of one update with advantages; weights sum to 1 over all of them."""
     worth = judged_advantages(scores, parts.config.advantage, parts.config.judge)
     size = parts.config.rollout.batch_groups
+    # Each call puts a table onto every device: one serves all batches of a grid, in the same order
+    # of grids in all processes.
+    tables = {grid: parts.rollout.table(grid) for grid in dict.fromkeys(b.grid for b in rolled)}
     return [
         Scored(
             batch.candidates,
-            parts.rollout.table(batch.grid),
+            tables[batch.grid],
             worth.advantage[number * size : (number + 1) * size].ravel(),
             worth.weight[number * size : (number + 1) * size].ravel(),
             batch.grid,

@@ -47,19 +47,6 @@ class _Pooled(NamedTuple):
     endpoint: Endpoint
 
 
-class _WrittenAtOnce:
-    """A ledger that is on disk after each request, where no answers are stored with it."""
-
-    def __init__(self, cache: AnswerCache):
-        self._cache = cache
-        self.spent = cache.spent
-
-    def spend(self, requests: int, tokens: int) -> None:
-        """As `budget.Ledger`."""
-        self._cache.spend(requests, tokens)
-        self._cache.save()
-
-
 @contextmanager
 def open_judges(
     config: GrpoConfig,
@@ -173,8 +160,7 @@ def _own(settings: JudgeSettings, folder: epath.Path, processes: Processes) -> J
 def _budget(settings: JudgeSettings, stack: ExitStack) -> Budget:
     ledger = AnswerCache(settings.cache_path)
     stack.callback(ledger.close)
-    kept = ledger if settings.cache else _WrittenAtOnce(ledger)
-    return Budget(settings.max_requests, settings.max_tokens, kept)
+    return Budget(settings.max_requests, settings.max_tokens, ledger)
 
 
 def _pooled(

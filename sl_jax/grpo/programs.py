@@ -82,7 +82,7 @@ class Programs:
         """
         gradients = [self.state.adapter.lora] * 3
         waiting = self._waiting[1:]  # The sampling adapter is among what is always there.
-        return self.resident(), self._before, self._batches, waiting, gradients
+        return self.resident(), self._before, self._batches, waiting, self._reference, gradients
 
     def kept_bytes(self, samples: int) -> int:
         """Of all devices: what a forward pass of so many samples keeps for the backward pass."""
@@ -134,7 +134,7 @@ class Programs:
             0.0,
             quick=True,
         )
-        begun = (self._before, self._batches, self._waiting)
+        begun = (self._before, self._batches, self._waiting, self._reference)
         rest = (state.initial.lora, state.adapter.lora_scale, begun)
         yield Phase(
             "apply",
@@ -173,10 +173,18 @@ class Programs:
         begun = (state.adapter.lora, state.ema.lora, state.optimizer)
         return begun if self._config.learner.updates > 1 else ()
 
+    @property
+    def _reference(self) -> Any:
+        """The zeros that stand for the base while an update computes its KL."""
+        config = self._config
+        if config.objective.kl_weight and config.learner.reference == "base":
+            return self.adapter.lora
+        return ()
+
     def _learner_phases(self) -> Phases:
         """What the forward program leaves to the compiler is the backward one's argument."""
         config, learning = self._config, self._learning
-        epoch = (self._before, self._batches, self._waiting)
+        epoch = (self._before, self._batches, self._waiting, self._reference)
         gradients = (self.state.adapter.lora, self.state.adapter.lora)
         samples = config.rollout.groups * config.rollout.group_size
         steps = config.rollout.window_size * samples // config.learner.micro_batch

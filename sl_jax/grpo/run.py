@@ -48,7 +48,7 @@ def run(config: GrpoConfig, processes: Processes = ALONE, profiled: Span | None 
     """One run, from wherever its work directory stands; of some epochs a trace may be made."""
     folder = work.claim(config, IDENTITY, processes)
     report, adapter = folder / "report.html", folder / "adapter"
-    profiler = Profiler(profiled, folder)
+    profiler = Profiler(profiled, folder, processes)
     keep = config.checkpoint.keep
     with closing(RunCheckpoints(folder / "checkpoints", keep, processes)) as checkpoints:
         done = checkpoints.latest or 0

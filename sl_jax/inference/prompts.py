@@ -30,6 +30,7 @@ from tqdm import tqdm
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, load_params, read_config
 from sl_jax.checkpoints.naming import TEXT_ENCODER
+from sl_jax.inference.fingerprints import add_tensors
 from sl_jax.models.text_encoder import TextEncoder, TextEncoderConfig
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
@@ -50,7 +51,6 @@ _HELD = 64  # Prompts of a run that stay in memory: one without captions reads i
 _TOKENIZED = 1000
 _WIDTH = 64  # Prompts are padded to multiples of it, so that few programs serve all lengths.
 _UNUSED = ("visual.", "lm_head.", "rotary_emb.")
-_WHOLE = 4096  # Tensors of up to so many elements enter the fingerprint whole.
 
 
 class PromptEmbeddings(NamedTuple):
@@ -322,9 +322,8 @@ def _abstract(model: TextEncoder) -> dict[str, Any]:
 def fingerprint(checkpoint: epath.PathLike) -> str:
     """A hash of what decides a prompt's hidden states: tokenizer, config and weights.
 
-    It depends on content alone, not on times, paths or how weights are split into files. Small
-    tensors enter whole and large ones by their first, middle and last row: retraining changes them,
-    and fifteen gigabytes need not be read.
+    It depends on content alone, not on times, paths or how weights are split into files, of which
+    samples are read (`fingerprints.add_tensors`).
 
     Raises:
         CheckpointError: files are missing or damaged.
@@ -338,20 +337,9 @@ def fingerprint(checkpoint: epath.PathLike) -> str:
         if file.exists() and not file.is_dir():
             digest.update(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     with TensorFiles(folder / "text_encoder") as tensors:
-        for name in sorted(tensors.names()):
-            if not any(part in name for part in _UNUSED):
-                digest.update(f"{name} {tensors.shape(name)}\n".encode())
-                for part in _sampled(tensors, name):
-                    digest.update(part.tobytes())
+        used = (n for n in tensors.names() if not any(part in n for part in _UNUSED))
+        add_tensors(digest, tensors, used)
     return digest.hexdigest()
-
-
-def _sampled(tensors: TensorFiles, name: str) -> list[np.ndarray]:
-    shape = tensors.shape(name)
-    if math.prod(shape) <= _WHOLE:
-        return [tensors.read(name)]
-    rows = (0, shape[0] // 2, shape[0] - 1)
-    return [tensors.read(name, (slice(row, row + 1),)) for row in rows]
 
 
 class _Cache:

@@ -126,11 +126,18 @@ class Plan(NamedTuple):
 
     @property
     def fits(self) -> bool:
-        """Whether every phase does."""
-        return self.most.needed <= self.slice.chip.hbm
+        """Whether every phase does, and the compiler agrees."""
+        return not self.refused and self.most.needed <= self.slice.chip.hbm
 
-    def forecast(self) -> Forecast:
-        """The run's time and what it asks of the judge."""
+    @property
+    def refused(self) -> tuple[str, ...]:
+        """The phases that the compiler refused; what would come after them is not planned."""
+        return tuple(phase.name for phase in self.phases if phase.refused)
+
+    def forecast(self) -> Forecast | None:
+        """The run's time and what it asks of the judge; None where a phase was refused."""
+        if self.refused:
+            return None
         return forecast(self.workload, {p.name: p.seconds(self.slice) for p in self.phases})
 
 

@@ -24,14 +24,16 @@ def meshes(
         resident: bytes of weights and optimizer on each chip.
 
     Raises:
-        PlanError: weights and optimizer are too large for all of them.
+        PlanError: the configuration allows none, or weights and optimizer are too large for all.
     """
     found: list[MeshConfig] = []
     least: int | None = None
+    mistake: ConfigError | None = None
     for mesh in _by_promise(slice_.chips):
         try:
             check(mesh)
-        except ConfigError:
+        except ConfigError as error:
+            mistake = error
             continue
         needed = resident(mesh)
         least = needed if least is None else min(least, needed)
@@ -42,9 +44,9 @@ def meshes(
     if not found:
         if least is None:
             raise PlanError(
-                f"no mesh of the {slice_.chips} chips of {slice_.name} divides the batches; please "
-                "use batches that a power of two divides"
-            )
+                f"no mesh of the {slice_.chips} chips of {slice_.name} goes with the "
+                f"configuration; with the last one: {mistake}"
+            ) from mistake
         raise PlanError(
             f"no mesh of {slice_.name} leaves room to compute: weights and optimizer take at least "
             f"{least / 2**30:.1f} of {slice_.chip.hbm / 2**30:.1f} GiB per chip; please plan for "

@@ -2,14 +2,17 @@
 
 from typing import Any
 
-from sl_jax.planning.roofline import PhasePlan, Plan
+from sl_jax.planning.roofline import Forecast, JudgePool, PhasePlan, Plan
 
 _GIB = 2**30
 
 
 def to_json(plan: Plan) -> dict[str, Any]:
-    """Everything in a plan: bytes and operations per chip, seconds at peak rates."""
-    slice_ = plan.slice
+    """Everything in a plan: bytes and operations per chip, seconds at peak rates.
+
+    Forecast and replicas are None where the compiler refused a phase.
+    """
+    slice_, forecast, pool = plan.slice, plan.forecast(), plan.pool
     return {
         "topology": slice_.name,
         "accelerator_type": slice_.accelerator_type,
@@ -22,8 +25,8 @@ def to_json(plan: Plan) -> dict[str, Any]:
         "resident": plan.resident,
         "phases": [_phase(phase, plan) for phase in plan.phases],
         "workload": plan.workload._asdict(),
-        "forecast": plan.forecast()._asdict(),
-        "judge_replicas": plan.pool and plan.pool.replicas(plan.forecast().calls_per_second),
+        "forecast": forecast and forecast._asdict(),
+        "judge_replicas": forecast and pool and pool.replicas(forecast.calls_per_second),
     }
 
 
@@ -59,11 +62,12 @@ def _verdict(plan: Plan) -> str:
         " × ".join(f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1) or "one chip"
     )
     room = hbm - plan.most.needed
-    verdict = (
-        f"fits, with {_gib(room)} GiB to spare on each chip"
-        if plan.fits
-        else f"does not fit: {_gib(-room)} GiB too much on each chip in {plan.most.name}"
-    )
+    if plan.fits:
+        verdict = f"fits, with {_gib(room)} GiB to spare on each chip"
+    elif room < 0:
+        verdict = f"does not fit: {_gib(-room)} GiB too much on each chip in {plan.most.name}"
+    else:
+        verdict = f"does not fit: the compiler refused {' and '.join(plan.refused)}"
     return (
         f"{plan.slice.name} ({plan.slice.accelerator_type}, {plan.slice.chips} chips of "
         f"{_gib(hbm)} GiB), {mesh}, micro-batch {plan.micro_batch}: {verdict}."
@@ -101,29 +105,43 @@ def _table(plan: Plan) -> list[str]:
 
 
 def _forecast(plan: Plan) -> list[str]:
-    chip, forecast, work = plan.slice.chip, plan.forecast(), plan.workload
+    chip, forecast = plan.slice.chip, plan.forecast()
     resident = ", ".join(f"{name} {_gib(size)}" for name, size in plan.resident.items())
     return [
         f"Per chip and call; seconds are a whole epoch's, at peak rates: {chip.flops / 1e12:.0f} "
         f"TFLOP/s (bfloat16), {chip.bandwidth / 1e9:.0f} GB/s of HBM and "
         f"{plan.slice.ici / 1e9:.0f} GB/s of links: no run is faster.",
         f"Always there, GiB per chip: {resident}.",
+        *(_times(plan, forecast) if forecast else [_no_forecast(plan)]),
+    ]
+
+
+def _times(plan: Plan, forecast: Forecast) -> list[str]:
+    work = plan.workload
+    return [
         f"Epoch {forecast.epoch_seconds:.0f} s, and {forecast.evaluation_seconds:.0f} s of "
         f"evaluation per epoch on average; {work.epochs} epochs ({work.epochs * work.updates} "
         f"updates) {forecast.hours:.1f} h, without the judge.",
         f"Judge: {forecast.judge_calls} calls; so that nobody waits for it, "
         f"{forecast.pictures_per_second:.2f} candidates and {forecast.calls_per_second:.2f} calls "
-        f"per second{_replicas(plan)}.",
+        f"per second{_replicas(plan.pool, forecast)}.",
     ]
 
 
-def _replicas(plan: Plan) -> str:
-    if plan.pool is None:
-        return " (--judge_seconds of a call tells how many replicas that is)"
-    count = plan.pool.replicas(plan.forecast().calls_per_second)
+def _no_forecast(plan: Plan) -> str:
     return (
-        f": {count} replica{'s' if count > 1 else ''} with {plan.pool.concurrency} calls at a "
-        f"time, of {plan.pool.seconds:g} s each"
+        f"No forecast: the compiler refused {' and '.join(plan.refused)}, whose traffic is not "
+        "known, nor what comes after."
+    )
+
+
+def _replicas(pool: JudgePool | None, forecast: Forecast) -> str:
+    if pool is None:
+        return " (--judge_seconds of a call tells how many replicas that is)"
+    count = pool.replicas(forecast.calls_per_second)
+    return (
+        f": {count} replica{'s' if count > 1 else ''} with {pool.concurrency} calls at a "
+        f"time, of {pool.seconds:g} s each"
     )
 
 

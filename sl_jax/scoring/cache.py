@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import hashlib
+import logging
 import os
 import sqlite3
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from sl_jax.scoring.types import Answer, JudgeRequest
+from sl_jax.scoring.types import Answer, BrokenAnswerError, JudgeRequest
+from sl_jax.scoring.verify import verify
+
+_log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS answers (
@@ -48,13 +53,14 @@ class AnswerCache:
     def __init__(self, path: str | os.PathLike[str]):
         self.path = Path(path)
         self._gate = threading.Lock()
-        self._unsaved = [0, 0]
-        self.hits = self.misses = 0
+        self.hits = self.misses = self.broken = 0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._database = sqlite3.connect(
                 self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
+            # A byte that was changed spoils its own answer, and not the run.
+            self._database.text_factory = partial(str, encoding="utf-8", errors="replace")
             self._database.execute(f"PRAGMA busy_timeout = {int(1000 * _BUSY_SECONDS)}")
             self._database.execute("PRAGMA journal_mode = WAL")
             self._database.execute("PRAGMA synchronous = NORMAL")
@@ -81,29 +87,23 @@ class AnswerCache:
             "INSERT OR IGNORE INTO answers VALUES (?, ?, ?, ?, ?, ?)",
             *(key, str(answer), answer.endpoint, answer.tokens, answer.seconds, time.time()),
         )
-        self.save()
+
+    def forget(self, key: str) -> None:
+        """Removes an answer that `get` gave and that proved to be none: it was a miss."""
+        self._execute("DELETE FROM answers WHERE key = ?", key)
+        self.hits, self.misses, self.broken = self.hits - 1, self.misses + 1, self.broken + 1
 
     def spent(self) -> tuple[int, int]:
         """Requests and tokens of all processes so far."""
-        self.save()
         return self._execute("SELECT requests, tokens FROM spent")
 
     def spend(self, requests: int, tokens: int) -> None:
-        """Adds to them; written with the next answer, or by `save`."""
-        with self._gate:
-            self._unsaved[0] += requests
-            self._unsaved[1] += tokens
-
-    def save(self) -> None:
-        """Writes what was spent."""
-        with self._gate:
-            unsaved, self._unsaved = self._unsaved, [0, 0]
-        if any(unsaved):
-            self._execute("UPDATE spent SET requests = requests + ?, tokens = tokens + ?", *unsaved)
+        """Adds to them, in the file, where a kill leaves it."""
+        change = "UPDATE spent SET requests = requests + ?, tokens = tokens + ?"
+        self._execute(change, requests, tokens)
 
     def close(self) -> None:
-        """Writes what is left, and closes the file."""
-        self.save()
+        """Closes the file."""
         with self._gate:
             self._database.close()
 
@@ -133,6 +133,8 @@ class CachedEndpoint:
 
     Equal requests that are in flight together are asked once. A request's `repeat` is not part of
     the key: broken answers are never stored, so the answer that came at last is the one to keep.
+    One that is broken now, by the disk or by rules that became stricter, is forgotten and asked for
+    anew, which a warning says once.
 
     Args:
       endpoint: who knows, and gives verified answers only.
@@ -183,7 +185,12 @@ class CachedEndpoint:
 
     def metrics(self) -> dict[str, float]:
         """The other endpoint's, and what was remembered."""
-        own = {"cache/hits": float(self.cache.hits), "cache/misses": float(self.cache.misses)}
+        cache = self.cache
+        own = {
+            "cache/hits": float(cache.hits),
+            "cache/misses": float(cache.misses),
+            "cache/broken": float(cache.broken),
+        }
         inner = getattr(self.endpoint, "metrics", None)
         return own if inner is None else inner() | own
 
@@ -197,9 +204,27 @@ class CachedEndpoint:
 
     async def _fetch(self, key: str, request: JudgeRequest) -> Answer:
         loop = asyncio.get_running_loop()
-        known = await loop.run_in_executor(self._thread, self.cache.get, key)
+        known = await loop.run_in_executor(self._thread, self._known, key, request)
         if known is not None:
             return known
         answer = await self.endpoint.answer(request)
         await loop.run_in_executor(self._thread, self.cache.put, key, answer)
         return answer
+
+    def _known(self, key: str, request: JudgeRequest) -> Answer | None:
+        """The stored answer, if it is still one."""
+        known = self.cache.get(key)
+        if known is None:
+            return None
+        try:
+            verify(request, known)
+        except BrokenAnswerError as error:
+            if not self.cache.broken:
+                _log.warning(
+                    "%s holds an answer that is broken now (%s): it is asked for anew, and so are "
+                    "others like it.",
+                    *(self.cache.path, error),
+                )
+            self.cache.forget(key)
+            return None
+        return known

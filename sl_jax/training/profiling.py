@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 
+from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import ConfigError
 
 _log = logging.getLogger(__name__)
@@ -42,11 +43,14 @@ def span(text: str) -> Span | None:
 class Profiler:
     """Traces the steps of a span and leaves them in `profile` in the work directory.
 
-    TensorBoard's profile plugin, XProf and Perfetto read them. Every process writes its own.
+    TensorBoard's profile plugin, XProf and Perfetto read them. Of several processes each has a
+    folder of its own there, `process_INDEX`: the profiler names files by time and host alone.
     """
 
-    def __init__(self, wanted: Span | None, workdir: epath.PathLike):
+    def __init__(self, wanted: Span | None, workdir: epath.PathLike, processes: Processes = ALONE):
         self._wanted, self._folder = wanted, epath.Path(workdir) / "profile"
+        if processes.count > 1:
+            self._folder /= f"process_{processes.index}"
         self._local: str | None = None
 
     def at(self, step: int) -> None:

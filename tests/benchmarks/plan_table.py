@@ -5,7 +5,8 @@
 Plans `configs/grpo.py` for every row of `ROWS` with `python -m sl_jax.plan --json`, in a process of
 its own, and prints one JSON line per row, with what planning took. Rows that the output has already
 are not planned again; those with a note, which the table marks, say why they should be. `--table`
-prints the table of the README from it.
+prints the table of the README from it, `--estimates` compiles nothing and prints for every row of
+it the micro-batch that a run would derive, and what that is estimated to take beside what it took.
 """
 
 import argparse
@@ -13,12 +14,20 @@ import json
 import os
 import platform
 import resource
+import runpy
 import subprocess
 import sys
 import time
+from ast import literal_eval
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from sl_jax.checkpoints.source import release_shapes
+from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.grpo.micro_batch import derived
+from sl_jax.grpo.programs import Programs
+from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.planning import topologies
 from sl_jax.planning.phases import Workload
 from sl_jax.planning.roofline import forecast
 
@@ -82,10 +91,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--only", action="append", help="name of a row; may be repeated")
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--estimates", action="store_true")
     arguments = parser.parse_args()
     results = json.loads(arguments.output.read_text()) if arguments.output.exists() else {}
     if arguments.table:
         print(table(results))
+        return
+    if arguments.estimates:
+        for row in ROWS:
+            print(json.dumps(estimate(row, results[row.name]["plan"])), flush=True)
         return
     for row in ROWS:
         if row.name in results or (arguments.only and row.name not in arguments.only):
@@ -123,6 +137,35 @@ def planned(row: Row) -> dict[str, Any]:
     }
 
 
+def configuration(row: Row, chips: int) -> GrpoConfig:
+    """The configuration that the row's command gives."""
+    settings = runpy.run_path(str(_ROOT / "configs" / "grpo.py"))["get_config"]()
+    with settings.unlocked():
+        for name, value in row.settings.items():
+            value = literal_eval(value) if isinstance(value, str) else value
+            settings.update_from_flattened_dict({name: value})
+    settings.data.path = "of no interest here"
+    return from_mapping(settings.to_dict(), chips)
+
+
+def estimate(row: Row, plan: dict[str, Any]) -> dict[str, Any]:
+    """What `grpo.micro_batch` makes of a row: samples, and bytes beside those of the plan."""
+    slice_ = topologies.topology(row.topology)
+    topologies.prepare_environment(slice_)
+    config = configuration(row, slice_.chips)
+    layout = Layout(make_mesh(config.mesh, topologies.devices(slice_)))
+    programs = Programs(config, release_shapes(), layout)
+    found = derived(programs, config, layout, plan["chip"]["hbm"])
+    needed = max(p["needed"] for p in plan["phases"] if p["name"].startswith("learner"))
+    return {
+        "row": row.name,
+        "micro_batch": found.samples,
+        "fits": found.fits,
+        "estimate": found.needed,
+        "needed": needed,
+    }
+
+
 def table(results: dict[str, Any]) -> str:
     """Markdown: one line per row."""
     names = ("slice", "mesh", "groups per epoch", "fits", "GiB per chip, of", "roofline epoch")
@@ -136,7 +179,7 @@ def _line(entry: dict[str, Any]) -> str:
     plan, card = entry["plan"], entry["kind"] == "card"
     chip = plan["chip"] | _H100 if card else plan["chip"]
     needed = plan["needed"] + (_RESERVED if card else 0)
-    forecast = card_forecast(plan) if card else plan["forecast"]
+    forecast = card_forecast(plan) if card and plan["forecast"] else plan["forecast"]
     mesh = " × ".join(f"{axis} {size}" for axis, size in plan["mesh"].items() if size > 1)
     cells = (
         ("H100, estimate" if card else plan["topology"]) + (" †" if "note" in entry else ""),
@@ -144,8 +187,8 @@ def _line(entry: dict[str, Any]) -> str:
         plan["workload"]["groups"],
         "yes" if needed <= chip["hbm"] else "**no**",
         f"{needed / _GIB:.1f} of {chip['hbm'] / _GIB:.1f}",
-        f"{forecast['epoch_seconds']:.0f} s",
-        f"{forecast['hours']:.0f} h",
+        f"{forecast['epoch_seconds']:.0f} s" if forecast else "–",
+        f"{forecast['hours']:.0f} h" if forecast else "–",
     )
     return f"| {' | '.join(map(str, cells))} |"
 

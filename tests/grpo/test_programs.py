@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -9,23 +10,24 @@ import pytest
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.grpo.config import from_mapping
 from sl_jax.grpo.programs import Programs, workload
-from sl_jax.parallel.mesh import Layout, make_mesh
+from sl_jax.parallel.mesh import Layout, make_mesh, replicated
 from sl_jax.planning.phases import bytes_per_chip
 from sl_jax.planning.work import count_work
 
 _FILE = Path(__file__).parents[2] / "configs" / "grpo.py"
 
 
-def _config(rollout, **evaluation):
+def _config(rollout, **others):
+    """The tiny configuration with other fields of `rollout`, and of parts that are named."""
     settings = runpy.run_path(str(_FILE))["get_config"]("tiny").to_dict()
     settings["data"]["path"] = "pictures"
-    settings["rollout"] |= rollout
-    settings["evaluation"] |= evaluation
+    for part, fields in (others | {"rollout": rollout}).items():
+        settings[part] |= fields
     return from_mapping(settings, 1)
 
 
-def _programs(**rollout):
-    config = _config(rollout)
+def _programs(others=None, **rollout):
+    config = _config(rollout, **(others or {}))
     layout = Layout(make_mesh(config.mesh, jax.devices()[:1]))
     return Programs(config, resolve_model(config.model), layout)
 
@@ -52,13 +54,14 @@ def test_forward_passes_are_those_of_the_program(plain, rollout):
 
 def test_evaluations_are_those_of_the_whole_run():
     """24 epochs of the tiny configuration evaluate 48 pictures four times, every eighth epoch."""
-    plain = _config({}, method="euler")
+    plain = _config({}, evaluation={"method": "euler"})
     # Once a batch of four groups of eight: a mean of 1 step together, then 9 each.
     begin = 4 * (1 + 8 * 9)
     assert workload(plain).evaluations * 24 == pytest.approx(4 * 48 * 20 + begin)
-    heun = _config({}, method="heun")
+    heun = _config({}, evaluation={"method": "heun"})
     assert workload(heun).evaluations * 24 == pytest.approx(4 * 48 * 39 + begin)
-    share = _config({"group_noise": "independent"}, method="euler", window_share=True)
+    measured = {"method": "euler", "window_share": True}
+    share = _config({"group_noise": "independent"}, evaluation=measured)
     alone, spread = 4 * 8 * 10, 4 * 2 * begin  # two batches whose groups share their noise
     assert workload(share).evaluations * 24 == pytest.approx(4 * 48 * 20 + alone + spread)
 
@@ -93,3 +96,30 @@ def test_staleness_keeps_another_epoch_and_its_adapter(plain):
         assert more == epoch + adapter, name
     # The sampling adapter's velocities are computed in all updates, not in the second alone.
     assert stale["learner forward"].calls / plain["learner forward"].calls == 2 / 1.5
+
+
+def _held(programs):
+    """Bytes beside each program, of the learner's both and of what is not the learner's."""
+    learner, _, small = programs.chains()
+    forward = next(learner)
+    # On one device the compiler has no choice.
+    whole = replicated(programs._layout.mesh)
+    compiled = SimpleNamespace(
+        output_shardings=[whole] * len(jax.tree.leaves(forward.traced.out_info))
+    )
+    phases = [forward, learner.send(compiled), *small]
+    return {phase.name: bytes_per_chip(phase.held) for phase in phases}
+
+
+def test_a_kl_term_keeps_an_adapter_of_zeros_through_the_update():
+    """It stands for the base; where the initial adapter is the reference, that is there anyway."""
+    with_kl = {"objective": {"kl_weight": 0.1}, "learner": {"reference": "base"}}
+    base, plain = _programs(with_kl), _programs()
+    zeros = bytes_per_chip(base.adapter.lora)
+    held, more = _held(plain), _held(base)
+    learning = {"learner forward", "learner backward", "apply"}
+    assert {n for n in held if more[n] == held[n] + zeros} == learning
+    assert {n for n in held if more[n] == held[n]} == {"decode", "encode"}
+    initial = _programs(with_kl | {"learner": {"reference": "init"}})
+    needed = [bytes_per_chip(programs.learning()) for programs in (plain, base, initial)]
+    assert needed == [needed[0], needed[0] + zeros, needed[0]]

@@ -81,6 +81,23 @@ def test_what_the_compiler_refuses_does_not_fit():
     assert "Used 17.90G" in to_json(refused)["phases"][0]["refused"]
 
 
+def test_where_a_phase_is_missing_there_is_no_forecast():
+    """The backward pass's program is made of what the forward one's compilation leaves."""
+    phases = (_phase("learner forward", memory=None), _phase("rollout"))
+    plan = _plan(*phases, pool=JudgePool(1.0, 8))
+    assert plan.forecast() is None
+    found = to_json(plan)
+    assert found["forecast"] is None and found["judge_replicas"] is None
+    text = to_text(plan)
+    assert "No forecast: the compiler refused learner forward" in text
+    assert "epochs" not in text and "Judge" not in text
+    # What the compiler names may be a part of what it would need.
+    small = phases[0]._replace(refused=phases[0].refused._replace(needed=GIB / 2))
+    assert "does not fit: the compiler refused learner forward" in to_text(_plan(small))
+    fitting = _plan(_phase("rollout"))
+    assert suggestions.best([_plan(small), fitting]) is fitting
+
+
 @pytest.mark.parametrize(
     ("message", "needed", "available"),
     [
@@ -164,6 +181,14 @@ def test_suggestions_split_tensors_least_and_keep_copies_where_there_is_room():
     assert large == [MeshConfig(data=1, fsdp=8, tensor=1), MeshConfig(data=1, fsdp=4, tensor=2)]
     with pytest.raises(PlanError, match=r"take at least 20\.0 of 15\.8 GiB per chip"):
         suggestions.meshes(SLICE, check, lambda mesh: 160 * GIB // mesh.fsdp // mesh.tensor)
+
+
+def test_where_no_mesh_will_do_the_reason_is_told():
+    def check(mesh):
+        raise ConfigError("rollout.groups is 7")
+
+    with pytest.raises(PlanError, match=r"no mesh of the 8 chips .* rollout\.groups is 7"):
+        suggestions.meshes(SLICE, check, lambda mesh: 0)
 
 
 def test_of_several_plans_the_fastest_that_fits():

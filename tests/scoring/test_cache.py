@@ -1,6 +1,7 @@
 """What was asked once is not asked again; what would be answered differently is."""
 
 import asyncio
+import contextlib
 import dataclasses
 import os
 import signal
@@ -159,6 +160,32 @@ def test_failures_are_not_stored(tmp_path):
     assert again == first and first.cached and len(endpoint.asked) == 2
 
 
+@pytest.mark.parametrize(
+    "damage", [lambda text: text[:-1], lambda text: b"\xff" + text[1:], lambda _: b'{"score": 7}']
+)
+def test_a_stored_answer_that_is_broken_now_is_asked_for_anew(tmp_path, caplog, damage):
+    """Cut off, no UTF-8, or of rules of another day: it would be no less broken at every ask."""
+    path = tmp_path / "c"
+
+    async def work(cached):
+        answers = [await cached.answer(one(index)) for index in range(3)]
+        return answers, cached.metrics()
+
+    first, _ = through(path, Counting(), work)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        keys = [key for (key,) in database.execute("SELECT key FROM answers")]
+        for key, text in zip(keys[:2], first, strict=False):
+            damaged = damage(text.encode()), key
+            database.execute("UPDATE answers SET answer = CAST(? AS TEXT) WHERE key = ?", damaged)
+    for asked, hits in ((2, 1), (0, 3)):
+        endpoint = Counting()
+        again, metrics = through(path, endpoint, work)
+        assert again == first and len(endpoint.asked) == asked
+        assert (metrics["cache/hits"], metrics["cache/broken"]) == (hits, asked)
+        assert metrics["cache/misses"] == asked
+    assert len(caplog.records) == 1 and f"{path} holds an answer that is broken" in caplog.text
+
+
 def test_budgets_count_over_restarts(tmp_path):
     for total in (2, 4):
         with HostileServer(tokens=7) as server:
@@ -174,6 +201,20 @@ def test_budgets_count_over_restarts(tmp_path):
         cache = AnswerCache(tmp_path / "c")
         assert cache.spent() == (total, 7 * total)
         cache.close()
+
+
+def test_what_is_spent_is_in_the_file_when_the_process_is_killed(tmp_path):
+    """A run counts in one connection and stores answers in others."""
+    script = (
+        "import os, sys; from sl_jax.scoring.budget import Budget\n"
+        "from sl_jax.scoring.cache import AnswerCache\n"
+        "budget = Budget(ledger=AnswerCache(sys.argv[1])); answers = AnswerCache(sys.argv[1])\n"
+        "budget.request(); budget.answered(7); budget.request(); os.kill(os.getpid(), 9)"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(tmp_path / "c")])
+    assert killed.returncode == -signal.SIGKILL
+    with contextlib.closing(AnswerCache(tmp_path / "c")) as cache:
+        assert cache.spent() == (2, 7)
 
 
 def test_a_file_that_is_no_cache_is_named(tmp_path):

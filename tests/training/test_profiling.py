@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import pytest
 
+from sl_jax.parallel.processes import Processes
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.profiling import Profiler, Span, span
 
@@ -42,6 +43,15 @@ def test_a_run_that_ends_within_the_span_leaves_what_there_is(tmp_path):
     profiler.at(0)
     profiler.close()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+
+
+def test_processes_of_one_host_do_not_write_over_each_other(tmp_path):
+    for index in range(2):
+        profiler = Profiler(Span(0, 1), tmp_path, Processes(index, count=2))
+        profiler.at(0)
+        profiler.close()
+    for index in range(2):  # a folder of logs to TensorBoard, each
+        assert list(tmp_path.glob(f"profile/process_{index}/plugins/profile/*/*.xplane.pb"))
 
 
 def test_no_trace_unless_asked(tmp_path):

@@ -1,6 +1,7 @@
 """Checkpoints of a run: whole or absent, the newest readable one first."""
 
 import contextlib
+import errno
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import pytest
 
 from sl_jax.checkpoints import orbax
 from sl_jax.checkpoints.adapters import read_adapter, save_adapter_checkpoint
+from sl_jax.checkpoints.disk import storage_failed
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.models.lora import Adapter
@@ -162,6 +164,27 @@ def test_a_save_that_fails_in_the_background_is_one_error(folder, small_files):
     assert _restored(folder)[0] == 3
 
 
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (ValueError("an argument is wrong"), ValueError),
+        (ValueError("UNKNOWN: Error writing: [os_error_code='116']"), CheckpointError),
+        (ValueError("UNAVAILABLE: Error writing, CURL error"), CheckpointError),
+        (ValueError("while writing: No space left on device"), CheckpointError),
+        (OSError(errno.EIO, "Input/output error"), CheckpointError),
+    ],
+)
+def test_a_defect_is_not_taken_for_a_full_disk(tmp_path, monkeypatch, raised, told):
+    def save(*args, **kwargs):
+        raise raised
+
+    with contextlib.closing(RunCheckpoints(tmp_path)) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", save)
+        with pytest.raises(told) as found:
+            checkpoints.save(1, _tree(1))
+    assert (found.type, found.value is raised) == (told, told is ValueError)
+
+
 def test_the_last_few_are_kept(tmp_path):
     checkpoints = RunCheckpoints(tmp_path, keep=2)
     for step in range(1, 6):
@@ -179,6 +202,53 @@ def test_a_damaged_one_is_passed_over_with_an_error(folder, how, caplog):
         step, tree, record = _restored(folder)
     assert (step, int(tree["n"]), record) == (2, 2, {"position": 20})
     assert "Checkpoint 3" in caplog.text and "damaged" in caplog.text
+
+
+@pytest.mark.parametrize("heals", [False, True])
+@pytest.mark.parametrize("name", ["tree/manifest.ocdbt", "record/metadata"])
+def test_storage_that_fails_is_asked_again_and_no_damage(folder, monkeypatch, name, heals):
+    """Of TensorStore, and of Python: a file that leads to itself is an error of the system."""
+    path, aside, found, asked = folder / "3" / name, folder / "aside", orbax._found, []
+    path.rename(aside)
+    path.symlink_to(path)
+
+    def noted(*given):
+        asked.append(given)
+        if heals and len(asked) == 2:
+            aside.rename(path)
+        return found(*given)
+
+    monkeypatch.setattr(orbax, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(orbax, "_found", noted)
+    if heals:
+        assert _restored(folder)[0] == 3
+    else:
+        with pytest.raises(CheckpointError, match=r"3 cannot be read: .*symbolic links.*; it is"):
+            _restored(folder)
+    assert len(asked) == (2 if heals else 3)
+    assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["1", "2", "3"]
+
+
+@pytest.mark.parametrize(
+    ("error", "failed"),
+    [
+        (OSError(errno.EIO, "x"), True),
+        (PermissionError(errno.EACCES, "x"), True),
+        (TimeoutError(errno.ETIMEDOUT, "x"), True),
+        (FileNotFoundError(errno.ENOENT, "x"), False),
+        (OSError("broken data stream"), False),
+        (ValueError("UNKNOWN: Error reading: Stale file handle [os_error_code='116']"), True),
+        (ValueError("UNAVAILABLE: Error reading, CURL error"), True),
+        (ValueError("NOT_FOUND: Error opening [os_error_code='2']"), False),
+        (ValueError("DATA_LOSS: CRC-32C checksum verification failed"), False),
+        (KeyError("UNAVAILABLE: a name"), False),
+    ],
+)
+def test_what_is_of_the_storage(error, failed):
+    assert storage_failed(error) == failed
+    wrapped = Exception("of no kind")
+    wrapped.__cause__ = error
+    assert storage_failed(wrapped) == failed
 
 
 def test_late_answers_of_a_failure_are_no_tracebacks(tmp_path, monkeypatch):

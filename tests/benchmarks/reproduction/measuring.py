@@ -4,6 +4,7 @@ Sampler, steps and guidance of every system are chosen on the development set, b
 the held-out sets are then measured once, each system with its own choice and from the same noise.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +12,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from sl_jax.checkpoints.source import resolve_model
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.options import SamplerChoice
 from sl_jax.eval.run import EvaluationConfig, evaluate
 from sl_jax.eval.systems import Model, ModelConfig, System
-from sl_jax.inference.fingerprints import checkpoint_digest
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 
 SIZE, LAYERS = 64, 3
@@ -37,6 +38,7 @@ SANITY = {
     "bleed": -1,
 }
 _BATCH, _SEED = 32, 42
+_END = 2**20  # bytes
 
 
 class Setting(NamedTuple):
@@ -113,8 +115,16 @@ class Trained(NamedTuple):
 
 
 def base_digest() -> str:
-    """SHA-256 of the base's checkpoint, which no arm may change."""
-    return checkpoint_digest("tiny")
+    """SHA-256 of the base, which no arm may change, as results record it.
+
+    Of every file of its parts: name, size, first and last mebibyte.
+    """
+    folder, digest = Path(resolve_model("tiny")), hashlib.sha256()
+    for path in sorted(folder.glob("*/*")):
+        content = path.read_bytes()
+        told = f"{path.relative_to(folder)} {len(content)}\n".encode()
+        digest.update(hashlib.sha256(told + content[:_END] + content[-_END:]).digest())
+    return digest.hexdigest()
 
 
 def developed(trained: Trained, data: str, folder: Path) -> dict[str, float]:
