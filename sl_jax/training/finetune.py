@@ -82,8 +82,6 @@ _IDENTITY = workdir.Identity(
     own=frozenset({"compute.cache", "distributed"}),
 )
 
-_WRITING = "writing the result"
-
 
 @dataclass(frozen=True)
 class PairedConfig:
@@ -253,7 +251,7 @@ def fine_tune(
         average = _average(
             config, folder, layout, trained, frozen, losses, streams, feed, processes
         )
-    with processes.together(_WRITING):
+    with processes.together("writing the result"):
         if config.train == "lora":
             whole = to_everywhere(Adapter(average, frozen.scale), layout.mesh)
             return _write_adapter(config, folder, whole, processes)
@@ -495,7 +493,7 @@ def _write_model(
     """
 
     def whole(array: Array) -> np.ndarray:
-        processes.barrier(_WRITING)  # where the others hear of a disk that is full
+        processes.barrier("gathering the result")  # where all hear of a disk that is full
         return to_everywhere(array, layout.mesh)
 
     target = Path(config.export)
