@@ -395,7 +395,7 @@ class _Feed:
         placed = partial(from_local, sharding=self._sharding, rows=self._batch)
         target, picture = self._encode(self._vae_params, placed(batch.frames))
         text, lengths = map(placed, self._texts(batch.captions))
-        return _grid(shape), FlowBatch(target, picture, text, lengths)
+        return _grid(shape), FlowBatch(target, picture, text, lengths, batch.fresh)
 
 
 def packed_frames(

@@ -95,12 +95,14 @@ class FlowBatch(NamedTuple):
         picture: [B, N, C]: the picture.
         text: [B, S, E]: hidden states of each prompt; None where one serves all batches.
         lengths: [B]: valid vectors of each; None where all are.
+        fresh: only the first so many examples count; None for all.
     """
 
     target: Float[Array, "b n c"]
     picture: Float[Array, "b m c"]
     text: Float[Array, "b s e"] | None = None
     lengths: Int[Array, " b"] | None = None
+    fresh: int | None = None
 
 
 # (trained parameters, frozen ones, x_t, t, batch) → v
@@ -161,7 +163,10 @@ def flow_loss(velocity: Velocity, mu: float, distribution: SigmaDistribution) ->
         noise = jax.random.normal(noise_key, batch.target.shape)
         x = (1 - t[:, None, None]) * batch.target + t[:, None, None] * noise
         error = velocity(trained, frozen, x, t, batch) - (noise - batch.target)
-        mse = jnp.mean(jnp.square(error))
+        counts = None
+        if batch.fresh is not None:
+            counts = (jnp.arange(len(error)) < batch.fresh)[:, None, None]
+        mse = jnp.mean(jnp.square(error), where=counts)
         return mse, {"mse": mse}
 
     return loss
@@ -308,7 +313,7 @@ class Stage:
     def _evaluate(self, state: StageState, batches: Sequence[Any], name: str) -> dict[str, float]:
         """Means over all examples of the batches."""
         results: dict[str, list[float]] = {}
-        sizes = [len(jax.tree.leaves(batch)[0]) for _, batch in batches]
+        sizes = [_examples(batch) for _, batch in batches]
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
             _, metrics = self._evaluations[kind](state.ema, self._frozen, batch, key)
@@ -364,6 +369,12 @@ def open_stage(
                 mesh=mesh,
                 processes=processes,
             )
+
+
+def _examples(batch: Any) -> int:
+    """How many examples of a batch count."""
+    fresh = batch.fresh if isinstance(batch, FlowBatch) else None
+    return len(jax.tree.leaves(batch)[0]) if fresh is None else fresh
 
 
 def _is_whole(state: StageState) -> bool:
