@@ -33,18 +33,24 @@ training itself outlives it. TPU_PAUSE: seconds between looks and tries, 30.
 END_OF_USAGE
 }
 
-command="" name="" type="" version="" zone="" project=""
+command="" name="" type="" version=""
 spot=no queued=no dry=no extras="tpu,gcs" restarts=100 grace=60
 variables=() training=()
+place=() # flags of gcloud
 pause="${TPU_PAUSE:-30}"
+rest="$pause" # until the next try to have a VM once more
+trained=no    # whether a training was started or found here
 again="bash $(printf '%q' "$0")$([ $# -eq 0 ] || printf ' %q' "$@")"
 
 HOST_SCRIPT=sl_jax/launch/tpu_host.sh # on a host
 SENT=(setup.py pyproject.toml README.md LICENSE configs sl_jax launch)
-CHIPS=4   # of a host, but for single hosts of eight
-TRIES=4   # of a command that needs a connection
-LOOKS=20  # at hosts that do not answer
-AGAIN=200 # the status of a training that is to start again
+CHIPS=4     # of a host, but for single hosts of eight
+TRIES=4     # of a command that needs a connection
+LOOKS=20    # at hosts that do not answer, or at a gcloud that does not
+LONGEST=600 # seconds between tries to have a VM once more
+FAILURES=3  # that nobody expected (70), one after the other with no epoch between
+AGAIN=200   # the status of a training that is to start again
+FAILED=201  # likewise, after an error that nobody expected
 
 bad() {
   fail "$@" "bash launch/tpu_vm.sh --help says more."
@@ -61,8 +67,7 @@ parse() {
         exit 0
         ;;
       --type=*) type="${word#*=}" ;;
-      --zone=*) zone="${word#*=}" ;;
-      --project=*) project="${word#*=}" ;;
+      --zone=* | --project=*) place+=("$word") ;;
       --version=*) version="${word#*=}" ;;
       --env=*) variables+=("${word#*=}") ;;
       --extras=*) extras="${word#*=}" ;;
@@ -197,10 +202,7 @@ here() {
 
 # cloud WORD...: gcloud compute tpus WORD... for the VM's place.
 cloud() {
-  local line=(gcloud compute tpus "$@" --quiet)
-  [ -z "$zone" ] || line+=("--zone=$zone")
-  [ -z "$project" ] || line+=("--project=$project")
-  here "${line[@]}"
+  here gcloud compute tpus "$@" --quiet ${place[@]+"${place[@]}"}
 }
 
 # shell WORKER COMMAND: runs it on a host, or on all; a connection that is dead is given up.
@@ -260,9 +262,10 @@ request() {
 }
 
 remove() {
-  local requested="$queued"
-  if [ "$dry$queued" = nono ] && [ -n "$(described queued-resources name)" ]; then
-    requested=yes
+  local requested="$queued" found
+  if [ "$dry$queued" = nono ]; then
+    found="$(described queued-resources name)" || return
+    [ -z "$found" ] || requested=yes
   fi
   if [ "$requested" = yes ]; then
     cloud queued-resources delete "$name" --force
@@ -275,13 +278,35 @@ say() {
   printf '%s %s\n' "$(date +%H:%M:%S)" "$*" >&2
 }
 
+# change WORD...: changes what VM there is. Once there was a training, a failure is no end, as chips
+# are often short after a preemption: it is said, and after a pause, each time longer, the caller may
+# look how things stand, and try again.
+change() {
+  if "$@"; then
+    rest="$pause"
+    return
+  fi
+  [ "$trained" = yes ] || return 1
+  say "That has failed; the reason stands above. Next try in $rest s."
+  sleep "$rest"
+  rest="$(awk -v rest="$rest" -v most="$LONGEST" 'BEGIN { print (2 * rest < most ? 2 * rest : most) }')"
+}
+
 create() {
-  local state known said=""
+  local state known said="" looks=0 answered="$trained"
   while :; do
-    state="$(vm_state)"
+    state="$(vm_state)" || state=unknown
     case "$state" in
+      unknown) # of a client that is offline, or not logged in: then nothing is waited for yet
+        [ "$answered" = yes ] || exit 1
+        looks=$((looks + 1))
+        [ "$looks" -lt "$LOOKS" ] || fail "gcloud has not answered $looks times." \
+          "What was asked for comes all the same, and costs. To go on: $again"
+        sleep "$pause"
+        continue
+        ;;
       READY)
-        known="$(described tpu-vm acceleratorType)"
+        known="$(described tpu-vm acceleratorType)" || continue
         [ "${known##*/}" = "$type" ] || fail "$name is there, as a ${known##*/} and not a $type." \
           "Please choose another name, or delete it: bash launch/tpu_vm.sh delete $name"
         say "$name is ready."
@@ -289,17 +314,21 @@ create() {
         ;;
       "")
         say "Making $name, a $type."
-        request || fail "gcloud could not make $name; its words stand above." \
+        change request || fail "gcloud could not make $name; its words stand above." \
           "Where chips are short, --queued waits for them in Google's queue."
         [ "$dry" = no ] || return 0
         ;;
       PREEMPTED | TERMINATED | SUSPENDED)
+        [ "$state" = PREEMPTED ] || [ "$spot$queued" != nono ] ||
+          fail "$name is $state, with all that is on its disk. To start it again, and go on:" \
+            "  gcloud compute tpus tpu-vm start $name${place[*]+ ${place[*]}}" \
+            "If nothing on it is wanted: bash launch/tpu_vm.sh delete $name"
         say "$name is $state: it is deleted and made again."
-        remove
+        change remove
         ;;
       STOPPED)
         say "$name is stopped: it is started."
-        cloud tpu-vm start "$name"
+        change cloud tpu-vm start "$name"
         ;;
       FAILED)
         fail "The request for $name has failed. To see why:" \
@@ -311,7 +340,7 @@ create() {
         sleep "$pause"
         ;;
     esac
-    said="$state"
+    said="$state" answered=yes looks=0
   done
 }
 
@@ -359,15 +388,14 @@ training_state() {
   printf 'ended %s\n' "$(sed -n 's/^ended //p' <<<"$lines" | sort -n | tail -n 1)"
 }
 
-# goes_on STATUS: whether a training that ended so goes on by itself when it is started again:
-# terminated (143), killed otherwise, or after an error that nobody expected (70); not after one that
-# says what to do (1).
+# goes_on STATUS: whether a training that ended so is to be started again, as often as it takes:
+# terminated (143) or killed otherwise.
 goes_on() {
-  [ "$1" -eq 70 ] || { [ "$1" -gt 128 ] && [ "$1" -ne 130 ]; }
+  [ "$1" -gt 128 ] && [ "$1" -ne 130 ]
 }
 
 # attend: follows the training until it ends, over lost connections. The status is that of the
-# training, or AGAIN if it is to start again.
+# training, or AGAIN or FAILED if it is to start again. Its log is then in $scratch/log.
 attend() {
   local state looks=0 copy="$scratch/log"
   if [ "$dry" = yes ]; then
@@ -382,6 +410,7 @@ attend() {
       "ended 0") return 0 ;;
       ended*)
         say "The training has ended with status ${state#* }."
+        [ "$state" != "ended 70" ] || return "$FAILED"
         ! goes_on "${state#* }" || return "$AGAIN"
         return "${state#* }"
         ;;
@@ -410,7 +439,7 @@ attend() {
 }
 
 run() {
-  local state status count=0 looks=0
+  local state status count=0 looks=0 failures=0
   while :; do
     create
     state=never
@@ -435,9 +464,19 @@ run() {
         start
         ;;
     esac
-    status=0
+    status=0 looks=0 trained=yes
     attend || status=$?
-    [ "$status" -eq "$AGAIN" ] || return "$status"
+    case "$status" in
+      "$AGAIN") failures=0 ;;
+      "$FAILED")
+        ! grep -q 'Epoch [0-9]* of [0-9]*: ' "$scratch/log" || failures=0
+        failures=$((failures + 1))
+        [ "$failures" -lt "$FAILURES" ] ||
+          fail "An error that nobody expected has ended it $failures times, with no epoch between." \
+            "The log above says why. To try again: $again"
+        ;;
+      *) return "$status" ;;
+    esac
     [ "$count" -lt "$restarts" ] || fail "It has started again $count times, and does not any more."
     count=$((count + 1))
     say "Start $((count + 1)), to go on where it was."

@@ -43,8 +43,8 @@ def main(argv: list[str]) -> None:
     config = _CONFIG.value.to_dict()
     run = make_base if {"vae", "flow"} <= set(config) else tune
     with (
-        ending_in_a_line(_EXPECTED, "update", config["workdir"]),
-        joined(distributed_part(config)) as processes,
+        ending_in_a_line(_EXPECTED, "update", config["workdir"]) as code_of,
+        joined(distributed_part(config), code_of) as processes,
     ):
         result = run(config, processes)
         if processes.is_main:

@@ -52,6 +52,10 @@ _EXPECTED = (
     *(JudgeUnavailableError, BudgetError, KeyMissingError, PreflightError),
     *(CacheError, CaptionError),
 )
+_SMALLER = (
+    "config.learner.micro_batch first, then config.rollout.batch_groups and "
+    "config.evaluation.batch: python -m sl_jax.plan tells what fits"
+)
 
 
 def main(argv: list[str]) -> None:
@@ -71,8 +75,8 @@ def main(argv: list[str]) -> None:
         print(explained(GrpoConfig, config, flag.override_values, flag.config_filename, "grpo"))
         return
     with (
-        ending_in_a_line(_EXPECTED, "epoch", config["workdir"]),
-        joined(distributed_part(config)) as processes,
+        ending_in_a_line(_EXPECTED, "epoch", config["workdir"], _SMALLER) as code_of,
+        joined(distributed_part(config), code_of) as processes,
     ):
         run(from_mapping(config, jax.device_count()), processes, span(_PROFILE.value))
 

@@ -14,6 +14,7 @@ from sl_jax.checkpoints.byte_ranges import is_remote, reachable
 _FULL = "please free some space, or choose a place on another disk"
 _CLOSED = "please allow access to it, or choose another place"
 _TAKEN = "something else is in its way; please choose another place"
+_MISSING = "please check the path, or choose another place"
 _ADVICE = {
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
@@ -23,6 +24,9 @@ _ADVICE = {
     errno.ENOTDIR: _TAKEN,
     errno.EEXIST: _TAKEN,
     errno.EISDIR: _TAKEN,
+    errno.ENOENT: _MISSING,
+    errno.ENAMETOOLONG: _MISSING,
+    errno.ELOOP: _MISSING,
 }
 
 # TensorStore raises ValueErrors, which name the system's number, or begin with a store's status.
@@ -61,6 +65,17 @@ def _inside(part: str) -> str:
     return f"{told or 'name'}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
+def is_the_users(error: OSError) -> bool:
+    """Whether the user has to do something about it; other errors of the system may pass by.
+
+    Those of networks and servers do. Libraries have classes of their own for them, some with
+    numbers that are not the system's.
+    """
+    if type(error).__module__ != "builtins" or isinstance(error, (ConnectionError, TimeoutError)):
+        return False
+    return error.errno is None or error.errno in _ADVICE
+
+
 def disk_problem(error: OSError, place: epath.PathLike) -> str:
     """One line that names the path and what to do about it.
 
@@ -70,7 +85,7 @@ def disk_problem(error: OSError, place: epath.PathLike) -> str:
     """
     known = error.errno in errno.errorcode  # network libraries use other numbers, too
     reason = os.strerror(error.errno) if known else str(error) or type(error).__name__
-    advice = _ADVICE.get(error.errno or 0, "please check the path, or choose another place")
+    advice = _ADVICE.get(error.errno or 0, _MISSING)
     return f"{error.filename or os.fspath(place)}: {' '.join(reason.split())}; {advice}"
 
 

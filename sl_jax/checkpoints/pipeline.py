@@ -4,7 +4,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sl_jax.checkpoints.huggingface import CheckpointError, load_params, read_config
 from sl_jax.checkpoints.naming import MMDIT, VAE
 from sl_jax.flow.schedule import SchedulerConfig
-from sl_jax.models.attention import Attention, choose_implementation
+from sl_jax.models.attention import Attention, Implementation, choose_implementation
 from sl_jax.models.lora import Adapter
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.models.modulation import TIME_PARAMS, split_time, time_modules
@@ -46,9 +46,9 @@ class ComputeConfig:
             `programs` in the work directory, or where JAX_COMPILATION_CACHE_DIR says; "off".
     """
 
-    dtype: str = "bfloat16"
-    attention: str = "auto"
-    remat: str = "block"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    attention: Literal["auto", Implementation] = "auto"
+    remat: Literal["none", "block", "dots"] = "block"
     cache: str = "auto"
 
 

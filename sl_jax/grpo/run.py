@@ -126,7 +126,9 @@ def _parts(
     count = len(held_out_set(held_out))
     judging = open_judges(config, folder, left, count, processes, described)
     with judging as judges, ExitStack() as stack:
-        index, held_out = captioned((index, held_out), data.caption, judges.training, processes)
+        index, held_out = captioned(
+            (index, held_out), data.caption, judges.training, config.judge.prompts, processes
+        )
         stream = stack.enter_context(closing(training_stream(index)))
         examples = held_out_set(held_out)
         captions = [record.caption for part in (index, held_out) for record in part]

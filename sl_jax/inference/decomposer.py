@@ -132,7 +132,7 @@ class Decomposer:
             guidance: None follows the prompt alone.
         """
         _, height, width, _ = pictures.shape
-        grid = LatentGrid(layers, height // PACKED_PIXELS, width // PACKED_PIXELS)
+        grid = LatentGrid.of_pixels(layers, height, width)
         sigmas = self._pipeline.scheduler.sigmas(steps, grid.frame_tokens, shift)
         noise = initial_noise(keys, grid.generated_tokens, self._pipeline.model.config.in_channels)
         return self._program(

@@ -19,6 +19,7 @@ GRACE = 25.0  # seconds from SIGTERM; Kubernetes, spot machines and SLURM give 3
 TERMINATED = 128 + signal.SIGTERM
 STOPPED = 128 + signal.SIGINT  # likewise, after Ctrl-C
 UNEXPECTED = 70  # exit code of an error that nobody expected (EX_SOFTWARE of sysexits.h)
+REFUSED = 1  # of one that says what its user has to do
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN = 0.05  # seconds until an interrupt that was dropped is sent again
 

@@ -14,7 +14,7 @@ from jax.errors import JaxRuntimeError
 
 from sl_jax.imaging.words import counted
 from sl_jax.parallel.interrupts import GRACE, OthersGoneError
-from sl_jax.parallel.processes import ProcessError, Processes
+from sl_jax.parallel.processes import CodeOf, ProcessError, Processes, unexpected
 
 _log = logging.getLogger(__name__)
 
@@ -81,10 +81,11 @@ class DistributedConfig:
 
 
 @contextmanager
-def joined(config: DistributedConfig) -> Iterator[Processes]:
+def joined(config: DistributedConfig, code_of: CodeOf = unexpected) -> Iterator[Processes]:
     """The processes of the run, once they have found each other; before anything asks for devices.
 
-    If the block ends in an error here, the other processes are told, and stop.
+    If the block ends in an error here, the other processes are told, and stop, all with the exit
+    code of this one, which `code_of` tells.
 
     Raises:
         ProcessError: the coordinator cannot be reached, or is not known.
@@ -101,7 +102,7 @@ def joined(config: DistributedConfig) -> Iterator[Processes]:
         _mark_messages(index)
         devices = counted(jax.device_count(), "device")
         _log.info("%d processes with %s have joined.", count, devices)
-    with Processes(index, count, store).open(config.grace) as processes:
+    with Processes(index, count, store, code_of).open(config.grace) as processes:
         yield processes
 
 

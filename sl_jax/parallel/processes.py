@@ -7,10 +7,11 @@ said, and a process that stopped is not waited for. One process alone takes the 
 nobody to wait for.
 """
 
+import functools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +23,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from sl_jax.parallel.interrupts import (
     GRACE,
+    REFUSED,
     TERMINATED,
+    UNEXPECTED,
     Interrupts,
     OthersGoneError,
     end_now,
@@ -43,7 +46,25 @@ _LEAVING, _GONE = "leaving", "gone"  # what a process says why under: it may sav
 
 
 class ProcessError(RuntimeError):
-    """Another process stopped, or is somewhere else in the program."""
+    """Another process stopped, or is somewhere else in the program.
+
+    Attributes:
+        code: exit code of a program that ends in it: that of the process which stopped first, so
+            that what starts runs again is told one thing by all.
+    """
+
+    def __init__(self, message: str, code: int = REFUSED):
+        super().__init__(message)
+        self.code = code
+
+
+CodeOf = Callable[[BaseException], int]
+"""The exit code that the program ends with after an error."""
+
+
+def unexpected(error: BaseException) -> int:
+    """The exit code where nothing is known of what is expected."""
+    return error.code if isinstance(error, ProcessError) else UNEXPECTED
 
 
 class Store(Protocol):
@@ -72,11 +93,18 @@ class Processes:
         index: of this process; 0 is the main one, which writes what is written once.
         count: of all.
         store: what they share; one process alone needs none.
+        code_of: tells what an error of this process ends it with; then the others end so, too.
     """
 
-    def __init__(self, index: int = 0, count: int = 1, store: Store | None = None):
+    def __init__(
+        self,
+        index: int = 0,
+        count: int = 1,
+        store: Store | None = None,
+        code_of: CodeOf = unexpected,
+    ):
         self.index, self.count = index, count
-        self._store = store
+        self._store, self._code_of = store, code_of
         self._number = 0
         self._interrupts = Interrupts(count == 1, f"Process {index}")
         self._ending = _LEAVING  # what of another process ends waiting for it
@@ -105,6 +133,7 @@ class Processes:
             "what": what,
             "value": value,
             "error": reason,
+            "code": None if error is None else self._code_of(error),
             "signal": int(self._interrupts.received),
         }
         entries = self._exchanged(what, mine)
@@ -228,18 +257,18 @@ class Processes:
                 if sign != last or sign == _DONE:
                     last, since = sign, time.monotonic()
                 elif time.monotonic() - since > _LOST:
-                    reason = self._farewell(watched, 0.0).get(
-                        "reason", "it was killed, or its host was"
-                    )
-                    lost = f"process {watched} is gone ({reason})"
+                    told = self._farewell(watched, 0.0)
+                    reason = told.get("reason", "it was killed, or its host was")
+                    lost = [f"process {watched} is gone ({reason})", told.get("code", TERMINATED)]
                     self._put("lost", lost)
             except OthersGoneError as error:
-                lost = str(error)
+                lost = [str(error), TERMINATED]
             if lost and not over.is_set():
+                reason, code = lost
                 end_now(
-                    f"OthersGoneError: {lost}. Process {self.index} ends too; please start all "
+                    f"OthersGoneError: {reason}. Process {self.index} ends too; please start all "
                     "again: they go on from the newest checkpoint.",
-                    TERMINATED,
+                    code,
                 )
 
     def _exchanged(self, what: str, mine: Any) -> list[Any]:
@@ -262,7 +291,8 @@ class Processes:
 
     def _tell(self, ending: str, error: BaseException, place: int) -> None:
         if self.count > 1:
-            told = {"reason": _told(error), "place": place, "exchange": self._number}
+            told = {"reason": _told(error), "code": self._code_of(error)}
+            told |= {"place": place, "exchange": self._number}
             self._put(f"{ending}/{self.index}", told)
 
     def _farewell(self, index: int, seconds: float) -> dict[str, Any]:
@@ -273,7 +303,7 @@ class Processes:
         started, said = time.monotonic(), _SAID
         while (value := self._get(name, _LOOK)) is None:
             if told := self._get(f"{self._ending}/{index}", 0.0):
-                raise ProcessError(f"process {index} stopped: {told['reason']}")
+                raise ProcessError(f"process {index} stopped: {told['reason']}", told["code"])
             waited = time.monotonic() - started
             if waited >= said:
                 _log.warning(
@@ -331,7 +361,8 @@ def _require_agreement(entries: Sequence[Mapping[str, Any]], mine: int) -> None:
     """
     for index, entry in enumerate(entries):
         if entry["error"] is not None:
-            raise ProcessError(f"process {index} cannot go on: {entry['error']}")
+            told = f"process {index} cannot go on: {entry['error']}"
+            raise ProcessError(told, entry["code"])
     what = entries[mine]["what"]
     for index, entry in enumerate(entries):
         if entry["what"] != what:
@@ -424,5 +455,10 @@ def to_local(array: jax.Array) -> np.ndarray:
 
 def to_everywhere(tree: Any, mesh: Mesh) -> Any:
     """Global arrays as whole numpy arrays in every process, one after the other."""
-    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    gather = _gather(mesh)
     return jax.tree.map(lambda leaf: np.asarray(gather(leaf)), tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))

@@ -2,17 +2,29 @@
 
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 from absl import logging as absl_logging
+from jax.errors import JaxRuntimeError
 from tqdm import tqdm
 
-from sl_jax.checkpoints.disk import disk_problem
+from sl_jax.checkpoints.disk import disk_problem, is_the_users
 from sl_jax.imaging.words import printable
-from sl_jax.parallel.interrupts import TERMINATED, UNEXPECTED, OthersGoneError, Terminated, stop
+from sl_jax.parallel.interrupts import (
+    REFUSED,
+    STOPPED,
+    TERMINATED,
+    UNEXPECTED,
+    OthersGoneError,
+    Terminated,
+    stop,
+)
+from sl_jax.parallel.processes import CodeOf, ProcessError
 
 
 class _AboveBars(logging.Handler):
@@ -51,32 +63,74 @@ def set_up_logging() -> None:
 
 @contextmanager
 def ending_in_a_line(
-    expected: tuple[type[Exception], ...], unit: str, folder: str = ""
-) -> Iterator[None]:
+    expected: tuple[type[Exception], ...],
+    unit: str,
+    folder: str = "",
+    smaller: str = "config.batch",
+) -> Iterator[CodeOf]:
     """Ends the program with a message, not a traceback, where its user can do something about it.
 
+    What it yields tells the exit code of an error, for the other processes of the run.
+
     Args:
-        expected: errors that say what to do; exit code 1. Errors of the system, such as a full
-            disk, are expected as well: path and advice are added. All others are shown whole; exit
-            code 70.
+        expected: errors that say what to do; exit code 1. Those of the system that a user can do
+            something about, such as a full disk, are expected as well: path and advice are added;
+            and those of devices whose memory is too small. All others, also those of networks, are
+            shown whole; exit code 70.
         unit: what a run that was stopped is whole after: "epoch", "update"; exit code 130 after
             Ctrl-C, 143 after SIGTERM, or where another process was killed.
         folder: what the run writes to: the path of errors that know none.
+        smaller: what to lower where a device's memory does not do.
     """
     try:
-        yield
-    except OthersGoneError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        sys.exit(TERMINATED)
-    except expected as error:
-        sys.exit(f"{type(error).__name__}: {error}")
-    except OSError as error:
-        told = str(error) if error.errno is None else disk_problem(error, folder)
-        sys.exit(f"{type(error).__name__}: {told}")
-    except Exception:  # to tell it from those: what starts runs again has hope
-        traceback.print_exc()
-        sys.exit(UNEXPECTED)
+        yield partial(exit_code, expected=expected)
+    except Exception as error:
+        code = exit_code(error, expected)
+        if code == UNEXPECTED and not isinstance(error, ProcessError):
+            traceback.print_exc()
+            sys.exit(code)
+        told = str(error) if isinstance(error, expected) else _told(error, folder, smaller)
+        line = f"{type(error).__name__}: {told}"
+        if code == REFUSED:
+            sys.exit(line)
+        print(line, file=sys.stderr, flush=True)
+        sys.exit(code)
     except Terminated:
         stop(f"Terminated. The same command goes on after the last complete {unit}.", TERMINATED)
     except KeyboardInterrupt:
         stop(f"Stopped. The same command goes on after the last complete {unit}.")
+
+
+def exit_code(error: BaseException, expected: tuple[type[Exception], ...]) -> int:
+    """What a program ends with after an error: what starts runs again goes by it.
+
+    Args:
+        error: that ends it.
+        expected: as `ending_in_a_line` takes it.
+    """
+    if isinstance(error, ProcessError):
+        return error.code
+    if isinstance(error, (Terminated, OthersGoneError)):
+        return TERMINATED
+    if isinstance(error, KeyboardInterrupt):
+        return STOPPED
+    known = isinstance(error, expected) or _is_out_of_memory(error)
+    return REFUSED if known or (isinstance(error, OSError) and is_the_users(error)) else UNEXPECTED
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Of a device: XLA's words differ with what it asked for, and with the hardware."""
+    told = str(error)
+    return (
+        isinstance(error, JaxRuntimeError)
+        and "RESOURCE_EXHAUSTED" in told
+        and re.search("memory|allocat", told, re.IGNORECASE) is not None
+    )
+
+
+def _told(error: Exception, folder: str, smaller: str) -> str:
+    if isinstance(error, OSError) and error.errno is not None:
+        return disk_problem(error, folder)
+    if _is_out_of_memory(error):
+        return f"{str(error).splitlines()[0]}; please lower {smaller}"
+    return str(error)

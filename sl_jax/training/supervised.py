@@ -108,17 +108,25 @@ class FlowBatch(NamedTuple):
     Attributes:
         target: [B, (layers + 1)·N, C]: the whole picture, then its layers back to front.
         condition: [B, N, C]: the picture.
+        fresh: only the first so many examples count; None for all.
     """
 
     target: Float[Array, "b n c"]
     condition: Float[Array, "b m c"]
+    fresh: int | None = None
 
 
 def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
     """Loss of the autoencoder on RGBA frames.
 
-    |Δα| + w·|Δrgb| + (Δ of neighbouring-pixel differences) + kl_weight·KL, where w is 1 on visible
-    pixels and 0.05 where alpha is 0, whose colour no one sees. Terms are means over pixels.
+    With e = w · (decoded − pixels), where w is 0.05 for the colour of pixels whose alpha is 0,
+    which no one sees, and else 1:
+
+        mean |e| + mean e² + ½ (mean |∂e/∂y| + mean |∂e/∂x|) + kl_weight · KL,
+        KL = ½ mean (μ² + σ² − 1 − log σ²)
+
+    ∂ are differences of neighbouring pixels, (μ, σ) is the posterior. Means are over the batch,
+    places and channels.
     """
 
     def loss(params: Any, batch: Frames, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
@@ -160,7 +168,10 @@ def flow_loss(
         noise = jax.random.normal(noise_key, batch.target.shape)
         x = (1 - t[:, None, None]) * batch.target + t[:, None, None] * noise
         error = velocity(trained, x, t, batch.condition) - (noise - batch.target)
-        mse = jnp.mean(jnp.square(error))
+        counts = None
+        if batch.fresh is not None:
+            counts = (jnp.arange(len(error)) < batch.fresh)[:, None, None]
+        mse = jnp.mean(jnp.square(error), where=counts)
         return mse, {"mse": mse}
 
     return loss
@@ -329,7 +340,7 @@ class Stage:
     def _evaluate(self, state: StageState, batches: Sequence[Any], name: str) -> dict[str, float]:
         """Means over all examples of the batches."""
         results: dict[str, list[float]] = {}
-        sizes = [len(jax.tree.leaves(batch)[0]) for _, batch in batches]
+        sizes = [_examples(batch) for _, batch in batches]
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
             _, metrics = self._evaluations[kind](state.ema, batch, key)
@@ -388,6 +399,12 @@ def _mean(values: Sequence[float]) -> float:
     """Of those that are finite; nan if none is."""
     finite = [value for value in values if math.isfinite(value)]
     return float(np.mean(finite)) if finite else math.nan
+
+
+def _examples(batch: Any) -> int:
+    """How many examples of a batch count."""
+    fresh = batch.fresh if isinstance(batch, FlowBatch) else None
+    return len(jax.tree.leaves(batch)[0]) if fresh is None else fresh
 
 
 def _is_whole(state: StageState) -> bool:

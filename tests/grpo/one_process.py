@@ -52,8 +52,8 @@ def main(arguments: dict) -> None:
     set_up_logging()
     begun("starting")
     with (
-        ending_in_a_line(train._EXPECTED, "epoch", arguments["config"]["workdir"]),
-        joined(DistributedConfig(**arguments["distributed"])) as processes,
+        ending_in_a_line(train._EXPECTED, "epoch", arguments["config"]["workdir"]) as code_of,
+        joined(DistributedConfig(**arguments["distributed"]), code_of) as processes,
     ):
         assert len(jax.local_devices()) == arguments["devices"]
         spoiled = arguments.get("spoiled")

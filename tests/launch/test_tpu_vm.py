@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 from cloud import HERE, TOKEN, Cloud, lines, wait_for
 
+from sl_jax.grpo.metrics import epoch_line
+
 WORKDIR = "--config.workdir=gs://bucket/run"
 OLD = """#!/bin/bash
 # Not of a version that suits: all that it is good for is pip.
@@ -82,10 +84,15 @@ def without_folders(call: list[str]) -> list[str]:
     return [Path(word).name if word.startswith("/") else word for word in call]
 
 
+def set_state(cloud: Cloud, state: str) -> None:
+    """As Google does with a TPU VM."""
+    vm = json.loads((cloud.place / "vm.json").read_text())
+    (cloud.place / "vm.json").write_text(json.dumps(vm | {"state": state}))
+
+
 def preempt(cloud: Cloud) -> None:
     """As Google does: the hosts are gone, and the VM says so."""
-    vm = json.loads((cloud.place / "vm.json").read_text())
-    (cloud.place / "vm.json").write_text(json.dumps(vm | {"state": "PREEMPTED"}))
+    set_state(cloud, "PREEMPTED")
     for session in cloud.sessions():
         os.killpg(session, signal.SIGKILL)
 
@@ -103,13 +110,78 @@ def test_a_preempted_one_is_made_again_and_goes_on(cloud):
     assert verbs(cloud.calls()).count("create") == 2
 
 
+def trouble(cloud: Cloud, **times: int) -> None:
+    """What fails from now on, and how often."""
+    (cloud.place / "trouble.json").write_text(json.dumps(times))
+
+
+def test_chips_that_are_short_after_a_preemption_are_waited_for(cloud):
+    cloud.plan("hang", "0")
+    process = cloud.start(*run_words("--spot"))
+    wait_for(lambda: len(cloud.trained()) == 1)
+    trouble(cloud, create=2, delete=1)
+    preempt(cloud)
+    _, said = cloud.ended(process)
+    assert said.count("no more capacity") == 2 and len(cloud.trained()) == 2
+    pauses = re.findall(r"That has failed; .* Next try in (\S+) s\.", said)
+    assert pauses == ["0.1", "0.1", "0.2"]  # of a deletion; twice of a creation
+
+
+@pytest.mark.parametrize("words", [("--queued",), ()])
+def test_a_gcloud_that_is_offline_for_a_while_is_asked_again(cloud, words):
+    """While chips are waited for, and when they are there again."""
+    cloud.plan("hang", "0")
+    process = cloud.start(*run_words("--spot", *words))
+    wait_for(lambda: "create" in verbs(cloud.calls()))
+    trouble(cloud, describe=2)
+    wait_for(lambda: len(cloud.trained()) == 1)
+    preempt(cloud)
+    _, said = cloud.ended(process)
+    assert said.count("no connection") == 2 and len(cloud.trained()) == 2
+
+
+def test_a_gcloud_that_never_answered_is_not_asked_again(cloud):
+    trouble(cloud, describe=2)
+    _, said = cloud.run(*run_words(), code=1)
+    assert "gcloud does not say what my-tpu is:" in said and len(cloud.calls()) == 1
+
+
+def test_hosts_may_be_slow_to_answer_after_every_preemption(cloud):
+    """What counts as too often is that of one start."""
+    script = cloud.repository.root / "launch" / "tpu_vm.sh"
+    text = script.read_text()
+    assert "\nLOOKS=20 " in text
+    script.write_text(text.replace("\nLOOKS=20 ", "\nLOOKS=3 "))
+    cloud.plan("hang", "hang", "0")
+    process = cloud.start(*run_words("--spot"))
+    for starts in (1, 2):
+        wait_for(lambda starts=starts: len(cloud.trained()) == starts)
+        trouble(cloud, ssh=3)  # once before the VM is found to be gone
+        preempt(cloud)
+    cloud.ended(process)
+    assert len(cloud.trained()) == 3
+
+
+@pytest.mark.parametrize("state", ["TERMINATED", "SUSPENDED"])
+def test_one_of_the_users_own_with_a_run_on_its_disk_is_not_deleted(cloud, state):
+    words = ("run", "my-tpu", "--type=v5e:2x4", "--zone=us-a", "--", "--config=grpo")
+    cloud.run(*words)
+    set_state(cloud, state)
+    _, said = cloud.run(*words, code=1)
+    assert f"my-tpu is {state}, with all that is on its disk" in said
+    assert "  gcloud compute tpus tpu-vm start my-tpu --zone=us-a\n" in said
+    assert "delete" not in verbs(cloud.calls()) and list(cloud.place.glob("host*"))
+    cloud.run(*words[:4], "--spot", "--", "--config=grpo", WORKDIR)
+    assert verbs(cloud.calls()).count("delete") == 1
+
+
 def test_a_lost_connection_is_taken_up_where_the_log_was(cloud):
     cloud.plan("hang")
     process = cloud.start(*run_words())
     wait_for(lambda: len(cloud.trained()) == 1)
     wait_for(lambda: tails(cloud) != [])
     before = tails(cloud)
-    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 2, "describe": 1}))  # offline
+    trouble(cloud, ssh=2, describe=1)  # offline
     for tail in before:
         os.kill(tail, signal.SIGKILL)
     wait_for(lambda: set(tails(cloud)) - set(before))
@@ -145,6 +217,26 @@ def test_the_status_decides_whether_it_starts_again(cloud, plan, code, starts):
     assert f"The training has ended with status {'1' if code else '137'}." in said
 
 
+def test_an_error_that_comes_each_time_ends_it(cloud):
+    cloud.plan("70")
+    _, said = cloud.run(*run_words(), code=1)
+    assert len(cloud.trained()) == 3
+    assert "An error that nobody expected has ended it 3 times" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plan", [("70", "70", "143", "70", "0"), ("70", "70", "70", "70", "0")])
+def test_errors_that_come_now_and_then_do_not(cloud, plan):
+    """After a preemption, or where epochs are complete between them."""
+    train = cloud.repository.root / "sl_jax" / "train.py"
+    line = epoch_line(7, 24, {"judge/reward_mean": 0.4, "seconds/all": 90.0}, None)
+    if "143" not in plan:
+        train.write_text(f"print({line!r})\n{train.read_text()}")
+    cloud.plan(*plan)
+    cloud.run(*run_words())
+    assert len(cloud.trained()) == len(plan)
+
+
 @pytest.mark.slow
 def test_restarts_have_a_limit(cloud):
     cloud.plan("kill")
@@ -169,13 +261,13 @@ def test_a_host_whose_python_is_too_old_gets_one(cloud):
 
 @pytest.mark.slow
 def test_troubles_that_pass(cloud):
-    (cloud.place / "trouble.json").write_text(json.dumps({"ssh": 4, "scp": 3}))
+    trouble(cloud, ssh=4, scp=3)
     _, said = cloud.run(*run_words("--env=JUDGE_TOKEN"))
     assert "Try 3 of 4 has failed" in said and len(cloud.trained()) == 1
 
 
 def test_no_chips(cloud):
-    (cloud.place / "trouble.json").write_text(json.dumps({"create": 1}))
+    trouble(cloud, create=1)
     _, said = cloud.run(*run_words(), code=1)
     assert "no more capacity" in said and "--queued waits" in said
 

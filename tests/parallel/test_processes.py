@@ -187,6 +187,38 @@ def test_a_process_that_stopped_is_not_waited_for(stopped, hasty):
         assert isinstance(error, ProcessError) and "a defect" in str(error)
 
 
+def _ends_in(code):
+    """As `sl_jax.train` is told: what the user has to put right ends in 1, other processes as they
+    say, and all else in 70."""
+    return lambda error: getattr(error, "code", code)
+
+
+@pytest.mark.parametrize("code", [1, 70])
+@pytest.mark.parametrize("where", ["in a block", "elsewhere", "after another"])
+def test_all_end_with_the_exit_code_of_the_first(where, code, hasty):
+    """Otherwise what starts them again is told by one to do so, and by others not to."""
+
+    def work(processes):
+        processes._code_of = _ends_in(code)
+        with processes.open():
+            if processes.index == 1 and where != "in a block":
+                raise ZeroDivisionError("a defect")
+            with processes.together("reading"):
+                if processes.index == 1:
+                    raise ZeroDivisionError("a defect")
+            if where == "after another":
+                processes.barrier("never complete")
+
+    first, _, third = run(3, work)
+    for error in (first, third):
+        assert isinstance(error, ProcessError) and error.code == code
+
+
+def test_a_process_that_fails_by_itself_has_to_be_put_right():
+    first, second = run(2, lambda p: p.all_gather(f"place {p.index}"))
+    assert (first.code, second.code) == (1, 1)
+
+
 def test_waiting_is_said(hasty, caplog):
     def work(processes):
         if processes.index:
@@ -342,6 +374,21 @@ def test_a_process_without_signs_of_life_ends_all(ended):
     for message, code in ended[:2]:
         assert "OthersGoneError: process 2 is gone (it was killed, or its host was" in message
         assert "please start all again" in message and code == 143
+
+
+def test_who_ends_all_has_the_code_of_the_one_that_is_gone(ended):
+    def work(processes):
+        processes._code_of = _ends_in(70)
+        with processes._watched():
+            if processes.index == 1:
+                processes._tell("leaving", ZeroDivisionError("a defect"), -1)
+                raise SystemExit
+            while len(ended) < 1:
+                time.sleep(0.01)
+
+    run(2, work)
+    message, code = ended[0]
+    assert "process 1 is gone (ZeroDivisionError: a defect)" in message and code == 70
 
 
 def test_a_process_that_is_done_may_be_silent(ended):

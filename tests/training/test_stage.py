@@ -19,7 +19,14 @@ from sl_jax.training.health import NotFiniteError
 from sl_jax.training.metrics import LogConfig, MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
-from sl_jax.training.supervised import Stage, StageConfig, StageState, open_stage
+from sl_jax.training.supervised import (
+    FlowBatch,
+    Stage,
+    StageConfig,
+    StageState,
+    flow_loss,
+    open_stage,
+)
 
 STEPS = 30
 RNG = np.random.default_rng(0)
@@ -221,7 +228,26 @@ def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
     batches = [("all", (values,)) for values in np.split(np.arange(7.0), [3, 6])]
     assert stage._evaluate(whole.state, batches, "toy") == {"toy/held_out_mean": 3.0}
     assert stage._evaluate(whole.state, [], "toy") == {}
+    filled = [
+        ("all", FlowBatch(jnp.full((2, 1), mean), jnp.zeros((2, 1)), fresh))
+        for mean, fresh in ((1.0, 2), (4.0, 1))
+    ]
+    assert stage._evaluate(whole.state, filled, "toy") == {"toy/held_out_mean": 2.0}
     checkpoints.close()
+
+
+def test_copies_are_not_in_the_loss_of_a_flow():
+    """Those that fill up the last batch of held-out examples."""
+    loss = flow_loss(lambda trained, x, t, condition: trained * x, 1.0, "uniform")
+    target = jax.random.normal(jax.random.key(1), (4, 3, 2))
+
+    def found(target, fresh):
+        return float(loss(2.0, FlowBatch(target, target[:, :1], fresh), jax.random.key(0))[0])
+
+    other = target.at[2:].add(1)
+    assert found(target, 2) == found(other, 2)
+    assert found(target, 3) != found(other, 3)
+    assert found(target, None) == pytest.approx(found(target, 4), rel=1e-6)
 
 
 def test_a_finished_stage_does_nothing_more(whole):
