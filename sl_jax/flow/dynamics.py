@@ -32,7 +32,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Float32
 
-Dynamics = Literal["flow_sde", "dance_sde", "cps", "ode"]
+Stochastic = Literal["flow_sde", "dance_sde", "cps"]  # which draw noise, and can be trained
+Dynamics = Literal[Stochastic, "ode"]
 DYNAMICS: tuple[Dynamics, ...] = get_args(Dynamics)
 
 Latents = Float[Array, "batch tokens channels"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from sl_jax.checkpoints.pipeline import ComputeConfig
 from sl_jax.data.buckets import make_buckets
-from sl_jax.flow.dynamics import Dynamics
+from sl_jax.flow.dynamics import Stochastic
 from sl_jax.flow.sampler import OdeMethod, validate_window
 from sl_jax.flow.schedule import sigma_grid
 from sl_jax.grpo.objective import ObjectiveConfig
@@ -56,7 +56,7 @@ class DataConfig:
         layers: numbers of layers L, one of which each step has.
         caption: where captions come from: the "files" beside the pictures, or the "vlm" of the
             judge pool, asked once per picture; "prompt" for none.
-        prompt: for pictures without a caption.
+        prompt: caption of pictures without one.
         max_text_tokens: longer prompts are cut.
     """
 
@@ -80,8 +80,8 @@ class RolloutConfig:
         group_size: candidates per picture, at least 2.
         steps: sampling steps.
         shift: μ of the σ grid; None takes the checkpoint's own rule.
-        dynamics: of the stochastic steps: "flow_sde", "dance_sde" or "cps".
-        noise_level: of the stochastic steps: a of flow.dynamics; more explores more.
+        dynamics: how the stochastic steps go: "flow_sde", "dance_sde" or "cps".
+        noise_level: a of flow.dynamics, in the stochastic steps; more explores more.
         window_size: how many steps are stochastic and trained.
         window_range: half-open range that the window lies in.
         window_order: "drawn": the start is drawn per epoch from the seed (Flow-GRPO-Fast);
@@ -96,7 +96,7 @@ class RolloutConfig:
         guidance: scale of classifier-free guidance, from 1, which is none; candidates are then
             sampled by guided velocities, which the learner differentiates and the evaluation
             follows as well. It doubles what the transformer computes.
-        negative_prompt: that guidance leads away from.
+        negative_prompt: what guidance leads away from.
         max_staleness: 0: candidates are sampled by the policy that they update; 1: they are rolled
             out before the updates of the epoch before theirs, which leaves their judge that long.
             Steps whose ratio is outside the clip range are then truncated: they have no gradient,
@@ -108,7 +108,7 @@ class RolloutConfig:
     group_size: int = 8
     steps: int = 10
     shift: float | None = None
-    dynamics: Dynamics = "flow_sde"
+    dynamics: Stochastic = "flow_sde"
     noise_level: float = 1.2
     window_size: int = 2
     window_range: tuple[int, int] = (0, 5)
@@ -146,9 +146,9 @@ class StopConfig:
     policies are one.
 
     Attributes:
-        kl: of the KL per latent scalar, exact for a Gaussian step.
-        clip_fraction: of the share whose ratio has left the clip range.
-        log_ratio: of the size of the log ratio.
+        kl: bound on the KL per latent scalar, exact for a Gaussian step.
+        clip_fraction: bound on the share whose ratio has left the clip range.
+        log_ratio: bound on the size of the log ratio.
     """
 
     kl: float | None = None
@@ -165,7 +165,8 @@ class LearnerConfig:
         micro_batch: samples per forward and backward pass, over all devices; None derives it from
             their memory, see `grpo.micro_batch`.
         ema: decay per update of the average that is exported and evaluated.
-        reference: of the KL term: "base", without adapter, or "init", the adapter at the start.
+        reference: policy that the KL is from: "base", without adapter, or "init", with the adapter
+            at the start.
         stop: when an epoch's remaining updates are left out.
     """
 
@@ -183,16 +184,17 @@ class JudgeSettings:
     Attributes:
         endpoint: where `endpoints` is empty: "embedded" computes scores from the rendered pictures,
             in process; "embedded-vlm" adds the compression and noise of a vision-language model.
-        endpoints: servers that judge instead. In a configuration file each is its URL, or a mapping
-            of the fields of `EndpointConfig`.
+        endpoints: servers that judge instead; the flag may be given several times.
         model: name of the judging model, of the endpoints that name none themselves.
         key_env: environment variable with the key, of the endpoints that name none themselves.
         two_stage: whether the candidates of a group are compared in a grid after each was scored.
         stage2_weight: λ in reward = (1 − λ)·stage 1 + λ·stage 2.
         grids: differently shuffled grids per group, whose scores are averaged.
-        asks: how often a request is sent at most before its candidate, or the grid, has failed.
+        asks: how often a request is sent before its candidate, or the grid, has failed; the pool's
+            own tries count, and are not cut short.
         weights: one per criterion, in the order of `scoring.types.CRITERIA`.
-        prompts: folder with candidate.md and grid.md; empty for the packaged ones.
+        prompts: folder with candidate.md, grid.md and, where it describes pictures, caption.md;
+            empty for the packaged ones.
         captions: whether the judge is told the pictures' captions.
         render: how pictures are laid out.
         request: how a server is asked.
@@ -254,9 +256,10 @@ class EvaluationConfig:
         every: epochs between evaluations; the first comes before training.
         pictures: held-out pictures that are decomposed; those of the report are among them.
         shown: pictures in the report and in TensorBoard.
-        steps, method: of the sampler, "euler" or "heun".
+        steps: sampling steps, from noise to picture.
+        method: sampler, "euler" or "heun"; Heun takes two velocities per step, but for the last.
         batch: pictures sampled together.
-        seed: of the initial noise, the same at every evaluation.
+        seed: what the initial noise follows from, the same at every evaluation.
         judge: servers that judge held-out pictures; empty for the judge of training.
         window_share: whether to measure as well, by two rollout batches of held-out pictures, what
             share of the variance of scores within a group of independent noise is the window's.
@@ -288,7 +291,7 @@ class CheckpointConfig:
 
     Attributes:
         every: epochs between two; Ctrl-C and the end of the run leave one as well.
-        keep: how many, the newest.
+        keep: how many of the newest stay; that of the best evaluation stays as well.
     """
 
     every: int = 1
@@ -302,9 +305,10 @@ class HealthConfig:
     Attributes:
         not_finite: updates in a row that are not finite, after which it stops with a checkpoint.
         tied_epochs: epochs in a row in which no group's rewards differ, after which it warns.
-        kl: of the KL per latent scalar between the policy that rolled out and that of an epoch's
-            last update, beyond which it warns.
-        clip_fraction: of the share of samples there whose ratio has left the clip range, likewise.
+        kl: bound on the KL per latent scalar between the policy that rolled out and that of an
+            epoch's last update, beyond which it warns.
+        clip_fraction: bound on the share of samples there whose ratio has left the clip range,
+            likewise.
         kept: groups with numbers that are not finite that are kept as files, in all.
     """
 
@@ -323,7 +327,7 @@ class GrpoConfig:
         workdir: folder for all that the run leaves, local or gs://.
         model: a folder in the diffusers layout, local or gs://; a hub id; or "tiny".
         epochs: length of the whole run; it may be raised later.
-        seed: of everything that is drawn: pictures, noise, fresh adapter.
+        seed: what all that is drawn follows from: pictures, noise, fresh adapter.
         init_adapter: adapter to start from, with its own rank and targets: a PEFT folder, a
             diffusers LoRA file, a run or a checkpoint; empty for a fresh one by `lora`.
         rewards: (name, weight) or (name, weight, options) each: "judge", packaged vetoes, or

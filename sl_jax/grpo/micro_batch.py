@@ -22,9 +22,10 @@ _log = logging.getLogger(__name__)
 
 _SHARE = 0.92  # of a device's memory; the rest is for what the estimate does not know
 # Inside a block: so many values as channels for every token, and so many copies of a block's whole
-# weights. XLA takes what there is: for two samples on each v6e it needs as much as 26 values, for
-# four as much as 35. With these no plan of tests/benchmarks/results/plan_table.json needs more than
-# the estimate, which is up to a fifth above, the most where `tensor` splits what lies in a block.
+# weights. XLA needs as much as 18 values for one sample on each v5e, 23 to 28 for two on each v6e,
+# 34 for four there, and 23 for eight on each v5p. With these no plan of
+# tests/benchmarks/results/plan_table.json needs more than the estimate, which is up to a fifth
+# above, the most where `tensor` splits what lies in a block.
 _VALUES = 35
 _WEIGHTS = 4
 _SCORE_BYTES = 12  # of every pair of tokens and head, where attention keeps their scores

@@ -1,9 +1,8 @@
 """Operations of the transformer, counted from its sizes.
 
-A multiplication and an addition count as two. Counted are matrix products and attention that the
-algorithm asks for, the share of a peak is thus MFU: what is computed again in the backward pass to
-save memory is left out, which HFU would count. So are adapters, which add two operations per
-parameter and token to a forward pass, and what passes the time.
+Matrix products and attention count, a multiplication and an addition as two. The share of a peak is
+thus an MFU: what a backward pass computes again to save memory is left out, which an HFU has. So
+are adapters, which add two per parameter and token to a forward pass, and what passes the time.
 """
 
 from typing import NamedTuple

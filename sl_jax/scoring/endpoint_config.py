@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import ClassVar
 from urllib.parse import SplitResult, urlsplit
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -18,13 +19,16 @@ class EndpointConfig:
       model: name under which the server knows the model.
       key_env: environment variable that holds the key; empty for a server without one.
       concurrency: requests in flight at most.
-      requests_per_minute, tokens_per_minute: its limits; None for none.
+      requests_per_minute, tokens_per_minute: its limits; None for none. Where
+        processes of one training name the same address, each takes its part of these three.
       name: how it is called in logs and records; empty for host and port.
 
     Raises:
       ValueError: a field is wrong; the message begins with its name, and repeats nothing that may
         be a secret.
     """
+
+    SHORT: ClassVar[str] = "a URL, or "  # what else a configuration may give, in words
 
     url: str
     model: str

@@ -11,10 +11,8 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from sl_jax.models.attention import Implementation
 from sl_jax.parallel.joining import DistributedConfig
 from sl_jax.parallel.mesh import MeshConfig
-from sl_jax.training.optimizer import OPTIMIZERS
 
 _MOST = 2**31 - 1  # devices count with 32 bits
 _LARGEST_WHOLE = 2**53  # up to there JSON's readers agree
@@ -62,7 +60,6 @@ PARTS = {
     "lora.rank": AT_LEAST_ONE,
     "lora.alpha": POSITIVE,
     "lora.targets": given("the names of one or more modules, such as ('to_q', 'to_v')"),
-    "optimizer.name": one_of(OPTIMIZERS),
     "optimizer.learning_rate": POSITIVE,
     "optimizer.clip_norm": POSITIVE,
     "optimizer.weight_decay": NOT_NEGATIVE,
@@ -70,9 +67,6 @@ PARTS = {
     "optimizer.decay_steps": AT_MOST,
     "optimizer.b1": DECAY,
     "optimizer.b2": DECAY,
-    "compute.dtype": one_of(("bfloat16", "float32")),
-    "compute.attention": one_of(("auto", *typing.get_args(Implementation))),
-    "compute.remat": one_of(("none", "block", "dots")),
     "compute.cache": given("auto, off, or a folder for compiled programs"),
 }
 LOG = {
@@ -260,5 +254,8 @@ def wanted(kind: Any) -> str:
         return "(" + ", ".join(map(wanted, parts)) + ")"
     if origin in (tuple, collections.abc.Sequence):
         return f"a tuple whose items are each {wanted(parts[0])}"
+    if dataclasses.is_dataclass(kind):
+        names = ", ".join(entry.name for entry in dataclasses.fields(kind))
+        return f"{getattr(kind, 'SHORT', '')}a mapping of the fields of {kind.__name__}: {names}"
     names = {int: "a whole number", float: "a finite number", str: "a text", bool: "True or False"}
     return names.get(kind, "options by name" if origin else "None")

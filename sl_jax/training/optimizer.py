@@ -1,13 +1,14 @@
 """The optimizer that `sft` and `grpo` share."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
-OPTIMIZERS = ("adamw", "muon")
+Optimizer = Literal["adamw", "muon"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 _ADAM_RMS = 0.2  # root mean square of Adam's updates per unit of learning rate, arXiv 2502.16982
 
 
@@ -27,7 +28,7 @@ class OptimizerConfig:
     """
 
     learning_rate: float
-    name: str = "adamw"
+    name: Optimizer = "adamw"
     weight_decay: float = 1e-4
     clip_norm: float = 1.0
     b1: float = 0.9

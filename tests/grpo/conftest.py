@@ -1,15 +1,10 @@
 """What tests share: the random checkpoint on a mesh, and served judges."""
 
-import collections
-import json
-import threading
-import time
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import uvicorn
+from served import ServedJudge
 
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, shard_adapter
 from sl_jax.grpo.config import RolloutConfig
@@ -17,8 +12,6 @@ from sl_jax.grpo.rollout import Pictures
 from sl_jax.models.lora import LoRAConfig, init_adapter
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
-from sl_jax.scoring import EmbeddedJudge
-from sl_jax.scoring.server import JudgeServer
 
 
 class Bench:
@@ -74,62 +67,6 @@ def bench(random_checkpoint, quick_compilation):
 def wide_bench(random_checkpoint, quick_compilation):
     """On eight devices, split in all ways that the model knows."""
     return Bench(random_checkpoint, data=2, fsdp=2, tensor=2)
-
-
-class CountingJudge(EmbeddedJudge):
-    """The embedded judge, which counts what it is asked and dies when it is told to.
-
-    Attributes:
-        asked: how often each request came.
-        captions: what it says of pictures, by request; None where it describes nothing.
-        dies_after: number of requests after which `die` is called; None for never.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.asked = collections.Counter()
-        self.captions = None
-        self.dies_after, self.die = None, lambda: None
-
-    async def answer(self, request):
-        self.asked[request.digest()] += 1
-        if self.dies_after is not None and self.asked.total() > self.dies_after:
-            self.die()
-        if self.captions is not None and len(request.parts) == 2:  # no legend
-            caption = f"shades about {request.parts[1].mean():.3f}"
-            self.captions[request.digest()] = caption
-            return json.dumps({"caption": caption})
-        return await super().answer(request)
-
-
-class ServedJudge:
-    """A judge on loopback, on a thread of its own; it may be stopped, and started again."""
-
-    def __init__(self, token):
-        self.token, self.port = token, 0
-        self.judge = CountingJudge()
-        self.judge.die = self.stop
-        self.start()
-
-    def start(self):
-        """Listens, on the same port each time."""
-        self.judge.dies_after = None
-        app = JudgeServer(self.judge, self.token).app
-        config = uvicorn.Config(app, port=self.port, log_level="critical", lifespan="off")
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.01)
-        self.port = self.server.servers[0].sockets[0].getsockname()[1]
-
-    def stop(self):
-        """Connections break; nobody listens any more."""
-        self.server.should_exit = self.server.force_exit = True
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.port}/v1"
 
 
 @pytest.fixture(scope="session")

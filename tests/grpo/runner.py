@@ -54,6 +54,14 @@ MINIMAL = {
     "mesh.fsdp": -1,
 }
 
+# Judged by servers as in `served.py`, which see the runner's token.
+SERVED = {
+    "judge.model": "embedded-precise",
+    "judge.key_env": "TEST_JUDGE_TOKEN",
+    "judge.max_requests": 10_000,
+}
+IN_FLIGHT = 8  # requests to a server, at most
+PREFLIGHT = 2  # requests to each that every start begins with, and never remembers
 
 # How often a phase may begin before a kill, and seconds from there in which it comes.
 MOMENTS = {

@@ -10,17 +10,11 @@ import subprocess
 import sys
 
 import pytest
-from runner import MINIMAL, ROOT, Runner
+from runner import MINIMAL, ROOT, SERVED, Runner
 
 pytestmark = pytest.mark.system
 
-SETTINGS = MINIMAL | {
-    "epochs": 4,
-    "checkpoint.every": 1,
-    "evaluation.every": 2,
-    "judge.model": "embedded-precise",
-    "judge.key_env": "TEST_JUDGE_TOKEN",
-}
+SETTINGS = MINIMAL | SERVED | {"epochs": 4, "checkpoint.every": 1, "evaluation.every": 2}
 # Given the work directories of both runs.
 COMPARED = """
 import sys

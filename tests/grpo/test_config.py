@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from sl_jax.grpo.config import from_mapping
 from sl_jax.parallel.joining import DistributedConfig
+from sl_jax.parallel.mesh import RulesConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.flags import packaged
@@ -160,16 +161,18 @@ def test_rewards_may_have_options():
         ("judge.request.structured", "xml", "one of 'auto'"),
         ("judge.request.timeout", 0.0, "seconds above 0"),
         ("judge.cool_down.longest", 0.5, "at least first"),
-        ("judge.endpoints", "http://a/v1", "a tuple"),
+        ("judge.endpoints", "http://a/v1", "a tuple whose items are each a URL, or a mapping"),
         ("judge.two_stage", "yes", "True or False"),
         ("rewards", (("applause", 1.0),), "one of ['all_blank_veto'"),
         ("rewards", (("recomposition_veto", 1.0),), "at least one that scores"),
         ("rewards", (("judge", 1.0), ("all_blank_veto", 1.0, {"capp": 1})), "capp"),
         ("evaluation.every", 0, "at least 1"),
         ("checkpoint.keep", 0, "at least 1"),
-        ("compute.dtype", "float16", "bfloat16"),
-        ("compute.attention", "flash", "xla"),
-        ("compute.remat", "all", "block"),
+        ("compute.dtype", "float16", "one of 'bfloat16', 'float32'"),
+        ("compute.attention", "flash", "one of 'auto', 'xla', 'cudnn', 'splash'"),
+        ("compute.remat", "all", "one of 'none', 'block', 'dots'"),
+        ("optimizer.name", "sgd", "one of 'adamw', 'muon'"),
+        ("rollout.dynamics", "ode", "one of 'flow_sde', 'dance_sde', 'cps'"),
         ("epochs", True, "a whole number"),
         ("epochs", 0, "at least 1"),
         ("seed", -1, "from 0"),
@@ -211,7 +214,6 @@ def test_a_bad_value_is_named_with_its_field_and_what_would_be_right(field, valu
         ({"window_size": 6}, "6 steps does not fit", "holds at least the window"),
         ({"window_size": 0}, "0 steps does not fit", "holds at least the window"),
         ({"noise_level": 0.0}, "noise level 0.0 draws no noise at step 0", "raise the noise level"),
-        ({"dynamics": "ode"}, "ode with noise level", "choose other dynamics"),
     ],
 )
 def test_windows_that_cannot_be_trained(changes, problem, right):
@@ -226,6 +228,29 @@ def test_windows_that_cannot_be_trained(changes, problem, right):
 def test_a_mesh_that_does_not_fit_the_devices():
     with pytest.raises(ConfigError, match=r"config\.mesh .*data=3.*fit 1 devices; please set one"):
         from_mapping(_mapping(mesh__data=3), 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"embed": ("tensr",)}, r"rules.embed is \('tensr',\); .* one of 'data', 'fsdp', 'tensor'"),
+        ({"embeds": ("fsdp",)}, r"rules.embeds is unknown .* batch, embed, heads, layers, mlp"),
+        ({"embed": ("tensor",)}, r"rules.embed and heads would split one array by 'tensor' twice"),
+    ],
+)
+def test_rules_that_no_array_can_follow(rule, problem):
+    mapping = _mapping()
+    mapping["mesh"]["rules"] |= rule
+    with pytest.raises(ConfigError, match=r"config\.mesh\." + problem):
+        from_mapping(mapping, 1)
+
+
+def test_a_configuration_without_rules_has_the_default_ones():
+    mapping = _mapping()
+    given = from_mapping(mapping, 1).mesh
+    del mapping["mesh"]["rules"]
+    assert from_mapping(mapping, 1).mesh == given
+    assert given.rules == RulesConfig()
 
 
 def test_a_window_over_a_noiseless_step():

@@ -7,13 +7,25 @@ import json
 import re
 import signal
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
-from runner import LIMIT, MINIMAL, Runner, differences, draw_kill, left_by
+from runner import (
+    IN_FLIGHT,
+    LIMIT,
+    MINIMAL,
+    PREFLIGHT,
+    SERVED,
+    Runner,
+    differences,
+    draw_kill,
+    left_by,
+)
 
 from sl_jax.checkpoints.orbax import find_step
 from sl_jax.parallel.interrupts import UNEXPECTED
+from sl_jax.scoring.cache import AnswerCache
 from sl_jax.training.metrics import read_metrics
 
 pytestmark = pytest.mark.slow
@@ -23,10 +35,10 @@ SEED = 8
 
 
 @pytest.fixture(scope="module")
-def one(random_checkpoint, tmp_path_factory):
+def one(random_checkpoint, judge_token, tmp_path_factory):
     """Runs of one process, which soon have a checkpoint to go on from."""
-    settings = MINIMAL | {"checkpoint.every": 1}
-    return Runner(random_checkpoint, tmp_path_factory.mktemp("one"), settings, devices=1)
+    settings, folder = MINIMAL | {"checkpoint.every": 1}, tmp_path_factory.mktemp("one")
+    return Runner(random_checkpoint, folder, settings, devices=1, token=judge_token)
 
 
 @pytest.fixture(scope="module")
@@ -37,15 +49,27 @@ def undisturbed(one, tmp_path_factory):
     return left_by(folder / "run")
 
 
-def test_a_run_killed_in_five_phases_ends_as_one_that_was_not(one, undisturbed, tmp_path):
-    """All of it to the last bit: two runs of one seed are one run."""
-    rng = np.random.default_rng(SEED)
+def test_a_run_killed_in_five_phases_ends_as_one_that_was_not(one, undisturbed, servers, tmp_path):
+    """All of it to the last bit: two runs of one seed are one run, whoever judges.
+
+    The server, which is paid for every answer, is asked again only what was in flight at a kill;
+    and every request is in the budget, which holds over restarts.
+    """
+    rng, (served, _) = np.random.default_rng(SEED), servers
+    served.judge.latency = 0.02
     for number, phase in enumerate(PHASES):
-        said, _ = one(tmp_path, kills=[draw_kill(rng, phase)], code=-signal.SIGKILL)
+        kill = draw_kill(rng, phase)
+        said, _ = one(tmp_path, ((served,),), SERVED, kills=[kill], code=-signal.SIGKILL)
         assert ("Going on after epoch" in said[0]) == (number > 0)
-    said, _ = one(tmp_path)
+    said, _ = one(tmp_path, ((served,),), SERVED)
     assert "Going on after epoch" in said[0]
     assert differences(left_by(tmp_path / "run"), undisturbed) == []
+    asked = served.judge.asked
+    again = asked.total() - len(asked) - PREFLIGHT * len(PHASES)
+    assert 0 <= again <= IN_FLIGHT * len(PHASES), again
+    with closing(AnswerCache(tmp_path / "run" / "judge.sqlite3")) as ledger:
+        counted, _ = ledger.spent()
+    assert 0 <= counted - asked.total() <= IN_FLIGHT * len(PHASES), counted
 
 
 # Runs a command on a small disk of its own at $0; when the command stops itself, so does the disk.

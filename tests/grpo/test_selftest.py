@@ -17,6 +17,9 @@ from sl_jax.grpo import selftest
 from sl_jax.grpo.learner import Learner
 from sl_jax.grpo.selftest import SelfTestError
 from sl_jax.models.attention import Attention
+from sl_jax.models.flops import gradient_flops, velocity_flops
+from sl_jax.models.mmdit import MMDiTConfig
+from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.training.metrics import MetricsWriter
 
@@ -171,6 +174,15 @@ def test_a_learner_that_computes_one_velocity_in_two_ways_is_found(monkeypatch):
 def test_a_result_that_is_no_number_is_no_rate():
     with pytest.raises(SelfTestError, match="not finite"):
         selftest._median_seconds(lambda: jnp.full(3, jnp.nan))
+
+
+def test_rates_count_a_backward_pass_of_its_own(monkeypatch):
+    monkeypatch.setattr(selftest, "_median_seconds", lambda *args: 2.0)
+    sizes = (MMDiTConfig(1, 128, 1, 16), LatentGrid(1, 4, 4), 4)
+    found = selftest._block_rates(*sizes, jnp.float32, jax.devices()[0])
+    once, back = velocity_flops(*sizes), gradient_flops(*sizes)
+    assert found["forward"] == pytest.approx(once / 2e12)
+    assert found["training"] == pytest.approx((once + back) / 2e12)
 
 
 def test_faster_than_the_peak_is_found(monkeypatch):

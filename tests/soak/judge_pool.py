@@ -7,11 +7,8 @@ says what they can do, then all eight. Every answer is compared with the one tha
 """
 
 import argparse
-import importlib.metadata
 import json
 import multiprocessing
-import os
-import platform
 import resource
 import sys
 import time
@@ -20,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "scoring"))
 
 from hostile import HostileServer, at_random, expected, known_group
+from soak_results import about
 
 from sl_jax.scoring import JudgeConfig, JudgeWorker, RenderConfig, TwoStageJudge
 from sl_jax.scoring.encoding import RequestConfig
@@ -131,13 +129,9 @@ def main():
     alone = run([0.0] * 6, groups[: max(1, len(groups) // 4)], arguments)
     hostile = run([0.0] * 6 + [arguments.share] * 2, groups, arguments)
     settings = {k: v for k, v in vars(arguments).items() if k != "out"}
-    names = ("openai", "numpy", "pillow", "pydantic")
-    result = {
-        "command": "python tests/soak/judge_pool.py "
-        + " ".join(f"--{name} {value}" for name, value in settings.items()),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "versions": {name: importlib.metadata.version(name) for name in names},
+    flags = " ".join(f"--{name} {value}" for name, value in settings.items())
+    packages = ("openai", "numpy", "pillow", "pydantic")
+    result = about(f"python tests/soak/judge_pool.py {flags}", packages) | {
         "six_healthy_servers": alone,
         "with_two_hostile_servers": hostile,
         "throughput_ratio": round(hostile["requests_per_second"] / alone["requests_per_second"], 3),

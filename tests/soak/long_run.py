@@ -2,7 +2,8 @@
 
     python tests/soak/long_run.py --out tests/soak/results/long_run.json
 
-Every two seconds the run's memory, file handles, threads and CPU time are noted, and the files of
+The run saves a checkpoint after every epoch, as runs do by default, and asks a judge on loopback.
+Every two seconds its memory, file handles, threads and CPU time are noted, and the files of
 its work directory. Ten parts of the run are compared: medians, and CPU time per epoch, which other
 work on the machine stretches less than the clock.
 """
@@ -21,12 +22,23 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "grpo"))
 import jax
 import numpy as np
 from random_base import write_random_base
-from runner import MINIMAL, Runner
+from runner import MINIMAL, SERVED, Runner
+from served import ServedJudge
 from soak_results import about
 
 PARTS = 10
+A_RUN = 600  # epochs of a long one
 EVERY = 2.0  # seconds
-RECORDS = ("judge", "metrics.jsonl", "tensorboard")  # grow by the same amount every epoch
+# What grows by the same amount every epoch.
+RECORDS = ("judge", "judge.sqlite3", "metrics.jsonl", "tensorboard")
+TOKEN = "a-token-of-the-soak"
+SETTINGS = {
+    **MINIMAL,
+    **SERVED,
+    "evaluation.every": 50,
+    "checkpoint.every": 1,
+    "judge.max_requests": 1_000_000,
+}
 # What may change between the second part of the run and the last.
 MEMORY, HANDLES, THREADS, SECONDS = 0.03, 4, 4, 1.5
 
@@ -84,14 +96,14 @@ def main():
     parser.add_argument("--epochs", type=int, default=2000)
     arguments = parser.parse_args()
     jax.config.update("jax_disable_most_optimizations", True)  # what runs once here, costs less so
-    settings = MINIMAL | {"evaluation.every": 50, "checkpoint.every": 10}
+    server = ServedJudge(TOKEN)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
         base = root / "base"
         base.mkdir()
-        runner = Runner(write_random_base(base), root, settings, devices=1)
+        runner = Runner(write_random_base(base), root, SETTINGS, devices=1, token=TOKEN)
         began, seen = time.monotonic(), []
-        (process,) = runner.start(root, fields={"epochs": arguments.epochs})
+        (process,) = runner.start(root, ((server,),), {"epochs": arguments.epochs})
         while process.poll() is None:
             found = look(process, root / "run")
             if found and 0 < found["epoch"] < arguments.epochs:
@@ -99,6 +111,7 @@ def main():
             time.sleep(EVERY)
         elapsed = time.monotonic() - began
         assert process.returncode == 0, (root / "printed_0.txt").read_text()[-3000:]
+        server.stop()
         records = (root / "run" / "metrics.jsonl").read_bytes().count(b"\n") - 1
     epochs = [found["epoch"] for found in seen]
     parts = {
@@ -114,6 +127,8 @@ def main():
         "other files": parts["other"][-1] <= 1.1 * parts["other"][1],
         "seconds": parts["seconds"][-1] <= SECONDS * parts["seconds"][1],
     }
+    # From the middle of the second part to that of the last; each epoch ends with a save.
+    growth = (parts["memory"][-1] - parts["memory"][1]) / (records * (PARTS - 2) / PARTS)
     result = about(f"python tests/soak/long_run.py --epochs {arguments.epochs}") | {
         "epochs": records,
         "seconds": round(elapsed, 1),
@@ -127,6 +142,8 @@ def main():
         "records, bytes per epoch": round(
             (last["records"] - first["records"]) / (last["epoch"] - first["epoch"])
         ),
+        "memory, kB per epoch and save": round(growth / 1e3, 1),
+        f"which makes of {A_RUN} epochs, MB": round(A_RUN * growth / 1e6, 1),
         "flat": flat,
     }
     text = json.dumps(result, indent=1)

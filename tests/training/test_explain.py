@@ -1,15 +1,19 @@
 """What `--explain` prints: meanings from docstrings, origins from comments, and none is missing."""
 
 import dataclasses
+import functools
 import io
+import operator
 import re
 import tokenize
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
-from sl_jax.grpo.config import GrpoConfig
+from sl_jax.grpo.config import GrpoConfig, from_mapping
+from sl_jax.training.configuration import ConfigError
 from sl_jax.training.explain import ORIGINS, explained, meanings, origins
 from sl_jax.training.flags import packaged, read_config
 
@@ -36,6 +40,13 @@ class Inner:
 
 
 @dataclass(frozen=True)
+class Named(Inner):
+    """A part of several, for which its name will do."""
+
+    SHORT: ClassVar[str] = "a name, or "
+
+
+@dataclass(frozen=True)
 class Outer:
     """A whole.
 
@@ -56,6 +67,17 @@ def test_meanings_are_those_of_docstrings():
     assert found["inner.weight"].text == found["inner.size"].text
     assert found["inner.extra"] == ("free.", "a text or None")
     assert found["untold"].text == ""
+
+
+def test_parts_of_which_there_may_be_several_are_told_by_their_fields():
+    whole = dataclasses.make_dataclass(
+        "Whole", [("plain", tuple[Inner, ...]), ("named", tuple[Named, ...])]
+    )
+    each = "a tuple whose items are each"
+    assert {name: meaning.values for name, meaning in meanings(whole).items()} == {
+        "plain": f"{each} a mapping of the fields of Inner: size, weight, extra",
+        "named": f"{each} a name, or a mapping of the fields of Named: size, weight, extra",
+    }
 
 
 SOURCE = """
@@ -185,6 +207,29 @@ def test_no_field_lacks_a_meaning():
     assert [name for name, meaning in found.items() if len(meaning.text) < 8] == []
     vague = [name for name, meaning in found.items() if meaning.text.startswith("see ")]
     assert vague == []
+
+
+def test_meanings_can_be_read_alone():
+    """They begin with what the field is, and "euler" stands where it may be given."""
+    for name, (text, values) in meanings(GrpoConfig).items():
+        assert not text.startswith(("of ", "for ", "that ")), (name, text)
+        assert "None" not in values.replace(" or None", ""), (name, values)
+        quoted = re.findall(r'"(\w+)"', text)
+        assert not quoted or not re.fullmatch(r"a \w+ number( or None)?", values), (name, text)
+
+
+def test_a_field_that_takes_only_some_texts_says_which():
+    texts = [name for name, meaning in meanings(GrpoConfig).items() if meaning.values == "a text"]
+    assert len(texts) > 8
+    config = packaged("grpo", "tiny").to_dict()
+    for name in texts:
+        *parts, last = name.split(".")
+        at = functools.reduce(operator.getitem, parts, config)
+        at[last] = "nonsense:1"  # an address, too
+    with pytest.raises(ConfigError) as error:
+        from_mapping(config, 1)
+    assert "config.judge.prompts" in str(error.value)
+    assert "one of" not in str(error.value)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
