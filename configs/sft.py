@@ -73,6 +73,16 @@ def _production() -> ConfigDict:
     mesh.tensor = 1
     mesh.sequence = 1
 
+    # parameters over fsdp × tensor, activations by samples, heads and tokens
+    rules = mesh.rules = ConfigDict()
+    rules.batch = ("data", "fsdp")
+    rules.tokens = ("sequence",)
+    rules.embed = ("fsdp",)
+    rules.heads = ("tensor",)
+    rules.mlp = ("tensor",)
+    rules.modulation = ("tensor",)
+    rules.layers = ()
+
     compute = config.compute = ConfigDict()
     compute.dtype = "bfloat16"
     compute.attention = "auto"
