@@ -42,7 +42,7 @@ ELSEWHERE = {
     "bash launch/judge_pool/vllm.sh": "launch/test_launching_readme.py",
     "bash launch/quickstart.sh": "launch/test_quickstart_for_real.py",
     "bash launch/test.sh": "launch/test_scripts.py",
-    "pip install": "launch/test_packaging.py",
+    "pip install -e '.[tpu]'": "launch/test_extras_for_real.py",
     "python -m sl_jax.plan": "test_plan_cli.py",
     "python -m sl_jax.judge --port": "launch/test_judge_pool_readme.py",
     "--config.judge.endpoints=http://127.0.0.1": "launch/test_judge_pool_readme.py",
@@ -163,6 +163,7 @@ def test_the_test_that_runs_it_is_there(words, file):
     ("words", "file"),
     [
         ("bash launch/quickstart.sh", "launch/test_launching_readme.py"),
+        ("pip install -e '.[tpu]'", "launch/test_packaging.py"),
         ("python -m sl_jax.judge --audit", "launch/test_launching_readme.py"),
         ("openssl rand", "launch/test_judge_pool_readme.py"),
         ("python -m sl_jax.plan", "launch/test_scripts.py"),
