@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--format", choices=sorted(_WRITERS), default="peft")
     export.add_argument("--base-model", help="name of the base, for card and script")
     enter = command("from-peft", from_peft, "Writes an adapter as a checkpoint of this package.")
-    enter.add_argument("output", type=_named, help="folder to write")
+    enter.add_argument("output", type=_named, help="folder to write; must hold no adapter")
     fold = command("merge", merge_adapter, "Writes a checkpoint with the adapter folded in.")
     fold.add_argument("output", type=_named, help="folder to write; must not exist")
     check = command("verify", verify, "Compares one forward here with the same one in PyTorch.")

@@ -36,7 +36,9 @@ _AUDIT = flags.DEFINE_string("audit", "", "Judge to audit: a URL, embedded, or e
 _MODEL = flags.DEFINE_string("model", "", "Model to audit.")
 _KEY = flags.DEFINE_string("key_env", "", "Environment variable of the audited judge's key.")
 _REPEATS = flags.DEFINE_integer("repeats", 3, "Judgements of each case.", lower_bound=2)
-_CONCURRENCY = flags.DEFINE_integer("concurrency", 8, "Requests in flight.", lower_bound=1)
+_CONCURRENCY = flags.DEFINE_integer(
+    "concurrency", 8, "Groups and requests in flight.", lower_bound=1
+)
 _SIZE = flags.DEFINE_integer("size", 128, "Side of the audit's pictures.", lower_bound=32)
 _TIMEOUT = flags.DEFINE_float("timeout", 120.0, "Seconds for an answer.", lower_bound=0.1)
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of sampling.", lower_bound=0.0)
@@ -100,17 +102,18 @@ async def _audited() -> "AuditReport":
     from sl_jax.scoring.pool import JudgePool, PoolConfig
     from sl_jax.scoring.preflight import preflight
 
+    how = (_REPEATS.value, _SIZE.value, _CONCURRENCY.value)
     if _AUDIT.value in ("embedded", "embedded-vlm"):
         mode = "vlm" if _AUDIT.value == "embedded-vlm" else "precise"
         judge = EmbeddedJudge(EmbeddedConfig(mode=mode))
-        return await audit(judge, judge.name, _REPEATS.value, _SIZE.value)
+        return await audit(judge, judge.name, *how)
     endpoint = EndpointConfig(_AUDIT.value, _MODEL.value, _KEY.value, _CONCURRENCY.value)
     request = RequestConfig(temperature=_TEMPERATURE.value, timeout=_TIMEOUT.value)
     pool = JudgePool(PoolConfig((endpoint,), request))
     try:
         for found in await preflight(pool):
             print(found.to_text(), flush=True)
-        return await audit(pool, endpoint.label, _REPEATS.value, _SIZE.value)
+        return await audit(pool, endpoint.label, *how)
     finally:
         await pool.aclose()
 

@@ -9,15 +9,20 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image
 
 from sl_jax.data import write_designs
+from sl_jax.scoring import EmbeddedJudge
+from sl_jax.scoring.server import JudgeServer
 from sl_jax.training.flags import packaged, packaged_file, read_config
 from sl_jax.training.status_screen import EXIT_CODES
 
@@ -34,6 +39,7 @@ ELSEWHERE = {
         "launch/test_launching_readme.py",
     ),
     **dict.fromkeys(("openssl rand", "sbatch --parsable"), "launch/test_launching_readme.py"),
+    "bash launch/judge_pool/vllm.sh": "launch/test_launching_readme.py",
     "bash launch/quickstart.sh": "launch/test_quickstart_for_real.py",
     "bash launch/test.sh": "launch/test_scripts.py",
     "pip install": "launch/test_packaging.py",
@@ -43,6 +49,7 @@ ELSEWHERE = {
     "python -m sl_jax.judge --host": "scoring/test_server.py",
     "python -m sl_jax.judge --audit": "scoring/test_audit.py",
 }
+TOKEN = "a-token-of-the-test"
 # What makes each door's command small; later flags win.
 MODEL = "CHECKPOINT"
 SMALL = {
@@ -213,8 +220,33 @@ def python_blocks(begin: str) -> list[str]:
     return [block for block in blocks if block.startswith(begin)]
 
 
+@pytest.fixture(scope="module")
+def judge():
+    """The address of a judge that wants the token."""
+    server = JudgeServer(EmbeddedJudge(), TOKEN)
+    running = uvicorn.Server(uvicorn.Config(server.app, port=0, log_level="critical"))
+    thread = threading.Thread(target=running.run, daemon=True)
+    thread.start()
+    while not running.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield f"http://127.0.0.1:{running.servers[0].sockets[0].getsockname()[1]}/v1"
+    running.should_exit = True
+    thread.join(10)
+    server.close()
+
+
+def judged_there(command: str, judge: str) -> str:
+    """The command with this judge in the place of the one that it names."""
+    named = {"http://JUDGE:8000/v1": judge, "Qwen/Qwen2.5-VL-7B-Instruct": "embedded-precise"}
+    for there, here in named.items():
+        command = command.replace(there, here)
+    return command
+
+
 def _run(place, command):
     environment = os.environ | {
+        "JUDGE_TOKEN": TOKEN,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": f"{ROOT}:{place}",
         "XLA_FLAGS": "",
@@ -234,27 +266,28 @@ def _run(place, command):
 
 
 @pytest.mark.slow
-def test_the_readme_runs_from_top_to_bottom(place):
+def test_the_readme_runs_from_top_to_bottom(place, judge):
     """Commands of one folder, in the order in which a reader meets them, each with small sizes."""
     for command in commands():
         if command.marked or command.elsewhere:
             continue
         shutil.rmtree(place / "OUT", ignore_errors=True)
-        _run(place, made_small(command.text))
+        _run(place, judged_there(made_small(command.text), judge))
         if (place / "RUN" / "adapter").is_dir() and not (place / "ADAPTER").exists():
             (place / "ADAPTER").symlink_to(place / "RUN" / "adapter")
     assert (place / "RUN" / "report.html").is_file()
+    assert (place / "RUN" / "judge.sqlite3").is_file()  # answers of the server
     assert len(list((place / "LAYERS").glob("*/layers.psd"))) == 12
     assert (place / "EVALUATION" / "report.html").is_file()
     assert list((place / "runs" / "designs").iterdir())
 
 
 @pytest.mark.slow
-def test_pytorch_loads_what_the_readme_exports(place):
+def test_pytorch_loads_what_the_readme_exports(place, judge):
     """The block of Python, on the folder that the commands before it leave."""
     if not (place / "RUN" / "adapter").is_dir():  # where this test runs alone
         train = next(c.text for c in commands() if "--config.workdir=RUN" in c.text)
-        _run(place, made_small(train))
+        _run(place, judged_there(made_small(train), judge))
     shutil.rmtree(place / "OUT", ignore_errors=True)
     _run(place, "python -m sl_jax.convert to-peft RUN OUT --format diffusers")
     (block,) = python_blocks("import runpy")

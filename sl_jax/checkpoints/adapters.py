@@ -6,6 +6,7 @@ All of them by a local or remote path, the first two also from the Hugging Face 
 import hashlib
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any, Literal, NamedTuple
 
 from etils import epath
@@ -177,10 +178,20 @@ def _run_config(part: epath.Path) -> Mapping[str, Any]:
 
 
 def save_adapter_checkpoint(folder: epath.PathLike, adapter: Adapter) -> None:
-    """Writes an adapter as checkpoint 0 of `folder`, as `locate_adapter` finds it there."""
-    checkpoints = RunCheckpoints(folder)
-    checkpoints.save(0, {_AVERAGE: adapter})
-    checkpoints.close()
+    """Writes an adapter as checkpoint 0 of `folder`, as `locate_adapter` finds it there.
+
+    Raises:
+        CheckpointError: an adapter or a checkpoint is there already, or it cannot be written.
+    """
+    folder = epath.Path(folder)
+    taken = (folder / peft.CONFIG).exists() or find_step(folder) is not None
+    if not taken:
+        with closing(RunCheckpoints(folder)) as checkpoints:
+            taken = checkpoints.latest is not None  # a damaged one
+            if not taken:
+                checkpoints.save(0, {_AVERAGE: adapter})
+    if taken:
+        raise CheckpointError(f"{folder} holds an adapter already; please name another folder")
 
 
 def adapter_digest(name: epath.PathLike) -> str:

@@ -5,10 +5,11 @@ Reading goes by byte ranges from local or remote files straight into sharded arr
 """
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path as FilePath
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -88,19 +89,43 @@ def _check(files: TensorFiles, plan: Mapping[Any, Source], unused: tuple[str, ..
 
 
 def named_tensors(
-    naming: Naming, params: Mapping[str, Any], dtype: Any = None
+    naming: Naming,
+    params: Mapping[str, Any],
+    dtype: Any = None,
+    whole: Callable[[Any], np.ndarray] = np.asarray,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """Checkpoint names and tensors of a parameter tree, in sorted order of paths.
 
-    One parameter at a time is fetched from its devices.
+    One tensor at a time is fetched from its devices.
+
+    Args:
+        naming: rule table of the model.
+        params: tree of arrays.
+        dtype: of the tensors; None for that of each parameter.
+        whole: fetches an array. Of those that are spread over several processes, which then all
+            go through this together, `parallel.processes.to_everywhere` does.
     """
     flat = traverse_util.flatten_dict(params)
     for path, source in sources(naming, {p: np.shape(leaf) for p, leaf in flat.items()}):
-        leaf = np.asarray(flat[path])
-        leaf = leaf if dtype is None else leaf.astype(dtype)
-        rows = leaf if len(leaf.shape) > len(to_parameter_shape(source)) else leaf[None]
-        for name, row in zip(source.names, rows, strict=True):
-            yield name, np.ascontiguousarray(to_tensor(row, source))
+        for name, row in zip(source.names, _rows(flat[path], source), strict=True):
+            fetched = whole(row)
+            fetched = fetched if dtype is None else fetched.astype(dtype)
+            yield name, np.ascontiguousarray(to_tensor(fetched, source))
+
+
+def _rows(leaf: Any, source: Source) -> Iterator[Any]:
+    """What fills each of a parameter's tensors: its layers where it is stacked, else all of it."""
+    if len(np.shape(leaf)) == len(to_parameter_shape(source)):
+        yield leaf
+    elif isinstance(leaf, jax.Array):
+        yield from (_layer(leaf, number) for number in range(len(leaf)))
+    else:
+        yield from leaf
+
+
+@jax.jit
+def _layer(leaf: jax.Array, number: int) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(leaf, number, keepdims=False)
 
 
 def save_params(

@@ -36,10 +36,13 @@ class PairedBatch(NamedTuple):
     Attributes:
       frames: straight RGBA: the opaque picture, then its layers back to front.
       captions: one per design; "" if there is none.
+      fresh: the batch's first so many rows, over all processes, are new ones, and those behind
+        them copies; None where nobody counts.
     """
 
     frames: UInt8[np.ndarray, "b layers_1 h w 4"]
     captions: tuple[str, ...]
+    fresh: int | None = None
 
 
 class PairedStream:
@@ -106,12 +109,13 @@ class PairedStream:
         return self.shapes[number], _stacked([future.result() for future in self._ahead[step]])
 
     def in_order(self) -> Iterator[tuple[PairedShape, PairedBatch]]:
-        """Every design, in batches; the last of a shape is filled up from its first designs."""
+        """Every design, in batches; the last of a shape is filled up with copies of its first."""
         for shape, group in zip(self.shapes, self._groups, strict=True):
             for start in range(0, len(group), self._batch):
                 chosen = [group[(start + row) % len(group)] for row in self._rows]
                 read = self._pool.map(lambda d, s=shape, g=group: self._read(s, [d, *g]), chosen)
-                yield shape, _stacked(list(read))
+                fresh = min(len(group) - start, self._batch)
+                yield shape, _stacked(list(read))._replace(fresh=fresh)
 
     def close(self) -> None:
         """Ends the reading ahead."""

@@ -45,10 +45,11 @@ def open_psd(
 ) -> UInt8[np.ndarray, "layers height width 4"]:
     """The visible layers of a document, back to front, the background first (`canvas.as_stack`).
 
-    Groups are opened; their opacity counts for what is inside. Masks of pixels, clipping and shapes
-    are drawn as psd-tools draws them. A document whose layers do not simply lie over one another
-    (another blend mode than Normal, an adjustment) is refused: no stack of plain layers is
-    that picture.
+    Groups are opened; the opacity of one with a single layer counts for that. Masks of pixels,
+    clipping and shapes of layers are drawn as psd-tools draws them. A document whose layers do not
+    simply lie over one another (another blend mode than Normal, an adjustment; a group with a mask,
+    effects or clipped layers, or one that lets through what is below several layers) is refused: no
+    stack of plain layers is that picture.
 
     Args:
       path: local or remote (gs://…).
@@ -130,9 +131,25 @@ def _leaves(group: Any, opacity: float) -> Iterator[tuple[Any, float]]:
         if isinstance(layer, AdjustmentLayer):
             raise _Refused(f"layer {layer.name!r} adjusts those below ({layer.kind})")
         if layer.is_group():
-            yield from _leaves(layer, opacity * layer.opacity / 255)
+            leaves = list(_leaves(layer, opacity * layer.opacity / 255))
+            if problem := _of_the_whole(layer, len(leaves)):
+                raise _Refused(f"group {layer.name!r} {problem}")
+            yield from leaves
         else:
             yield layer, opacity
+
+
+def _of_the_whole(group: Any, leaves: int) -> str | None:
+    """What a group does to all its layers together, so that none of them shows it alone."""
+    if group.has_mask() or group.has_vector_mask():
+        return "is masked"
+    if group.has_effects():
+        return "has effects"
+    if group.has_clip_layers():
+        return "has layers clipped to it"
+    if group.opacity < 255 and leaves > 1:
+        return f"fades {leaves} layers as one"
+    return None
 
 
 def _drawn(

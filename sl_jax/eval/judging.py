@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from etils import epath
 
-from sl_jax.eval.options import EvaluationError
+from sl_jax.eval.options import EvaluationError, Shard
 from sl_jax.scoring import (
     EmbeddedConfig,
     EmbeddedJudge,
@@ -25,7 +25,6 @@ from sl_jax.scoring.cache import AnswerCache, CachedEndpoint
 from sl_jax.scoring.endpoint_config import EndpointConfig
 
 _EMBEDDED = {"embedded": "precise", "embedded-vlm": "vlm"}
-_CACHE = "judge.sqlite3"
 
 
 @dataclass(frozen=True)
@@ -119,13 +118,16 @@ class Judge:
 
 
 @contextmanager
-def open_judge(choice: JudgeChoice, folder: epath.Path, size: int, layers: int) -> Iterator[Judge]:
+def open_judge(
+    choice: JudgeChoice, folder: epath.Path, size: int, layers: int, shard: Shard
+) -> Iterator[Judge]:
     """The judge, once it is known to work, until the block ends.
 
     Args:
       choice: who judges.
       folder: of the results; answers of servers are kept there if it is local.
       size, layers: largest ones that will be shown, for the servers' trial.
+      shard: keeps its answers in a file of its own, as the folder may be on a network drive.
 
     Raises:
       KeyMissingError: the variable that should hold a key does not.
@@ -143,7 +145,8 @@ def open_judge(choice: JudgeChoice, folder: epath.Path, size: int, layers: int) 
     pool = JudgePool(PoolConfig(choice.servers()))
     endpoint: Endpoint = pool
     if "://" not in str(folder):
-        endpoint = CachedEndpoint(pool, AnswerCache(folder / _CACHE))
+        name = f"judge_{shard.part}.sqlite3" if shard.part else "judge.sqlite3"
+        endpoint = CachedEndpoint(pool, AnswerCache(folder / name))
     judge = _stage1(endpoint)
     with JudgeWorker(judge, choice.concurrency) as worker:
         worker.call(preflight(pool, size=size, layers=layers, group_size=2)).result()

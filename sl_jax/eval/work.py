@@ -127,7 +127,7 @@ class Work:
             return nullcontext()
         size = max(max(picture.size) for picture in self.pictures)
         layers = max(self._plan.asked(picture) for picture in self.pictures)
-        return open_judge(choice, self._results.folder, size, layers)
+        return open_judge(choice, self._results.folder, size, layers, self._plan.shard)
 
     def _unmeasured(self, system: System) -> list[EvalPicture]:
         found = []

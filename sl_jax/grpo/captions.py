@@ -10,7 +10,7 @@ from sl_jax.data import PictureIndex, open_record
 from sl_jax.imaging.words import counted
 from sl_jax.parallel.processes import Processes
 from sl_jax.scoring import JudgeWorker
-from sl_jax.scoring.captions import captions_of
+from sl_jax.scoring.captions import CaptionConfig, captions_of
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +26,7 @@ def captioned(
     indices: Sequence[PictureIndex],
     source: Literal["files", "prompt", "vlm"],
     judge: JudgeWorker,
+    prompts: str,
     processes: Processes,
 ) -> list[PictureIndex]:
     """The pictures with the captions that the configuration wants; "" where there is none.
@@ -36,6 +37,7 @@ def captioned(
         indices: pictures with the captions beside them.
         source: see `DataConfig.caption`.
         judge: whose endpoint is asked.
+        prompts: folder with caption.md; empty for the packaged one.
         processes: of the run.
 
     Raises:
@@ -49,7 +51,7 @@ def captioned(
     if source == "vlm":
         with processes.together("captioning pictures"):
             if processes.is_main:
-                captions = _asked(indices, judge)
+                captions = _asked(indices, judge, prompts)
         captions = processes.from_main("sharing captions", captions)
     return [
         dataclasses.replace(
@@ -63,7 +65,7 @@ def captioned(
     ]
 
 
-def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker) -> dict[str, str]:
+def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker, prompts: str) -> dict[str, str]:
     """Content hash → caption."""
     openers = {
         record.content_hash: partial(open_record, record.path, index.limits, record.content_hash)
@@ -71,4 +73,5 @@ def _asked(indices: Sequence[PictureIndex], judge: JudgeWorker) -> dict[str, str
         for record in index
     }
     _log.info("Asking for captions of %s.", counted(len(openers), "picture"))
-    return judge.call(captions_of(judge.endpoint, openers)).result()
+    config = CaptionConfig(prompts=prompts or None)
+    return judge.call(captions_of(judge.endpoint, openers, config)).result()

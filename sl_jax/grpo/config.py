@@ -184,16 +184,17 @@ class JudgeSettings:
     Attributes:
         endpoint: where `endpoints` is empty: "embedded" computes scores from the rendered pictures,
             in process; "embedded-vlm" adds the compression and noise of a vision-language model.
-        endpoints: servers that judge instead. In a configuration file each is its URL, or a mapping
-            of the fields of `EndpointConfig`.
+        endpoints: servers that judge instead; the flag may be given several times.
         model: name of the judging model, of the endpoints that name none themselves.
         key_env: environment variable with the key, of the endpoints that name none themselves.
         two_stage: whether the candidates of a group are compared in a grid after each was scored.
         stage2_weight: λ in reward = (1 − λ)·stage 1 + λ·stage 2.
         grids: differently shuffled grids per group, whose scores are averaged.
-        asks: how often a request is sent at most before its candidate, or the grid, has failed.
+        asks: how often a request is sent before its candidate, or the grid, has failed; the pool's
+            own tries count, and are not cut short.
         weights: one per criterion, in the order of `scoring.types.CRITERIA`.
-        prompts: folder with candidate.md and grid.md; empty for the packaged ones.
+        prompts: folder with candidate.md, grid.md and, where it describes pictures, caption.md;
+            empty for the packaged ones.
         captions: whether the judge is told the pictures' captions.
         render: how pictures are laid out.
         request: how a server is asked.

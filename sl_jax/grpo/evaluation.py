@@ -27,7 +27,7 @@ from sl_jax.grpo.spread import window_share
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.inference.sampling import Guidance
 from sl_jax.models.lora import Adapter
-from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, batch_sharding
 from sl_jax.parallel.processes import BatchRows, batch_rows, to_local
 from sl_jax.scoring import CRITERIA, GroupScores
@@ -152,9 +152,7 @@ class Evaluator:
         keys: UInt32[np.ndarray, "n words"],
     ) -> tuple[UInt8[np.ndarray, "n g l h w 4"], Bool[np.ndarray, "n g"]]:
         """Of the rows that this process holds, layers and which candidates are finite."""
-        grid = LatentGrid(
-            batch.layers, batch.bucket.height // PACKED_PIXELS, batch.bucket.width // PACKED_PIXELS
-        )
+        grid = LatentGrid.of_pixels(batch.layers, *batch.bucket)
         pictures = laid_out(self.layout, batch.examples, self.prompts, keys, groups)
         candidates = rollout(adapter, pictures, window_start, grid)
         decoded = jax.block_until_ready(rollout.decode(candidates.latents, grid))

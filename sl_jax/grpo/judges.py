@@ -2,7 +2,8 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -77,7 +78,10 @@ def open_judges(
         BudgetError: nothing is left to spend.
         ProcessError: another process met one of these.
     """
-    judge, servers = _own(config.judge, folder, processes), config.evaluation.judge
+    urls = {server.url for server in (*config.judge.endpoints, *config.evaluation.judge)}
+    users = Counter(url for named in processes.all_gather("naming judges", urls) for url in named)
+    judge = _own(config.judge, folder, processes, users)
+    servers = _shared(config.evaluation.judge, users)
     with ExitStack() as stack:
         ready = stack.enter_context(ExitStack())
         ready.enter_context(processes.together("opening judges"))
@@ -152,8 +156,10 @@ def make_judge(
     return TwoStageJudge(endpoint, config)
 
 
-def _own(settings: JudgeSettings, folder: epath.Path, processes: Processes) -> JudgeSettings:
-    """The settings of one of several processes: a file and a part of the budget of its own."""
+def _own(
+    settings: JudgeSettings, folder: epath.Path, processes: Processes, users: Mapping[str, int]
+) -> JudgeSettings:
+    """The settings of one of several processes: a file, and its part of budget and servers."""
     path = epath.Path(settings.cache_path or folder / "judge.sqlite3")
     if not processes.is_main:
         path = path.with_name(f"{path.stem}_{processes.index}{path.suffix}")
@@ -161,7 +167,28 @@ def _own(settings: JudgeSettings, folder: epath.Path, processes: Processes) -> J
         limit: None if (value := getattr(settings, limit)) is None else value // processes.count
         for limit in ("max_requests", "max_tokens")
     }
-    return dataclasses.replace(settings, cache_path=str(path), **limits)
+    endpoints = _shared(settings.endpoints, users)
+    return dataclasses.replace(settings, cache_path=str(path), endpoints=endpoints, **limits)
+
+
+def _shared(
+    endpoints: Sequence[EndpointConfig], users: Mapping[str, int]
+) -> tuple[EndpointConfig, ...]:
+    """What one process may ask of each server: its part, but at least one request at a time."""
+    names = ("concurrency", "requests_per_minute", "tokens_per_minute")
+    found = []
+    for endpoint in endpoints:
+        count = users[endpoint.url]
+        given = {name: value for name in names if (value := getattr(endpoint, name)) is not None}
+        scarce = [name for name, value in given.items() if value < count]
+        if scarce:
+            _log.warning(
+                "Judge %s: %s cannot be divided by the %d processes that share it; each takes 1.",
+                *(endpoint.label, " and ".join(scarce), count),
+            )
+        parts = {name: max(1, value // count) for name, value in given.items()}
+        found.append(dataclasses.replace(endpoint, **parts))
+    return tuple(found)
 
 
 def _budget(settings: JudgeSettings, stack: ExitStack) -> Budget:

@@ -317,10 +317,7 @@ def _laid_out(traced: jax.stages.Traced, compiled: jax.stages.Compiled) -> Any:
 def largest_grid(config: GrpoConfig) -> LatentGrid:
     """The bucket and number of layers with the most tokens."""
     layers = max(config.data.layers)
-    grids = (
-        LatentGrid(layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
-        for bucket in make_buckets(config.data.buckets)
-    )
+    grids = (LatentGrid.of_pixels(layers, *bucket) for bucket in make_buckets(config.data.buckets))
     return max(grids, key=lambda grid: grid.generated_tokens)
 
 

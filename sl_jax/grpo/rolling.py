@@ -19,7 +19,7 @@ from sl_jax.grpo.parts import Parts
 from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.rollout import Candidates
 from sl_jax.models.lora import Adapter
-from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.processes import to_local
 from sl_jax.scoring import Group, GroupScores
 
@@ -109,8 +109,7 @@ def _sampled(
 
     The layers are uint8 [groups, G, L, H, W, 4].
     """
-    bucket = step.bucket
-    grid = LatentGrid(step.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
+    grid = LatentGrid.of_pixels(step.layers, *step.bucket)
     pictures = laid_out(
         parts.layout,
         step.examples,

@@ -30,12 +30,12 @@ from sl_jax.grpo.rollout import Rollout
 from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
-from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.parallel.peaks import memory_limit
 from sl_jax.parallel.processes import ALONE, Processes, to_everywhere
 from sl_jax.training import workdir as work
 from sl_jax.training.adapter import first_adapter
 from sl_jax.training.compilation import compilation_cache
+from sl_jax.training.layout import run_layout
 from sl_jax.training.profiling import Profiler, Span
 from sl_jax.training.status import require_none_lost, watched
 
@@ -110,7 +110,8 @@ def _parts(
     What needs no weights comes first, so that its errors do.
     """
     data, rollout = config.data, config.rollout
-    layout, settings = Layout(make_mesh(config.mesh)), resolve_model(config.model, _SETTINGS)
+    settings = resolve_model(config.model, _SETTINGS)
+    layout = run_layout(config.mesh, settings)
     first = first_adapter(config, settings, layout)
     config = with_micro_batch(config, settings, layout, _memory(processes))
     if config.model == TINY:
@@ -126,7 +127,9 @@ def _parts(
     count = len(held_out_set(held_out))
     judging = open_judges(config, folder, left, count, processes, described)
     with judging as judges, ExitStack() as stack:
-        index, held_out = captioned((index, held_out), data.caption, judges.training, processes)
+        index, held_out = captioned(
+            (index, held_out), data.caption, judges.training, config.judge.prompts, processes
+        )
         stream = stack.enter_context(closing(training_stream(index)))
         examples = held_out_set(held_out)
         captions = [record.caption for part in (index, held_out) for record in part]

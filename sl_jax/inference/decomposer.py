@@ -48,7 +48,7 @@ from sl_jax.models.lora import Adapter
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
-from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shards, make_mesh
+from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shards, make_layout
 
 SizeRule = Literal["longest", "area"]
 
@@ -91,7 +91,7 @@ class Decomposer:
             CheckpointError: model or adapter are missing or damaged, or do not fit each other.
         """
         folder = resolve_model(model)
-        layout = Layout(make_mesh(mesh or MeshConfig()))
+        layout = make_layout(mesh or MeshConfig())
         compute = ComputeConfig(dtype, remat="none")
         loaded = None
         if adapter is not None:  # Before the model, which takes long: it may not fit.
@@ -132,7 +132,7 @@ class Decomposer:
             guidance: None follows the prompt alone.
         """
         _, height, width, _ = pictures.shape
-        grid = LatentGrid(layers, height // PACKED_PIXELS, width // PACKED_PIXELS)
+        grid = LatentGrid.of_pixels(layers, height, width)
         sigmas = self._pipeline.scheduler.sigmas(steps, grid.frame_tokens, shift)
         noise = initial_noise(keys, grid.generated_tokens, self._pipeline.model.config.in_channels)
         return self._program(

@@ -26,6 +26,11 @@ class LatentGrid(NamedTuple):
     height: int
     width: int
 
+    @classmethod
+    def of_pixels(cls, layers: int, height: int, width: int) -> "LatentGrid":
+        """Of pictures of `height` × `width` pixels, multiples of 16."""
+        return cls(layers, height // PACKED_PIXELS, width // PACKED_PIXELS)
+
     @property
     def frame_tokens(self) -> int:
         """Tokens of one frame."""

@@ -7,6 +7,7 @@ said, and a process that stopped is not waited for. One process alone takes the 
 nobody to wait for.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -454,5 +455,10 @@ def to_local(array: jax.Array) -> np.ndarray:
 
 def to_everywhere(tree: Any, mesh: Mesh) -> Any:
     """Global arrays as whole numpy arrays in every process, one after the other."""
-    gather = jax.jit(lambda x: x, out_shardings=replicated(mesh))
+    gather = _gather(mesh)
     return jax.tree.map(lambda leaf: np.asarray(gather(leaf)), tree)
+
+
+@functools.cache
+def _gather(mesh: Mesh) -> Callable[[Any], jax.Array]:
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))

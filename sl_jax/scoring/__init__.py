@@ -18,6 +18,7 @@ from sl_jax.scoring.types import (
     GroupScores,
     JudgeError,
     JudgeRequest,
+    NoJudgeError,
     PermanentJudgeError,
     TransientJudgeError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "JudgeRequest",
     "JudgeStats",
     "JudgeWorker",
+    "NoJudgeError",
     "PermanentJudgeError",
     "RenderConfig",
     "Reward",

@@ -23,9 +23,9 @@ from PIL import Image
 from sl_jax.imaging.words import counted
 from sl_jax.scoring.rubric import parse_object
 from sl_jax.scoring.types import (
-    BrokenAnswerError,
     Endpoint,
     JudgeRequest,
+    NoJudgeError,
     PermanentJudgeError,
     TransientJudgeError,
 )
@@ -129,9 +129,9 @@ async def captions_of(
 ) -> dict[str, str]:
     """Asks for a caption of every picture.
 
-    A picture that the model refuses, of which it gives no proper answer, or that cannot be opened
-    (its opener raises ValueError) gets none and is named in the log: the run uses the default
-    prompt for it.
+    A picture that the model refuses, of which no try gives a proper answer, or that cannot be
+    opened (its opener raises ValueError) gets none and is named in the log: the run uses the
+    default prompt for it. While nobody answers at all, no picture is to blame.
 
     Args:
       endpoint: a pool of servers, or what remembers its answers.
@@ -143,7 +143,7 @@ async def captions_of(
       name → caption, without the pictures that have none.
 
     Raises:
-      CaptionError: no endpoint answers, or none can see pictures.
+      CaptionError: no endpoint is up any more, or none can see pictures.
       BudgetError: the run has spent what it was allowed to.
     """
     config = config or CaptionConfig()
@@ -157,14 +157,16 @@ async def captions_of(
                 picture = await asyncio.to_thread(pictures[name])
                 request = await asyncio.to_thread(caption_request, picture, template, config)
                 return parse_caption(await endpoint.answer(request))
-            except (PermanentJudgeError, BrokenAnswerError, ValueError) as error:
+            except NoJudgeError:
+                raise
+            except (PermanentJudgeError, TransientJudgeError, ValueError) as error:
                 refused[name] = str(error)
                 return ""
 
     tasks = {name: asyncio.ensure_future(one(name)) for name in pictures}
     try:
         await asyncio.gather(*tasks.values())
-    except TransientJudgeError as error:
+    except NoJudgeError as error:
         raise CaptionError(_complaint(error)) from None
     finally:
         for task in tasks.values():

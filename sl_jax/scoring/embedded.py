@@ -125,14 +125,15 @@ class EmbeddedJudge:
           PermanentJudgeError: the pictures are not laid out as `scoring.request` does it, or the
             request is about something else (stage 0), such as a caption.
         """
-        await asyncio.sleep(0)  # others get their turn, and cancellation its chance
         if request.stage == 0:
             raise PermanentJudgeError(
                 "the embedded judge scores layers and grids as sl_jax shows them; it describes no "
                 "pictures and answers nothing else"
             )
         try:
-            said = self._candidate(request) if request.stage == 1 else self._grid(request)
+            said = await asyncio.to_thread(
+                self._candidate if request.stage == 1 else self._grid, request
+            )
         except rendering.UnreadableRequestError as error:
             raise PermanentJudgeError(f"the embedded judge cannot read this: {error}") from error
         return Answer(json.dumps(said), endpoint=self.name)

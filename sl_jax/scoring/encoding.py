@@ -22,7 +22,8 @@ class RequestConfig:
     """How a request is put to a server.
 
     Attributes:
-      temperature, top_p: how answers are sampled; None leaves the server's own.
+      temperature, top_p: how answers are sampled; None leaves the server's own. At temperature 0
+        asking again draws the same answer, unless another server gives it.
       max_tokens: longest answer.
       tokens_field: what the server calls that limit; hosted reasoning models want
         "max_completion_tokens".
@@ -73,8 +74,10 @@ class RequestConfig:
     def determinants(self) -> dict[str, Any]:
         """All of it that can change an answer."""
         kept = dataclasses.asdict(self)
-        del kept["timeout"]
-        return kept
+        idle = {"timeout", "tokens_field"}
+        if self.picture_format != "jpeg":
+            idle.add("jpeg_quality")
+        return {name: value for name, value in kept.items() if name not in idle}
 
 
 def content_of(request: JudgeRequest, config: RequestConfig) -> Content:

@@ -19,7 +19,8 @@ class EndpointConfig:
       model: name under which the server knows the model.
       key_env: environment variable that holds the key; empty for a server without one.
       concurrency: requests in flight at most.
-      requests_per_minute, tokens_per_minute: its limits; None for none.
+      requests_per_minute, tokens_per_minute: its limits; None for none. Where
+        processes of one training name the same address, each takes its part of these three.
       name: how it is called in logs and records; empty for host and port.
 
     Raises:

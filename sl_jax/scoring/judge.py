@@ -41,8 +41,8 @@ class JudgeConfig:
       two_stage: whether groups are compared in a grid after stage 1.
       stage2_weight: λ in reward = (1 − λ)·stage 1 + λ·stage 2.
       grids: how many differently shuffled grids are asked for and averaged.
-      asks: how often a request is sent at most before its candidate (or the grid) counts as
-        failed.
+      asks: how often a request is sent before its candidate (or the grid) counts as failed; what
+        a pool sends by itself counts, and is not cut short.
       render: how pictures are laid out.
       prompts: folder with candidate.md and grid.md; None for the packaged ones.
       seed: determines, with a group's id, the shuffles of the grid.
@@ -225,25 +225,30 @@ class TwoStageJudge:
     async def _ask(
         self, request: JudgeRequest, parse: Callable[[str], T], index: int, tally: _Tally
     ) -> T | Failure:
-        """Asks until an answer parses, at most `asks` times.
+        """Asks until an answer parses, or the request was sent `asks` times or more.
 
         `index` is the candidate's, or the grid's: equal grids are still asked one by one.
         """
         sample = self.config.sample * self.config.grids + (index if request.stage == 2 else 0)
+        sent = repeat = 0
         reason = ""
-        for repeat in range(self.config.asks):
-            tally.asks += 1
+        while sent < self.config.asks:
+            tries = 1
             try:
                 answer = await self.endpoint.answer(
                     dataclasses.replace(request, repeat=repeat, sample=sample)
                 )
+                tries = getattr(answer, "tries", 1)
                 tally.count(request.stage, index, answer)
                 return parse(answer)
             except PermanentJudgeError as error:
                 return Failure(permanent=True, reason=str(error))
             except TransientJudgeError as error:
-                reason = str(error)
-        return Failure(permanent=False, reason=f"{self.config.asks} asks failed; last: {reason}")
+                tries, reason = error.tries, str(error)
+            finally:
+                tally.asks += tries
+            sent, repeat = sent + tries, repeat + 1
+        return Failure(permanent=False, reason=f"{sent} asks failed; last: {reason}")
 
 
 class JudgeWorker:

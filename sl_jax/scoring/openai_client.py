@@ -19,6 +19,7 @@ from sl_jax.imaging.words import printable
 from sl_jax.scoring.encoding import Content, RequestConfig, content_of, seed_of
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.scoring.keys import read_key, redacted
+from sl_jax.scoring.rubric import json_object_in
 from sl_jax.scoring.types import (
     Answer,
     BrokenAnswerError,
@@ -37,7 +38,6 @@ _BUSY = frozenset({408, 409, 425, 429})
 _SET_UP_WRONGLY = frozenset({401, 402, 403, 404, 405, 407, 410})
 _UNKNOWN_FIELD = frozenset({400, 422, 501})
 _FILTERED = re.compile(r"content[_ -]?(filter|policy)|moderation|safety", re.IGNORECASE)
-_THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 _LONGEST_RETRY_AFTER = 3600.0
 _TRANSPORTS = ("httpcore", "httpcore2", "hpack", "h2", "openai")
 
@@ -190,9 +190,9 @@ class OpenAIJudge:
                 f"{self.name}: the reply is no chat completion", tokens=tokens
             ) from None
         if finish == "content_filter":
-            raise PermanentJudgeError(f"{self.name}: stopped by the content filter")
+            raise PermanentJudgeError(f"{self.name}: stopped by the content filter", tokens)
         if isinstance(refusal, str) and refusal:
-            raise PermanentJudgeError(f"{self.name}: refused: {self._clean(refusal)}")
+            raise PermanentJudgeError(f"{self.name}: refused: {self._clean(refusal)}", tokens)
         if finish == "length":
             raise BrokenAnswerError(
                 f"{self.name}: cut off at {self.config.max_tokens} tokens; a larger max_tokens "
@@ -201,7 +201,7 @@ class OpenAIJudge:
             )
         if not isinstance(text, str) or not text.strip():
             raise BrokenAnswerError(f"{self.name}: an empty answer", tokens=tokens)
-        return _object_in(text), tokens
+        return json_object_in(text), tokens
 
     def _refused(
         self, error: openai.APIStatusError, stage: int
@@ -286,13 +286,6 @@ def _tokens(reply: Any) -> int:
     usage = reply.get("usage") if isinstance(reply, dict) else None
     total = usage.get("total_tokens") if isinstance(usage, dict) else None
     return total if type(total) is int and 0 <= total < 2**31 else 0
-
-
-def _object_in(text: str) -> str:
-    """The outermost braces of a text, past any thinking aloud."""
-    body = _THOUGHT.sub("", text)
-    start, end = body.find("{"), body.rfind("}")
-    return body[start : end + 1] if 0 <= start < end else body
 
 
 def _said(error: openai.APIStatusError) -> str:

@@ -22,6 +22,7 @@ from sl_jax.scoring.types import (
     BrokenAnswerError,
     JudgeError,
     JudgeRequest,
+    NoJudgeError,
     PermanentJudgeError,
     TransientJudgeError,
 )
@@ -36,7 +37,7 @@ class PoolConfig:
     Attributes:
       endpoints: the servers.
       request: how each is asked.
-      tries: how often a request is sent at most before its failure is told.
+      tries: how often a request is sent at most, here or there, before its failure is told.
       patience: seconds that a request waits at most while no endpoint is up.
       cool_down: how long failing endpoints are left alone.
       hedge_after: seconds after which an unanswered request is also sent to an idle endpoint;
@@ -151,7 +152,8 @@ class JudgePool:
         """One verified answer.
 
         Raises:
-          TransientJudgeError: `tries` failed, or nothing was up for `patience`.
+          TransientJudgeError: `tries` failed.
+          NoJudgeError: nothing was up for `patience`.
           PermanentJudgeError: an endpoint refuses the picture.
           BudgetError: nothing may be spent any more.
         """
@@ -162,10 +164,13 @@ class JudgePool:
         for attempt in range(1, tries + 1):
             place = await self._place(avoid)
             try:
-                return await self._hedged(place, request, content, avoid)
+                answer = await self._hedged(place, request, content, avoid)
+                answer.tries = attempt
+                return answer
             except TransientJudgeError as error:
                 if attempt == tries:
-                    raise type(error)(f"{error} (try {attempt} of {tries})") from None
+                    told = f"{error} (try {attempt} of {tries})"
+                    raise type(error)(told, tries=attempt) from None
                 avoid |= {place.member.name}
                 if isinstance(error, BrokenAnswerError):  # another seed, not the same answer
                     request = dataclasses.replace(request, repeat=request.repeat + 1)
@@ -236,7 +241,7 @@ class JudgePool:
             if member is not None:
                 waiter.place.set_result(_Place(member, member.state.start(now)))
             elif self._given_up_at(waiter) <= now:
-                waiter.place.set_exception(TransientJudgeError(self._complaint()))
+                waiter.place.set_exception(NoJudgeError(self._complaint()))
             else:
                 left.append(waiter)
                 if not waiter.avoid and self._down_since is None:  # none behind it is luckier
@@ -314,8 +319,8 @@ class JudgePool:
             member.state.succeeded(answer.seconds)
             self._answered = request, content
             return answer
-        except PermanentJudgeError:
-            tokens = 0
+        except PermanentJudgeError as error:
+            tokens = error.tokens
             member.state.succeeded(None)
             raise
         except TransientJudgeError as error:

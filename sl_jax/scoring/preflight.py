@@ -116,8 +116,8 @@ def _requests(
         rendering.grid_request(group, arrangement, np.full(group_size, 0.5), texts, render),
     ]
     if caption:
-        config = captions.CaptionConfig()
-        requests.append(captions.caption_request(group.source, captions.load_template(), config))
+        template, config = captions.load_template(prompts), captions.CaptionConfig()
+        requests.append(captions.caption_request(group.source, template, config))
     return requests
 
 
@@ -158,9 +158,9 @@ async def _ask(pool: JudgePool, client: OpenAIJudge, request: JudgeRequest, asks
             answer = await client.answer(dataclasses.replace(request, repeat=repeat))
             pool.budget.answered(answer.tokens)
             return answer
-        except TransientJudgeError as error:
+        except (TransientJudgeError, PermanentJudgeError) as error:
             pool.budget.answered(error.tokens)
-            if repeat == asks - 1:
+            if repeat == asks - 1 or isinstance(error, PermanentJudgeError):
                 raise
     raise AssertionError("asks is at least 1")
 

@@ -213,14 +213,13 @@ _THOUGHT = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
 
 
 def parse_object(model: type[pydantic.BaseModel], text: str) -> Any:
-    """Parses the JSON object, alone or in one fenced block, after thinking aloud or not.
+    """Parses the one JSON object of an answer, whatever is said around it.
 
     Raises:
       BrokenAnswerError: there is none that `model` allows.
     """
-    body = _unfenced(_THOUGHT.sub("", text).strip())
     try:
-        content = json.loads(body, object_pairs_hook=_unique_keys)
+        content = json.loads(json_object_in(text), object_pairs_hook=_unique_keys)
         json.dumps(content, ensure_ascii=False).encode("utf-8")  # half a character is no text
         return model.model_validate(content)
     except (ValueError, RecursionError) as error:
@@ -228,11 +227,11 @@ def parse_object(model: type[pydantic.BaseModel], text: str) -> Any:
         raise BrokenAnswerError(f"broken answer: {' '.join(first[:3])[:300]}") from error
 
 
-def _unfenced(body: str) -> str:
-    """What is inside, if the body is one fenced block; in linear time, whatever it is."""
-    lines = body.split("\n")
-    fenced = len(lines) > 2 and lines[0].rstrip() in ("```", "```json")
-    return "\n".join(lines[1:-1]) if fenced and lines[-1].strip() == "```" else body
+def json_object_in(text: str) -> str:
+    """What the outermost braces enclose, past any thinking aloud; the text if there are none."""
+    body = _THOUGHT.sub("", text)
+    start, end = body.find("{"), body.rfind("}")
+    return body[start : end + 1] if 0 <= start < end else body
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

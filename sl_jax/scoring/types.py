@@ -38,12 +38,16 @@ class TransientJudgeError(JudgeError):
     Attributes:
       retry_after: seconds that the server asked to wait, or None.
       tokens: what was spent all the same.
+      tries: how often the request was sent.
     """
 
-    def __init__(self, message: str, retry_after: float | None = None, tokens: int = 0):
+    def __init__(
+        self, message: str, retry_after: float | None = None, tokens: int = 0, tries: int = 1
+    ):
         super().__init__(message)
         self.retry_after = retry_after
         self.tokens = tokens
+        self.tries = tries
 
 
 class BrokenAnswerError(TransientJudgeError):
@@ -54,8 +58,20 @@ class EndpointError(TransientJudgeError):
     """The endpoint itself is set up wrongly (key, model, address): others may still answer."""
 
 
+class NoJudgeError(TransientJudgeError):
+    """No endpoint was up for as long as a request waits: it is not the fault of a picture."""
+
+
 class PermanentJudgeError(JudgeError):
-    """No other try will succeed with this picture: refusal, content filter, 4xx about it."""
+    """No other try will succeed with this picture: refusal, content filter, 4xx about it.
+
+    Attributes:
+      tokens: what was spent all the same.
+    """
+
+    def __init__(self, message: str, tokens: int = 0):
+        super().__init__(message)
+        self.tokens = tokens
 
 
 class BudgetError(JudgeError):
@@ -146,12 +162,14 @@ class Answer(str):
       tokens: tokens that it cost, prompt and completion.
       seconds: from sending the request to the end of the answer; 0 if it was computed here.
       cached: whether it was remembered, and cost nothing now.
+      tries: how often its request was sent; 1 also if it was remembered.
     """
 
     endpoint: str
     tokens: int
     seconds: float
     cached: bool
+    tries: int
 
     def __new__(
         cls,
@@ -160,10 +178,11 @@ class Answer(str):
         tokens: int = 0,
         seconds: float = 0.0,
         cached: bool = False,
+        tries: int = 1,
     ) -> Answer:
         answer = super().__new__(cls, text)
         answer.endpoint, answer.tokens = endpoint, tokens
-        answer.seconds, answer.cached = seconds, cached
+        answer.seconds, answer.cached, answer.tries = seconds, cached, tries
         return answer
 
 

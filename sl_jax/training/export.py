@@ -4,7 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,9 +113,15 @@ def _convolution(
     yield f"{name}.bias", np.zeros((outputs,), dtype)
 
 
-def save_transformer(folder: Path, config: MMDiTConfig, params: Any, dtype: Any) -> None:
-    """Writes the `transformer` component."""
-    save_params(folder, named_tensors(MMDIT, params, dtype), config.to_dict())
+def save_transformer(
+    folder: Path,
+    config: MMDiTConfig,
+    params: Any,
+    dtype: Any,
+    whole: Callable[[Any], np.ndarray] = np.asarray,
+) -> None:
+    """Writes the `transformer` component, whose arrays `whole` fetches as for `named_tensors`."""
+    save_params(folder, named_tensors(MMDIT, params, dtype, whole), config.to_dict())
 
 
 def save_pipeline_files(folder: Path, shift: float) -> None:

@@ -23,11 +23,13 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int, UInt8
 
+from sl_jax.checkpoints.huggingface import named_tensors
+from sl_jax.checkpoints.naming import MMDIT
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import ComputeConfig, Pipeline, load_pipeline
 from sl_jax.checkpoints.tensor_files import local_path
-from sl_jax.data.buckets import Bucket, make_buckets
+from sl_jax.data.buckets import make_buckets
 from sl_jax.data.paired import PairedData, open_paired
 from sl_jax.data.paired_stream import PairedBatch, PairedShape, PairedStream
 from sl_jax.flow.schedule import SchedulerConfig, SigmaDistribution, shift_mu
@@ -36,10 +38,10 @@ from sl_jax.models.codec import encode_frames
 from sl_jax.models.lora import Adapter, LoRAConfig
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.packing import pack
-from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
+from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 from sl_jax.parallel.joining import DistributedConfig
-from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, make_mesh
+from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding
 from sl_jax.parallel.processes import ALONE, Processes, batch_rows, from_local, to_everywhere
 from sl_jax.training import workdir
 from sl_jax.training.adapter import first_adapter
@@ -59,6 +61,7 @@ from sl_jax.training.configuration import (
     split_problems,
 )
 from sl_jax.training.export import in_place_of, place_problems, save_transformer
+from sl_jax.training.layout import run_layout
 from sl_jax.training.metrics import LogConfig
 from sl_jax.training.supervised import (
     STAGE_RULES,
@@ -81,6 +84,7 @@ _IDENTITY = workdir.Identity(
     own=frozenset({"compute.cache", "distributed"}),
 )
 
+_WRITING = "writing the result"
 _HELD_TEXTS = 64  # Captions in memory; without captions there is only the prompt.
 
 
@@ -243,10 +247,10 @@ def fine_tune(
         FolderError: the designs cannot be used.
         CheckpointError: the checkpoint cannot be used.
         ConfigError: the work directory is another run's, the adapter does not fit the model, or
-            mesh and processes do not fit.
+            the mesh does not fit the model or the processes.
     """
     folder = workdir.claim(config, _IDENTITY, processes)
-    layout = Layout(make_mesh(config.mesh))
+    layout = run_layout(config.mesh, model)
     try:
         rows = batch_rows(layout.mesh, config.batch, processes.index).held
     except ValueError as error:
@@ -274,10 +278,12 @@ def fine_tune(
         losses = {_grid(s): _loss(config, pipeline, _grid(s)) for s in sorted(shapes)}
         module = pipeline.model
         del pipeline  # with all parameters trained, nothing needs the loaded ones any more
-        state = _trained(config, folder, layout, parts, losses, streams, feed, processes)
-    result = to_everywhere(state.ema, layout.mesh)
-    with processes.together("writing the result"):
-        return _write(config, folder, model, module, result, parts.scale, processes)
+        average = _trained(config, folder, layout, parts, losses, streams, feed, processes)
+    with processes.together(_WRITING):
+        if config.train == "lora":
+            whole = to_everywhere(Adapter(average, parts.scale), layout.mesh)
+            return _write_adapter(config, folder, whole, processes)
+        return _write_model(config, model, module, average, layout, processes)
 
 
 class _Parts(NamedTuple):
@@ -319,8 +325,7 @@ def _stream(config: FineTuneConfig, data: PairedData, rows: Sequence[int]) -> Pa
 
 
 def _grid(shape: PairedShape) -> LatentGrid:
-    bucket: Bucket = shape.bucket
-    return LatentGrid(shape.layers, bucket.height // PACKED_PIXELS, bucket.width // PACKED_PIXELS)
+    return LatentGrid.of_pixels(shape.layers, *shape.bucket)
 
 
 def _first(
@@ -426,7 +431,7 @@ class _Feed:
         target, picture = self._encode(self._vae_params, placed(batch.frames))
         text, lengths = map(placed, self._texts(batch.captions))
         told = Told(picture, text, lengths, self._parts.base, self._parts.scale)
-        return _grid(shape), FlowBatch(target, told)
+        return _grid(shape), FlowBatch(target, told, batch.fresh)
 
 
 def packed_frames(
@@ -477,7 +482,9 @@ def _trained(
     streams: Sequence[PairedStream],
     feed: _Feed,
     processes: Processes,
-) -> StageState:
+) -> Any:
+    """The average of what was trained, which alone of the stage's state is kept."""
+
     def kept_as(checkpoints: RunCheckpoints) -> Any:
         full = parts.scale is None
         return checkpoints if full else _AdapterCheckpoints(checkpoints, parts.scale)
@@ -490,7 +497,7 @@ def _trained(
     ) as stage:
         examples = [feed(read) for read in _held_out(streams)]
         state = stage.start(parts.trained)
-        return stage.run(state, lambda step: feed(streams[0](step)), examples, "tune")
+        return stage.run(state, lambda step: feed(streams[0](step)), examples, "tune").ema
 
 
 def _held_out(streams: Sequence[PairedStream]) -> Iterator[tuple[PairedShape, PairedBatch]]:
@@ -498,25 +505,40 @@ def _held_out(streams: Sequence[PairedStream]) -> Iterator[tuple[PairedShape, Pa
         yield from streams[1].in_order()
 
 
-def _write(
+def _write_adapter(
+    config: FineTuneConfig, folder: epath.Path, adapter: Adapter, processes: Processes
+) -> epath.Path:
+    target = folder / "adapter"
+    if processes.is_main:
+        save_peft(target, adapter, config.model)
+    return target
+
+
+def _write_model(
     config: FineTuneConfig,
-    folder: epath.Path,
-    model: epath.PathLike,
+    base: epath.PathLike,
     module: MMDiT,
-    result: Any,
-    scale: Any,
+    params: Any,
+    layout: Layout,
     processes: Processes,
 ) -> epath.Path:
-    if config.train == "lora":
-        target = folder / "adapter"
-        if processes.is_main:
-            save_peft(target, Adapter(result, jax.tree.map(np.asarray, scale)), config.model)
-        return target
+    """Writes the base with other parameters of the transformer.
+
+    All processes gather one tensor after the other; the main one alone keeps what it writes.
+    """
+
+    def whole(array: Array) -> np.ndarray:
+        processes.barrier(_WRITING)  # where the others hear of a disk that is full
+        return to_everywhere(array, layout.mesh)
+
     target = Path(config.export)
     if processes.is_main:
-        dtype = jnp.dtype(config.compute.dtype)
         with in_place_of(target) as place:
             others = shutil.ignore_patterns("transformer")
-            shutil.copytree(local_path(model), place, ignore=others, dirs_exist_ok=True)
-            save_transformer(place / "transformer", module.config, result, dtype)
+            shutil.copytree(local_path(base), place, ignore=others, dirs_exist_ok=True)
+            dtype = jnp.dtype(config.compute.dtype)
+            save_transformer(place / "transformer", module.config, params, dtype, whole)
+    else:
+        for _ in named_tensors(MMDIT, params, whole=whole):
+            pass
     return epath.Path(target)

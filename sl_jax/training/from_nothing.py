@@ -276,8 +276,8 @@ def _latents(
     config: BaseConfig, folder: Path, encode: pools.Encoder
 ) -> tuple[dict[LatentGrid, np.ndarray], dict[LatentGrid, np.ndarray]]:
     """Of the designs to train on, and of those held out, by shape."""
-    side = config.data.size // PACKED_PIXELS
-    grids = [LatentGrid(layers, side, side) for layers in config.data.layers]
+    side = config.data.size
+    grids = [LatentGrid.of_pixels(layers, side, side) for layers in config.data.layers]
 
     def of(first: int, count: int, recolour: bool) -> dict[LatentGrid, np.ndarray]:
         return {

@@ -168,6 +168,34 @@ def test_checkpoints_go_both_ways(shapes, tmp_path):
         jax.tree.map(np.testing.assert_array_equal, load_adapter(place, shapes), adapter)
 
 
+def _in_a_work_directory(folder, adapter):
+    save_adapter_checkpoint(folder / "checkpoints", adapter)
+
+
+def _damaged(folder, adapter):
+    save_adapter_checkpoint(folder, adapter)
+    shutil.rmtree(folder / "0" / "tree")
+
+
+def _of_peft(folder, adapter):
+    save_peft(folder, adapter, "base")
+
+
+@pytest.mark.parametrize("put", [save_adapter_checkpoint, _in_a_work_directory, _damaged, _of_peft])
+def test_a_folder_takes_one_adapter(shapes, tmp_path, put):
+    """A second one would not be found there, or not even be written."""
+    first, second = (stacked(make_modules({NAME: 2}, seed), shapes) for seed in range(2))
+    put(tmp_path / "out", first)
+    before = _contents(tmp_path)
+    with pytest.raises(CheckpointError, match="out holds an adapter already; please name another"):
+        save_adapter_checkpoint(tmp_path / "out", second)
+    assert _contents(tmp_path) == before
+
+
+def _contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_a_work_directory_gives_the_average_of_its_newest_checkpoint(shapes, tmp_path):
     adapters = [stacked(make_modules({NAME: 2}, seed), shapes) for seed in range(3)]
     run = RunCheckpoints(tmp_path / "run" / "checkpoints")

@@ -40,6 +40,7 @@ from sl_jax.checkpoints.source import resolve_model
 from sl_jax.inference import encode_prompts, prompts
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.parallel.processes import to_everywhere
 
 CONFIG = MMDiTConfig(3, 16, 2, 12, axes_dims_rope=(4, 6, 6))
 BOXED = abstract_params(MMDiT(CONFIG))
@@ -243,6 +244,21 @@ def test_dtypes_of_files_and_of_parameters(tmp_path, params, sharded, stored, wa
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded)} == {jnp.dtype(wanted)}
     rounded = jax.tree.map(lambda leaf: leaf.astype(stored).astype(wanted), params)
     assert_equal_trees(loaded, rounded)
+
+
+def test_one_tensor_at_a_time_is_fetched(params, sharded):
+    """Of stacked parameters a layer: no device or host holds all of one whole."""
+    spread = jax.tree.map(lambda leaf, like: jax.device_put(leaf, like.sharding), params, sharded)
+    mesh = jax.tree.leaves(sharded)[0].sharding.mesh
+    fetched = []
+
+    def whole(array):
+        fetched.append(array.size)
+        return to_everywhere(array, mesh)
+
+    found = dict(named_tensors(MMDIT, spread, whole=whole))
+    assert fetched == [tensor.size for tensor in found.values()]
+    assert_equal_trees(found, dict(named_tensors(MMDIT, params)))
 
 
 def test_without_shardings_arrays_are_on_one_device(tmp_path, params):

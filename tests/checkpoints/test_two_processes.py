@@ -1,4 +1,4 @@
-"""Two real processes load one checkpoint over a mesh of both, and go on from one of their own."""
+"""Two real processes load and gather a checkpoint over a mesh of both, and go on from their own."""
 
 import contextlib
 import json
@@ -20,10 +20,12 @@ from sl_jax.checkpoints.pipeline import abstract_params
 from sl_jax.models.mmdit import MMDiT, MMDiTConfig
 
 CONFIG = MMDiTConfig(2, 16, 2, 12, axes_dims_rope=(4, 6, 6))
-# Prints the bytes that this process read of linear layers, whether all of its shards are right, and
-# from which of its checkpoints it goes on where process 1 cannot read the newest one.
+# Prints the bytes that this process read of linear layers, whether all of its shards are right and
+# what it gathers of them, and from which of its checkpoints it goes on where process 1 cannot read
+# the newest one.
 _SCRIPT = """
 import json, sys
+from functools import partial
 from pathlib import Path
 folder, port, index = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 import jax, numpy as np, pytest
@@ -31,13 +33,14 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 from bucket import Bucket
 from flax import traverse_util
 from safetensors.numpy import load_file
-from sl_jax.checkpoints.huggingface import load_params
+from sl_jax.checkpoints.huggingface import load_params, named_tensors
 from sl_jax.checkpoints.naming import MMDIT, to_parameter
 from sl_jax.parallel.joining import DistributedConfig, joined
+from sl_jax.parallel.processes import to_everywhere
 from test_two_processes import gone_on_from, layout_and_shapes
 
 def loaded():
-    _, abstract = layout_and_shapes()
+    layout, abstract = layout_and_shapes()
     params = load_params("gs://bucket/model", MMDIT, abstract)
     tensors = load_file(folder / "bucket/model/diffusion_pytorch_model.safetensors")
     right = True
@@ -47,6 +50,9 @@ def loaded():
         whole = np.stack(rows).reshape(leaf.shape)
         for shard in leaf.addressable_shards:
             right &= np.array_equal(shard.data, whole[shard.index])
+    gathered = dict(named_tensors(MMDIT, params, whole=partial(to_everywhere, mesh=layout.mesh)))
+    right &= gathered.keys() == tensors.keys()
+    right &= all(np.array_equal(tensors[name], tensor) for name, tensor in gathered.items())
     return bool(right)
 
 bucket = Bucket.install(folder, pytest.MonkeyPatch())

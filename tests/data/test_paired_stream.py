@@ -58,7 +58,13 @@ def test_every_design_comes_in_order_once(data):
     assert [len(batch.frames) for _, batch in batches] == [2] * len(batches)
     captions = [caption for _, batch in batches for caption in batch.captions]
     assert captions.count("the first") == 1
-    assert sum(shape == ((32, 48), 3) for shape, _ in batches) == 2  # three, filled up to four
+    filled = [batch for shape, batch in batches if shape == ((32, 48), 3)]  # three, up to four
+    assert [batch.fresh for batch in filled] == [2, 1]
+    assert sum(batch.fresh for _, batch in batches) == len(data)
+    parts = [_stream(data, rows=[row]).in_order() for row in (0, 1)]
+    assert [[batch.fresh for _, batch in part] for part in parts] == [
+        [b.fresh for _, b in batches]
+    ] * 2
 
 
 def test_designs_with_too_few_layers_are_not_used(data):

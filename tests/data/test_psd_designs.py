@@ -79,14 +79,15 @@ def test_a_small_layer_lies_where_it_is_and_keeps_its_opacity(tmp_path):
 def test_groups_are_opened_and_hidden_layers_left_out(tmp_path):
     def change(document, backdrop, small):
         inner = document.create_pixel_layer(Image.new("RGBA", (4, 4), (0, 0, 250, 255)), "inner")
-        group = Group.group_layers(layers=[small, inner], name="both", parent=document)
-        group.opacity = 51
+        faded = Group.group_layers(layers=[inner], name="faded", parent=document)
+        faded.opacity = 51
+        Group.group_layers(layers=[small, faded], name="both", parent=document)
         hidden = document.create_pixel_layer(Image.new("RGBA", (9, 9), (9, 9, 9, 255)), "hidden")
         hidden.visible = False
 
     layers = open_psd(_document(tmp_path, change))
     assert len(layers) == 3
-    assert layers[1, 4, 5].tolist() == [200, 10, 10, 51]
+    assert layers[1, 4, 5].tolist() == [200, 10, 10, 255]
     assert layers[2, 0, 0].tolist() == [0, 0, 250, 51]
 
 
@@ -109,6 +110,51 @@ def test_what_plain_layers_cannot_say_is_refused(tmp_path):
 
     with pytest.raises(PictureError, match="'small' blends as multiply"):
         open_psd(_document(tmp_path, change))
+
+
+def _grouped(tmp_path, change=lambda document, group: None):
+    def grouped(document, backdrop, small):
+        inner = document.create_pixel_layer(Image.new("RGBA", (8, 8), (0, 0, 250, 255)), "inner")
+        change(document, Group.group_layers(layers=[small, inner], name="both", parent=document))
+
+    return _document(tmp_path, grouped)
+
+
+def _faded(document, group):
+    group.opacity = 128
+
+
+def _base_of_clipping(document, group):
+    above = document.create_pixel_layer(Image.new("RGBA", (9, 9), (9, 9, 9, 255)), "above")
+    above.clipping = True
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(_faded, "fades 2 layers as one"), (_base_of_clipping, "has layers clipped to it")],
+)
+def test_what_a_group_does_to_all_its_layers_is_refused(tmp_path, change, told):
+    """It would be in none of them."""
+    with pytest.raises(PictureError, match=f"group 'both' {told}"):
+        open_psd(_grouped(tmp_path, change))
+
+    def unseen(document, group):
+        change(document, group)
+        group.visible = False
+
+    assert len(open_psd(_grouped(tmp_path, unseen))) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [("mask", "is masked"), ("vector_mask", "is masked"), ("effects", "has effects")],
+)
+def test_a_group_with_what_psd_tools_reads_but_does_not_write(tmp_path, monkeypatch, part, told):
+    path = _grouped(tmp_path)
+    assert len(open_psd(path)) == 3
+    monkeypatch.setattr(Group, f"has_{part}", lambda group: True)
+    with pytest.raises(PictureError, match=f"group 'both' {told}"):
+        open_psd(path)
 
 
 def test_a_broken_or_absurd_document_is_refused(tmp_path):

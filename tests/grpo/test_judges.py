@@ -1,7 +1,10 @@
 """The judges of a run as the configuration names them."""
 
+import dataclasses
 import json
 import logging
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,3 +151,21 @@ def test_what_cannot_be_used_is_said(tmp_path, monkeypatch):
 def test_evaluations_are_counted():
     config = EvaluationConfig(every=3)
     assert [config.times(epochs) for epochs in (0, 1, 3, 4, 6)] == [1, 2, 2, 3, 3]
+
+
+def test_processes_share_what_a_server_can_take(served, tmp_path, caplog):
+    """One that both name takes no more from both than from one; one of a process's own does."""
+    limits = {"concurrency": 9, "requests_per_minute": 500, "tokens_per_minute": 1}
+    shared = dataclasses.replace(served.endpoint, **limits)
+    alone = EndpointConfig(URL, "m", concurrency=9, name="alone")
+    processes = SimpleNamespace(
+        is_main=True,
+        count=2,
+        all_gather=lambda what, urls: [urls, urls - {URL}],
+        together=lambda what: nullcontext(),
+    )
+    with open_judges(_config(endpoints=(shared, alone), **QUIET), tmp_path, 4, 10, processes) as j:
+        first, second = (client.endpoint for client in j.training.endpoint.endpoint.clients)
+    assert (first.concurrency, first.requests_per_minute, first.tokens_per_minute) == (4, 250, 1)
+    assert "tokens_per_minute cannot be divided by the 2 processes" in caplog.text
+    assert second == alone

@@ -25,6 +25,24 @@ def block(words: str) -> str:
     return found
 
 
+def test_a_host_for_the_judge(tmp_path):
+    """Its commands but for the installation: a token of its own, and vLLM for other hosts."""
+    _, *commands = block("bash launch/judge_pool/vllm.sh\n").splitlines()
+    vllm = tmp_path / "vllm" / "bin" / "vllm"
+    vllm.parent.mkdir(parents=True)
+    vllm.write_text('#!/bin/sh\necho "$VLLM_API_KEY $*"\n')
+    vllm.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "-ec", "\n".join(commands)],
+        cwd=ROOT,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.match(rf"[0-9a-f]{{48}} serve {VLM} --host 0\.0\.0\.0 --port 8000 ", done.stdout)
+
+
 def test_one_gpu(tmp_path):
     node = Node(tmp_path)
     command = block("bash launch/gpu.sh --config")

@@ -36,14 +36,20 @@ def shades(count):
 
 
 class Describing(HostileServer):
-    """A server that says how bright a picture is, and refuses one brightness."""
+    """A server that says how bright a picture is, and refuses or fails one brightness.
 
-    def __init__(self, refused=None, broken=None):
+    Args:
+      lasts: pictures until it fails all.
+    """
+
+    def __init__(self, refused=None, broken=None, failed=None, lasts=10**6):
         self.seen = []
 
         async def describe(writer, content):
             text, picture = _items(content["messages"])
             shade = np.asarray(_open(picture))[0, 0, 0]
+            if shade == failed or len(self.seen) >= lasts:
+                return await self.send(writer, 500, "{}")
             self.seen.append((text, _open(picture).size, content["response_format"]))
             if shade == refused:
                 told = {"error": {"message": "no", "code": "content_filter"}}
@@ -99,6 +105,23 @@ def test_pictures_without_a_caption_are_named(caplog):
     assert found == {"p0": "as bright as 0", "p3": "as bright as 30"}
     assert "2 of 4 pictures got no caption" in caplog.text
     assert "p1: " in caplog.text and "p2: " in caplog.text
+
+
+def test_a_picture_that_the_server_fails_at_costs_itself_alone(caplog):
+    """Though a server that is alone counts as down after each try."""
+    with Describing(failed=10) as server:
+        found = described(server, shades(4), concurrency=2)
+    assert found == {f"p{i}": f"as bright as {10 * i}" for i in (0, 2, 3)}
+    assert re.search("1 of 4 pictures got no caption: p1: .* HTTP 500.*try 2 of 2", caplog.text)
+
+
+def test_an_outage_is_nothing_about_pictures():
+    with (
+        Describing(lasts=3) as server,
+        pytest.raises(CaptionError, match="no judge was up for 1 s"),
+    ):
+        described(server, shades(40), concurrency=2)
+    assert len(server.seen) == 3
 
 
 def test_a_budget_ends_it():

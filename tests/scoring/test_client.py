@@ -189,11 +189,13 @@ def test_a_4xx_is_about_the_picture_once_the_server_has_proven_itself():
 )
 def test_refusals_and_cut_answers(message, finish, error):
     async def say(writer, content):
-        reply = {"choices": [{"message": message, "finish_reason": finish}], "usage": 3}
+        choices = [{"message": message, "finish_reason": finish}]
+        reply = {"choices": choices, "usage": {"total_tokens": 9000}}
         return await server.send(writer, 200, json.dumps(reply))
 
-    with HostileServer(lambda _: say) as server, pytest.raises(error):
+    with HostileServer(lambda _: say) as server, pytest.raises(error) as caught:
         ask(server, stage1())
+    assert caught.value.tokens == 9000
 
 
 def test_retry_after_is_read_as_seconds_and_as_date():
@@ -270,7 +272,6 @@ def test_the_fingerprint_covers_what_determines_an_answer():
         "max_tokens": 9,
         "seed": 1,
         "picture_format": "jpeg",
-        "jpeg_quality": 80,
         "detail": "low",
         "structured": "text",
         "extra": {"a": 1},
@@ -280,7 +281,11 @@ def test_the_fingerprint_covers_what_determines_an_answer():
         for k, v in changes.items()
     }
     others.add(OpenAIJudge(dataclasses.replace(endpoint, model="n"), base).fingerprint)
-    assert len(others | {told}) == len(changes) + 2
+    jpeg = dataclasses.replace(base, picture_format="jpeg", jpeg_quality=80)
+    others.add(OpenAIJudge(endpoint, jpeg).fingerprint)
+    assert len(others | {told}) == len(changes) + 3
+    for idle in ({"jpeg_quality": 80}, {"tokens_field": "max_completion_tokens"}):
+        assert OpenAIJudge(endpoint, dataclasses.replace(base, **idle)).fingerprint == told
 
 
 def test_models_are_listed(server):

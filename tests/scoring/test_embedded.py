@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 
 import numpy as np
 import pytest
@@ -272,3 +273,15 @@ def test_a_request_that_cannot_be_read_is_refused_for_good():
         asyncio.run(EmbeddedJudge().answer(JudgeRequest(1, ("Hello.",), {})))
     with pytest.raises(ValueError, match="precise"):
         EmbeddedConfig(mode="loud")
+
+
+def test_it_computes_beside_the_event_loop(monkeypatch):
+    """Several answers at once, and the loop goes on meanwhile."""
+    case = _CASES[0]
+    group = Group("g", case.source, (case.clean, case.flawed))
+    judge, together = EmbeddedJudge(), threading.Barrier(2)
+    compute = judge._candidate
+    monkeypatch.setattr(judge, "_candidate", lambda r: (together.wait(30), compute(r))[1])
+    scores = asyncio.run(TwoStageJudge(judge, JudgeConfig(two_stage=False)).judge(group))
+    assert scores.valid.all()
+    np.testing.assert_array_equal(scores.criteria, _judge(group, two_stage=False).criteria)

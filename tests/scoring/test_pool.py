@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import json
 import threading
 import time
 
@@ -384,6 +385,34 @@ def test_where_everything_fails_everything_is_invalid_and_nothing_is_invented(se
     groups = [known_group(i, 2) for i in range(3)]
     scores = judged(make_pool([bad], tries=2, patience=0.3), groups, asks=1)
     assert check(groups, scores) == 0.0
+
+
+def test_a_request_is_sent_as_often_as_judge_and_pool_say_together(servers):
+    """And asking again counts where it is sent, whether it helped or not."""
+    groups = [known_group(0, 1)]
+    for asks, tries, sent in ((3, 4, 4), (3, 2, 4), (3, 1, 3), (1, 2, 2)):
+        bad = servers(lambda _: "garbage")
+        pool = make_pool([bad], tries=tries, cool_down=CoolDown(1, 2, broken=99))
+        scores = judged(pool, groups, asks=asks, two_stage=False)["g0"]
+        assert len(bad.times) == sent == scores.asks and not scores.valid.any()
+    once = servers(lambda number: "garbage" if number == 0 else None)
+    pool = make_pool([once], cool_down=CoolDown(1, 2, broken=99))
+    scores = judged(pool, groups, two_stage=False)["g0"]
+    assert scores.valid.all() and scores.asks == len(once.times) == 2
+
+
+def test_tokens_of_a_refused_picture_count(servers):
+    async def refuse(writer, content):
+        reply = {
+            "choices": [{"message": {"refusal": "no"}, "finish_reason": "stop"}],
+            "usage": {"total_tokens": 9000},
+        }
+        return await server.send(writer, 200, json.dumps(reply))
+
+    server, budget = servers(lambda _: refuse), Budget()
+    with pytest.raises(PermanentJudgeError, match="refused"):
+        run(make_pool([server], budget), lambda p: ask(p, 1))
+    assert budget.tokens == 9000
 
 
 @pytest.mark.slow

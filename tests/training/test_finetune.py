@@ -25,6 +25,7 @@ from sl_jax.training import finetune
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.finetune import fine_tune, from_mapping, packed_frames
 from sl_jax.training.metrics import read_metrics
+from sl_jax.training.supervised import Stage
 
 get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sft.py"))["get_config"]
 
@@ -239,8 +240,29 @@ def _flat(tree, prefix=""):
 
 
 @pytest.mark.slow
-def test_all_parameters_become_another_checkpoint(run, tmp_path, random_checkpoint):
-    target = run("full", train="full", export=str(tmp_path / "model"), steps=2, ema=0.0)
+def test_all_parameters_become_another_checkpoint(run, tmp_path, random_checkpoint, monkeypatch):
+    """Devices hold the state alone, also resumed, and its average alone to be written."""
+    shapes = jax.tree.leaves(parameter_shapes(random_checkpoint))
+    largest = max(shapes, key=lambda leaf: leaf.size).shape
+    each = sum(leaf.shape == largest for leaf in shapes)
+    held = []
+
+    def note(owner, name):
+        call = getattr(owner, name)
+
+        def noted(*given):
+            held.append((name, sum(x.shape == largest for x in jax.live_arrays()) / each))
+            return call(*given)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(Stage, "run")
+    note(finetune, "save_transformer")
+    settings = {"train": "full", "export": str(tmp_path / "model"), "steps": 2, "ema": 0.0}
+    with pytest.raises(_Stopped):
+        run("full", stop=1, **settings)
+    target = run("full", **settings)
+    assert held == [("run", 4), ("run", 4), ("save_transformer", 1)]
     base, tuned = _pipeline(random_checkpoint), _pipeline(target)
     changed = jax.tree.map(lambda a, b: bool(np.any(a != b)), base.params, tuned.params)
     assert np.mean(jax.tree.leaves(changed)) > 0.8
