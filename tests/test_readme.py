@@ -173,6 +173,14 @@ def test_a_test_that_does_not_run_it_is_found_out(words, file):
     assert not is_run_by(words, file)
 
 
+def test_no_command_trains_the_real_model_by_a_judge_of_pixels():
+    told = [command.text for command in commands()]
+    told = [text for text in told if re.search(r"--config=configs/grpo\.py(?!:tiny|:hosted)", text)]
+    trained = [text for text in told if "sl_jax.plan" not in text and "--explain" not in text]
+    assert len(trained) > 4
+    assert [text for text in trained if "--config.judge.model=" not in text] == []
+
+
 @pytest.mark.parametrize("comment", ["# needs patience", "# no TPU is needed", "# takes a while"])
 def test_only_hardware_a_network_or_hours_excuse(comment):
     assert not Command("bash other.sh", comment).marked

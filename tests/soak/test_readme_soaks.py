@@ -18,7 +18,10 @@ RESULTS = Path(__file__).with_name("results")
 def of_kills(told):
     killed = ", ".join(phase for phase, kills in told["by_phase"].items() if kills)
     yield f"a random phase: {killed}"
+    served = told["served"]
     yield f"{told['kills']} in {told['runs']} runs"
+    yield f"{served['kills']} of them in {served['runs']} runs that a server judges"
+    yield f"{served['asked again']} of {served['undisturbed']:,} requests were asked again"
     yield f"{told['lost']} of {told['compared']:,} arrays, metrics and judgements"
 
 
