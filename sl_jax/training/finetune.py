@@ -63,6 +63,7 @@ from sl_jax.training.configuration import (
 from sl_jax.training.export import in_place_of, place_problems, save_transformer
 from sl_jax.training.layout import run_layout
 from sl_jax.training.metrics import LogConfig
+from sl_jax.training.same_data import require_same
 from sl_jax.training.supervised import (
     STAGE_RULES,
     WATCHED,
@@ -300,7 +301,9 @@ def _data(config: PairedConfig, processes: Processes) -> tuple[PairedData, Paire
     with processes.together("opening the designs"):
         if processes.is_main:  # which makes a dataset, if need be, before the others look for it
             opened = [open_paired(where) for where in wanted]
-    data, *others = opened or [open_paired(where) for where in wanted]
+    opened = opened or [open_paired(where) for where in wanted]
+    require_same("designs", [data.fingerprint for data in opened], wanted, processes)
+    data, *others = opened
     if others:
         held_out = others[0]
         training = data.without(held_out)
