@@ -49,6 +49,9 @@ def _production() -> ConfigDict:
     config.eval_every = 250
     config.checkpoint_every = 250
 
+    health = config.health = ConfigDict()
+    health.not_finite = 5  # updates in a row that are not finite, after which the run stops
+
     log = config.log = ConfigDict()
     log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
 
@@ -72,6 +75,16 @@ def _production() -> ConfigDict:
     mesh.fsdp = -1
     mesh.tensor = 1
     mesh.sequence = 1
+
+    # parameters over fsdp × tensor, activations by samples, heads and tokens
+    rules = mesh.rules = ConfigDict()
+    rules.batch = ("data", "fsdp")
+    rules.tokens = ("sequence",)
+    rules.embed = ("fsdp",)
+    rules.heads = ("tensor",)
+    rules.mlp = ("tensor",)
+    rules.modulation = ("tensor",)
+    rules.layers = ()
 
     compute = config.compute = ConfigDict()
     compute.dtype = "bfloat16"

@@ -18,7 +18,7 @@ from sl_jax.checkpoints.source import RELEASE_ID, release_shapes, resolve_model
 from sl_jax.grpo.config import GrpoConfig, from_mapping
 from sl_jax.grpo.micro_batch import with_micro_batch
 from sl_jax.grpo.programs import Programs, workload
-from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.parallel.mesh import Layout, MeshConfig
 from sl_jax.planning import suggestions, topologies
 from sl_jax.planning.phases import bytes_per_chip
 from sl_jax.planning.roofline import JudgePool, Plan, plan_phases
@@ -27,6 +27,7 @@ from sl_jax.planning.topologies import PlanError, Topology
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.console import set_up_logging
 from sl_jax.training.flags import parse_config_flags
+from sl_jax.training.layout import run_layout
 
 _log = logging.getLogger("sl_jax")
 
@@ -76,14 +77,13 @@ def run() -> int:
 
 def make_plan(config: GrpoConfig, folder: epath.Path, slice_: Topology, chips: list) -> Plan:
     """The plan of one configuration on a slice."""
-    mesh = make_mesh(config.mesh, chips)
-    layout = Layout(mesh)
+    layout = run_layout(config.mesh, folder, chips)
     config = with_micro_batch(config, folder, layout, slice_.chip.hbm)
     programs = Programs(config, folder, layout)
     resident = {name: bytes_per_chip(tree) for name, tree in programs.resident().items()}
     phases = plan_phases(programs.chains(), slice_, _QUICK.value)
     batch, judge = config.learner.micro_batch, _judge_pool()
-    return Plan(slice_, dict(mesh.shape), resident, phases, workload(config), batch, judge)
+    return Plan(slice_, dict(layout.mesh.shape), resident, phases, workload(config), batch, judge)
 
 
 def _judge_pool() -> JudgePool | None:
@@ -102,14 +102,17 @@ def _suggested(settings: dict, folder: epath.Path, slice_: Topology, chips: list
     """The fastest plan that fits of the most promising meshes; if none does, the nearest."""
 
     def config_on(mesh: MeshConfig) -> GrpoConfig:
-        return from_mapping(settings | {"mesh": vars(mesh)}, len(chips))
+        return from_mapping(settings | {"mesh": settings["mesh"] | mesh.sizes}, len(chips))
+
+    def layout_on(mesh: MeshConfig) -> Layout:
+        return run_layout(config_on(mesh).mesh, folder, chips)
 
     def resident_on(mesh: MeshConfig) -> int:
-        programs = Programs(config_on(mesh), folder, Layout(make_mesh(mesh, chips)))
+        programs = Programs(config_on(mesh), folder, layout_on(mesh))
         return sum(map(bytes_per_chip, programs.resident().values()))
 
     plans = []
-    for mesh in suggestions.meshes(slice_, config_on, resident_on):
+    for mesh in suggestions.meshes(slice_, layout_on, resident_on):
         plan = make_plan(config_on(mesh), folder, slice_, chips)
         plans.append(plan)
         sizes = ", ".join(f"{axis} {size}" for axis, size in plan.mesh.items())

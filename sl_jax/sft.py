@@ -29,9 +29,10 @@ from sl_jax.training import finetune, from_nothing
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.flags import parse_config_flags
+from sl_jax.training.health import NotFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-_EXPECTED = (ConfigError, CheckpointError, FolderError, ProcessError)
+_EXPECTED = (ConfigError, CheckpointError, FolderError, ProcessError, NotFiniteError)
 
 
 def main(argv: list[str]) -> None:

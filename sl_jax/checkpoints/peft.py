@@ -15,9 +15,7 @@ from sl_jax.checkpoints.lora_modules import (
     check_settings,
     find_prefix,
     pair_tensors,
-    refuse,
     stack_size,
-    to_adapter,
     to_modules,
     with_scales,
 )
@@ -110,25 +108,6 @@ def _targets(modules: Modules, layers: int | None) -> list[str]:
     for ending, names in blocks.items():
         targets += [ending] if len(names) == layers else names
     return sorted(targets)
-
-
-def load_peft(folder: epath.PathLike, params: Mapping[str, Any]) -> Adapter:
-    """Reads a PEFT folder as an adapter of the model that `params` belong to.
-
-    Args:
-        folder: with `adapter_config.json` and `adapter_model.safetensors`.
-        params: parameters of the base, or their shapes.
-
-    Returns:
-        float32 arrays on the host; `checkpoints.pipeline.shard_adapter` puts them in place.
-
-    Raises:
-        CheckpointError: lists everything in the folder that is no plain LoRA of this model.
-    """
-    problems: list[str] = []
-    adapter = to_adapter(read_peft(folder, problems), params, problems)
-    refuse(folder, problems)
-    return adapter
 
 
 def read_peft(folder: epath.PathLike, problems: list[str]) -> dict[str, LoraModule]:

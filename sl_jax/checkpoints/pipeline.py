@@ -173,8 +173,7 @@ def make_model(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -
     Raises:
         ValueError: the attention of `compute` does not run on the devices of `layout`.
     """
-    dtype = jnp.dtype(compute.dtype)
-    config = MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer"))
+    dtype, config = jnp.dtype(compute.dtype), transformer_config(folder)
     return MMDiT(
         config,
         attention=_attention(compute, config.attention_head_dim, layout),
@@ -183,6 +182,21 @@ def make_model(folder: epath.PathLike, compute: ComputeConfig, layout: Layout) -
         dtype=dtype,
         param_dtype=dtype,
     )
+
+
+def transformer_config(folder: epath.PathLike) -> MMDiTConfig:
+    """Sizes of the transformer, from its config.json.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or describes a model that is not implemented.
+    """
+    place = epath.Path(folder) / "transformer"
+    try:
+        return MMDiTConfig.from_dict(read_config(place))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{place / 'config.json'}: {error}") from error
 
 
 def _attention(compute: ComputeConfig, head_size: int, layout: Layout) -> Attention:
@@ -211,8 +225,7 @@ def abstract_params(model: MMDiT) -> Any:
 
 def parameter_shapes(folder: epath.PathLike) -> Any:
     """Shapes of the transformer's parameters; of the checkpoint only config.json is read."""
-    config = MMDiTConfig.from_dict(read_config(epath.Path(folder) / "transformer"))
-    return nn.unbox(abstract_params(MMDiT(config)))
+    return nn.unbox(abstract_params(MMDiT(transformer_config(folder))))
 
 
 def load_vae(folder: epath.PathLike, dtype: Any, sharding: Any = None) -> tuple[Vae, Any]:

@@ -9,7 +9,7 @@ from sl_jax.data.folder import (
     PictureRecord,
     scan_folder,
 )
-from sl_jax.data.layered import LayeredFolder, LayeredRecord, LayeredSample
+from sl_jax.data.layered import LayeredFolder, LayeredRecord
 from sl_jax.data.loader import EvalSet, Example, StepPictures, StepPlan, TrainStream
 from sl_jax.data.pictures import (
     PictureError,
@@ -32,7 +32,6 @@ __all__ = [
     "FolderError",
     "LayeredFolder",
     "LayeredRecord",
-    "LayeredSample",
     "PictureError",
     "PictureIndex",
     "PictureLimits",

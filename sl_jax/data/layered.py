@@ -6,7 +6,7 @@ import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,14 +15,13 @@ from jaxtyping import UInt8
 
 from sl_jax.data._captions import Captions
 from sl_jax.data._walk import Found, Skipped, list_files, name_bytes
-from sl_jax.data.folder import FolderError, is_held_out, named_by_reason
+from sl_jax.data.folder import FolderError, named_by_reason
 from sl_jax.data.pictures import (
     PictureError,
     PictureLimits,
     fetch_file,
     open_rgba,
     picture_size,
-    resize_to,
     shown,
 )
 from sl_jax.data.threads import in_threads
@@ -52,18 +51,9 @@ class LayeredRecord:
     caption: str = ""
 
 
-@dataclass(frozen=True, eq=False)
-class LayeredSample:
-    """A design that was read: layers are uint8 [L, H, W, 4], straight RGBA, back to front."""
-
-    name: str
-    layers: UInt8[np.ndarray, "layers height width 4"]
-    caption: str
-
-
 @dataclass(frozen=True)
-class LayeredFolder(Sequence[LayeredSample]):
-    """Designs with their true layers, ordered by name; items are read when they are asked for.
+class LayeredFolder:
+    """Designs with their true layers, ordered by name; they are read when they are asked for.
 
     Attributes:
       folder: the scanned folder.
@@ -133,31 +123,11 @@ class LayeredFolder(Sequence[LayeredSample]):
             )
         return found
 
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, position: int) -> LayeredSample:
-        """Reads one design; see `read`."""
-        record = self.records[position]
-        return LayeredSample(record.name, self.read(record), record.caption)
-
-    def __iter__(self) -> Iterator[LayeredSample]:
-        return (self[position] for position in range(len(self)))
-
     def __str__(self) -> str:
         return self.summary()
 
-    def read(
-        self, record: LayeredRecord, size: tuple[int, int] | None = None
-    ) -> UInt8[np.ndarray, "layers height width 4"]:
-        """The layers of a design.
-
-        Args:
-          record: one of `records`.
-          size: (height, width) to stretch them to; their own by default.
-
-        Returns:
-          uint8 [L, H, W, 4], straight RGBA, back to front.
+    def read(self, record: LayeredRecord) -> UInt8[np.ndarray, "layers height width 4"]:
+        """The layers of one of the records: straight RGBA, back to front.
 
         Raises:
           PictureError: a layer cannot be read any more, or has changed its size.
@@ -167,25 +137,8 @@ class LayeredFolder(Sequence[LayeredSample]):
             layer = open_rgba(path, self.limits)
             if layer.shape[:2] != (record.height, record.width):
                 raise PictureError(path, "its size has changed since the folder was scanned")
-            layers.append(layer if size is None else resize_to(layer, size))
+            layers.append(layer)
         return np.stack(layers)
-
-    def split(self, eval_fraction: float) -> tuple[LayeredFolder, LayeredFolder]:
-        """(training, held-out) parts by content hash: adding designs moves no other one.
-
-        Raises:
-          ValueError: not 0 ≤ eval_fraction < 1.
-        """
-        if not 0 <= eval_fraction < 1:
-            raise ValueError(f"eval_fraction = {eval_fraction}; please use 0 up to, not with, 1")
-        parts: tuple[list[LayeredRecord], list[LayeredRecord]] = ([], [])
-        for record in self.records:
-            parts[is_held_out(record.content_hash, eval_fraction)].append(record)
-        training, held_out = map(tuple, parts)
-        return (
-            LayeredFolder(self.folder, training, self.skipped, self.limits),
-            LayeredFolder(self.folder, held_out, (), self.limits),
-        )
 
     def summary(self) -> str:
         """What is used and what is skipped, by reason and by name."""

@@ -3,7 +3,7 @@
 from sl_jax.eval.baselines import BASELINES
 from sl_jax.eval.bootstrap import Interval, interval, paired_difference
 from sl_jax.eval.compare import Measurement, comparison_tables, flat_records, measure
-from sl_jax.eval.layerd import aggregate, layerd_many, layerd_scores
+from sl_jax.eval.layerd import layerd_scores
 from sl_jax.eval.reference_free import reference_free
 from sl_jax.eval.report import (
     Column,
@@ -21,7 +21,7 @@ from sl_jax.eval.report import (
     write_records,
     write_report,
 )
-from sl_jax.eval.stable_layers import by_layer_count, layer_l1
+from sl_jax.eval.stable_layers import layer_l1
 
 __all__ = [
     "BASELINES",
@@ -35,13 +35,10 @@ __all__ = [
     "Report",
     "Series",
     "Table",
-    "aggregate",
-    "by_layer_count",
     "comparison_tables",
     "flat_records",
     "interval",
     "layer_l1",
-    "layerd_many",
     "layerd_scores",
     "measure",
     "paired_difference",

@@ -6,22 +6,22 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 REWARD = "judge/reward_mean"
+_LEAST_RISE = 0.01
 _WATCHED = {
     "evaluation/psnr": ("recomposition PSNR", 0.5, "dB"),
     "evaluation/reward": ("the evaluation judge's score", 0.01, "points"),
 }
 
 
-def divergence(records: Iterable[Mapping[str, Any]], least_rise: float = 0.01) -> tuple[str, ...]:
+def divergence(records: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
     """What fell on held-out pictures while the training reward rose; empty if all is well.
 
-    The reward is averaged over the first and the last quarter of its records; held-out metrics are
-    compared between the first evaluation and the last. PSNR counts as fallen by more than 0.5 dB,
-    the judge's score by more than 0.01.
+    The reward is averaged over the first and the last quarter of its records, and has risen by more
+    than 0.01; held-out metrics are compared between the first evaluation and the last. PSNR counts
+    as fallen by more than 0.5 dB, the judge's score by more than 0.01.
 
     Args:
       records: from `training.metrics.read_metrics`, which need not be in memory together.
-      least_rise: rise of the training reward that counts.
     """
     records = [{name: r.get(name) for name in (REWARD, *_WATCHED)} for r in records]
     rewards = [r[REWARD] for r in records if r.get(REWARD) is not None]
@@ -29,7 +29,7 @@ def divergence(records: Iterable[Mapping[str, Any]], least_rise: float = 0.01) -
     if len(rewards) < 2:
         return ()
     rise = (sum(rewards[-quarter:]) - sum(rewards[:quarter])) / quarter
-    if rise <= least_rise:
+    if rise <= _LEAST_RISE:
         return ()
     found = []
     for name, (what, tolerated, unit) in _WATCHED.items():

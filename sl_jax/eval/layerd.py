@@ -28,9 +28,7 @@ other one.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,24 +64,6 @@ class EditScores:
     rgb_l1: float
     alpha_iou: float
     path: tuple[tuple[int, int], ...]
-
-
-@dataclass(frozen=True)
-class EditLevel:
-    """Means over designs at one edit budget.
-
-    A design whose edits stopped earlier enters with its last scores. `mean_edits` is the mean
-    number of merges that the designs took within the budget, `designs` how many there are and
-    `reached` how many of them used the whole budget.
-    """
-
-    max_edits: int
-    mean_edits: float
-    cost: float
-    rgb_l1: float
-    alpha_iou: float
-    designs: int
-    reached: int
 
 
 class _Box(NamedTuple):
@@ -181,47 +161,6 @@ def layerd_scores(
         if edits == max_edits or not _merge_best(predictions, references, path, known):
             break
     return tuple(scores)
-
-
-def layerd_many(
-    designs: Iterable[tuple[np.ndarray, np.ndarray]],
-    max_edits: int = MAX_EDITS,
-    workers: int | None = None,
-) -> list[tuple[EditScores, ...]]:
-    """`layerd_scores` of many (predicted, reference) pairs on `workers` threads, in order.
-
-    numpy and Pillow let go of the interpreter lock in the loops that matter, so that threads keep
-    all cores busy. `workers` defaults to the number of cores.
-    """
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        return list(pool.map(lambda pair: layerd_scores(*pair, max_edits=max_edits), designs))
-
-
-def aggregate(results: Sequence[Sequence[EditScores]]) -> tuple[EditLevel, ...]:
-    """Means over designs for each edit budget 0, 1, … up to the longest result.
-
-    A design that stopped early carries its last scores to the later budgets.
-
-    Raises:
-      ValueError: no results.
-    """
-    if not results:
-        raise ValueError("no LayerD results to aggregate; please score at least one design")
-    levels = []
-    for budget in range(max(len(result) for result in results)):
-        last = [result[min(budget, len(result) - 1)] for result in results]
-        levels.append(
-            EditLevel(
-                max_edits=budget,
-                mean_edits=float(np.mean([scores.edits for scores in last])),
-                cost=float(np.mean([scores.cost for scores in last])),
-                rgb_l1=float(np.mean([scores.rgb_l1 for scores in last])),
-                alpha_iou=float(np.mean([scores.alpha_iou for scores in last])),
-                designs=len(results),
-                reached=sum(len(result) > budget for result in results),
-            )
-        )
-    return tuple(levels)
 
 
 def group_layers(layers: np.ndarray) -> list[list[int]]:

@@ -20,7 +20,6 @@ compared RGBA is premultiplied, and how lengths are levelled, is settled here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,17 +48,6 @@ class LayerL1:
     background: float
     order_free: float
     assignment: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class LayerL1Group:
-    """Means over the designs of one group; `layers` is None for all groups together."""
-
-    layers: int | None
-    designs: int
-    mean: float
-    background: float
-    order_free: float
 
 
 def layer_l1(predicted: np.ndarray, reference: np.ndarray) -> LayerL1:
@@ -111,19 +99,6 @@ def layer_l1_matrix(predicted: np.ndarray, reference: np.ndarray) -> np.ndarray:
     return np.array([[_distance(row, column) for column in columns] for row in rows])
 
 
-def by_layer_count(results: Sequence[LayerL1]) -> tuple[LayerL1Group, ...]:
-    """Means for each L that occurs, ascending, then one group of all designs (layers None).
-
-    Raises:
-      ValueError: no results.
-    """
-    if not results:
-        raise ValueError("no layer L1 results to group; please score at least one design")
-    counts = sorted({result.layers for result in results})
-    groups = [_mean_of([r for r in results if r.layers == count], count) for count in counts]
-    return (*groups, _mean_of(results, None))
-
-
 def _premultiplied(layer: np.ndarray) -> np.ndarray:
     """uint16 [H, W, 4] of (c·α, 255·α), exact."""
     scale = layer.astype(np.uint16)
@@ -136,13 +111,3 @@ def _distance(first: np.ndarray, second: np.ndarray) -> float:
     gap = np.maximum(first, second)
     gap -= np.minimum(first, second)
     return int(gap.sum(dtype=np.uint64)) / (_UNIT * gap.size)
-
-
-def _mean_of(results: Sequence[LayerL1], layers: int | None) -> LayerL1Group:
-    return LayerL1Group(
-        layers=layers,
-        designs=len(results),
-        mean=float(np.mean([result.mean for result in results])),
-        background=float(np.mean([result.background for result in results])),
-        order_free=float(np.mean([result.order_free for result in results])),
-    )

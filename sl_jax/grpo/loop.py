@@ -22,7 +22,6 @@ from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.spoiled import clear_up
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
-from sl_jax.parallel.processes import ProcessError
 from sl_jax.scoring.records import RECORDS, Record, RecordError, read_pictures, to_markdown
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 
@@ -72,7 +71,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         if epoch == 0:
             before = evaluator(state.initial)
             metrics = evaluation_metrics(before) | _sampler_gap(parts, state, before)
-            writer.scalars(0, metrics | _window_share(parts, state, epoch))
+            writer.scalars(0, metrics | _window_share(parts, state, epoch, phases))
             writer.pictures(0, before)
         phases.finish()
         parts.status.begin_epochs(epoch)
@@ -85,8 +84,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                 scheduled = done % config.evaluation.every == 0 or done == config.epochs
                 if scheduled:
                     phases.begin("evaluating")
-                    after = evaluator(changed.ema)
-                    metrics |= evaluation_metrics(after) | _window_share(parts, changed, epoch)
+                    after = evaluator(changed.ema, phases.computed)
+                    metrics |= evaluation_metrics(after)
+                    metrics |= _window_share(parts, changed, epoch, phases)
                 metrics |= _memory()
                 with processes.uninterrupted():
                     metrics |= phases.finish()
@@ -190,14 +190,7 @@ def _begin(
         if parts.processes.is_main:
             clear_up(parts.folder)
     state = parts.learner.start(adapter())
-    latest = parts.checkpoints.latest
-    found = parts.processes.all_gather("finding checkpoints", latest)
-    if set(found) != {latest}:
-        raise ProcessError(
-            f"processes see different newest checkpoints ({found}) in {parts.folder}; please let "
-            "the shared drive settle, and start again"
-        )
-    if latest is None:
+    if parts.checkpoints.latest is None:
         return state, 0
     epoch, state, record = parts.checkpoints.restore(donated(state))
     epochs.restore(record)
@@ -232,13 +225,16 @@ def _sampler_gap(
     return {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled}
 
 
-def _window_share(parts: Parts, state: LearnerState, epoch: int) -> dict[str, float]:
+def _window_share(
+    parts: Parts, state: LearnerState, epoch: int, phases: Phases
+) -> dict[str, float]:
     """Where the spread within a group comes from, if that is to be measured."""
     config = parts.config
     if not config.evaluation.window_share:
         return {}
     where = (window_start(config, epoch), config.rollout.batch_groups)
-    share = parts.evaluator.window_share(parts.rollout, state.adapter, *where)
+    counted = (*where, phases.computed)
+    share = parts.evaluator.window_share(parts.rollout, state.adapter, *counted)
     return {"rollout/window_share": share}
 
 

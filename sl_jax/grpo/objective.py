@@ -43,7 +43,7 @@ class ObjectiveConfig:
 
     Attributes:
         ratio: what compares new and old policy: "plain" (Flow-GRPO), "guard" (GRPO-Guard), or
-            "velocity", whose clip range means the same at every step, size and number of layers.
+            "velocity", which spreads as the velocity changes, whatever step, size and layers.
         clip_low, clip_high: the ratio leaves the range 1 − clip_low … 1 + clip_high without
             gradient if the advantage would push it further.
         advantage_limit: advantages are cut to ± this.

@@ -30,12 +30,12 @@ from sl_jax.grpo.rollout import Rollout
 from sl_jax.imaging.words import counted
 from sl_jax.inference.decomposer import Decomposer
 from sl_jax.models.lora import Adapter
-from sl_jax.parallel.mesh import Layout, make_mesh
 from sl_jax.parallel.peaks import memory_limit
 from sl_jax.parallel.processes import ALONE, Processes, to_everywhere
 from sl_jax.training import workdir as work
 from sl_jax.training.adapter import first_adapter
 from sl_jax.training.compilation import compilation_cache
+from sl_jax.training.layout import run_layout
 from sl_jax.training.profiling import Profiler, Span
 from sl_jax.training.status import require_none_lost, watched
 
@@ -110,7 +110,8 @@ def _parts(
     What needs no weights comes first, so that its errors do.
     """
     data, rollout = config.data, config.rollout
-    layout, settings = Layout(make_mesh(config.mesh)), resolve_model(config.model, _SETTINGS)
+    settings = resolve_model(config.model, _SETTINGS)
+    layout = run_layout(config.mesh, settings)
     first = first_adapter(config, settings, layout)
     config = with_micro_batch(config, settings, layout, _memory(processes))
     if config.model == TINY:

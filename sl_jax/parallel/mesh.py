@@ -1,31 +1,83 @@
 """The device mesh and the rule table that lays arrays out over it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-AXES = ("data", "fsdp", "tensor", "sequence")
-BATCH_AXES = ("data", "fsdp")
+Axis = Literal["data", "fsdp", "tensor", "sequence"]
+AXES: tuple[Axis, ...] = get_args(Axis)
+BATCH_AXES: tuple[Axis, ...] = ("data", "fsdp")
 
 Rules = tuple[tuple[str, str | tuple[str, ...] | None], ...]
 
-# Logical axis of a parameter or an activation → mesh axis.
-DEFAULT_RULES: Rules = (
-    ("batch", BATCH_AXES),
-    ("tokens", "sequence"),
-    ("attention_tokens", None),
-    ("embed", "fsdp"),
-    ("heads", "tensor"),
-    ("mlp", "tensor"),
-    ("modulation", "tensor"),
-    ("layers", None),
+# Logical axes that one array may have together.
+TOGETHER = (
+    ("layers", "embed", "heads"),
+    ("layers", "embed", "mlp"),
+    ("layers", "embed", "modulation"),
+    ("batch", "tokens", "heads"),
 )
+_WHOLE: Rules = (("attention_tokens", None),)  # each query attends to all keys
+
+
+@dataclass(frozen=True)
+class RulesConfig:
+    """Logical axis of parameters and activations → mesh axes that split it; () leaves it whole.
+
+    Keys and values have all tokens on every device, whatever splits the queries.
+
+    Attributes:
+        batch: mesh axes over which the samples of activations are split; what comes into and out
+            of a program is split over data × fsdp.
+        tokens: those for the tokens of activations, and so for attention's queries.
+        embed: those for the channels between blocks, in parameters.
+        heads: those for attention's heads, in activations and in the projections' parameters.
+        mlp: those for the hidden channels of MLPs, in parameters.
+        modulation: those for the scales and shifts that are computed from the time, in parameters.
+        layers: those for the blocks, whose parameters are stacked.
+
+    Raises:
+        ValueError: a mesh axis would split two axes of one array.
+    """
+
+    batch: tuple[Axis, ...] = BATCH_AXES
+    tokens: tuple[Axis, ...] = ("sequence",)
+    embed: tuple[Axis, ...] = ("fsdp",)
+    heads: tuple[Axis, ...] = ("tensor",)
+    mlp: tuple[Axis, ...] = ("tensor",)
+    modulation: tuple[Axis, ...] = ("tensor",)
+    layers: tuple[Axis, ...] = ()
+
+    def __post_init__(self) -> None:
+        for names in TOGETHER:
+            used = Counter(axis for name in names for axis in getattr(self, name))
+            if twice := [axis for axis, times in used.items() if times > 1]:
+                where = [name for name in names if twice[0] in getattr(self, name)]
+                raise ValueError(
+                    f"{' and '.join(where)} would split one array by {twice[0]!r} twice; please "
+                    "name each mesh axis once for the axes that stand together: "
+                    f"{', '.join(names)}"
+                )
+
+    @property
+    def table(self) -> Rules:
+        """The rules as `Layout` takes them."""
+        return _WHOLE + tuple((f.name, _entry(getattr(self, f.name))) for f in fields(self))
+
+
+def _entry(axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """Of a `PartitionSpec`."""
+    return axes[0] if len(axes) == 1 else axes or None
+
+
+DEFAULT_RULES = RulesConfig().table
 
 
 @dataclass(frozen=True)
@@ -37,12 +89,19 @@ class MeshConfig:
         fsdp: shards of the parameters along their input features.
         tensor: shards of heads and MLP features.
         sequence: shards of the token axis.
+        rules: which axes of arrays they split.
     """
 
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
     sequence: int = 1
+    rules: RulesConfig = field(default_factory=RulesConfig, repr=False)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """By axis, as given."""
+        return {axis: getattr(self, axis) for axis in AXES}
 
     def shape(self, devices: int) -> tuple[int, int, int, int]:
         """Axis sizes for a number of devices.
@@ -50,7 +109,7 @@ class MeshConfig:
         Raises:
             ValueError: the sizes do not multiply to `devices`.
         """
-        sizes = [self.data, self.fsdp, self.tensor, self.sequence]
+        sizes = list(self.sizes.values())
         fixed = math.prod(s for s in sizes if s != -1)
         if any(s == 0 or s < -1 for s in sizes) or sizes.count(-1) > 1:
             raise ValueError(f"mesh {self}: sizes must be positive, at most one of them −1")
@@ -71,6 +130,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     if list(devices) == jax.devices():
         return jax.make_mesh(shape, AXES, axis_types=auto)
     return Mesh(np.asarray(devices).reshape(shape), AXES, axis_types=auto)
+
+
+def make_layout(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> "Layout":
+    """The configured rules on `make_mesh`."""
+    return Layout(make_mesh(config, devices), config.rules.table)
 
 
 def batch_shards(mesh: Mesh) -> int:

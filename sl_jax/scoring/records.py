@@ -57,8 +57,8 @@ class JudgeRecords:
 
     Attributes:
       folder: made if missing; local or gs://.
-      pictures: judged groups per epoch that are kept as pictures, those of the best and the worst
-        candidate among them.
+      pictures: judged groups per epoch that are kept as pictures, those with the highest and the
+        lowest mean reward among them; 0 writes none, and leaves those that are there.
       render: layout of these pictures.
     """
 
@@ -83,6 +83,9 @@ class JudgeRecords:
             for group, found, name in rows
         ]
         path = folder / f"epoch_{epoch:06d}.jsonl"
+        if self.pictures:
+            for earlier in folder.glob(f"{path.stem}_*.png"):
+                earlier.unlink()
         write_whole(path, "".join(f"{line}\n" for line in lines))
         for index in _telling(scores, self.pictures):
             picture = grid_picture(groups[index], scores[index], self.render)
@@ -272,7 +275,7 @@ def _array(values: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def _telling(scores: Sequence[GroupScores], count: int) -> list[int]:
-    """The groups of the worst and the best candidate first, then some in between."""
+    """The groups of the lowest and of the highest mean reward, and some in between; in order."""
     means = [np.nanmean(s.reward) if s.valid.any() else -np.inf for s in scores]
     order = np.argsort(means)
     picks = np.linspace(0, len(order) - 1, min(count, len(order))).round().astype(int)

@@ -39,7 +39,7 @@ from sl_jax.models.packing import pack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 from sl_jax.parallel.joining import DistributedConfig
-from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, make_mesh
+from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding
 from sl_jax.parallel.processes import ALONE, Processes, batch_rows, from_local, to_everywhere
 from sl_jax.training import workdir
 from sl_jax.training.adapter import first_adapter
@@ -59,7 +59,9 @@ from sl_jax.training.configuration import (
     split_problems,
 )
 from sl_jax.training.export import in_place_of, place_problems, save_transformer
+from sl_jax.training.layout import run_layout
 from sl_jax.training.metrics import LogConfig
+from sl_jax.training.same_data import require_same
 from sl_jax.training.supervised import (
     STAGE_RULES,
     WATCHED,
@@ -217,10 +219,10 @@ def fine_tune(
         FolderError: the designs cannot be used.
         CheckpointError: the checkpoint cannot be used.
         ConfigError: the work directory is another run's, the adapter does not fit the model, or
-            mesh and processes do not fit.
+            the mesh does not fit the model or the processes.
     """
     folder = workdir.claim(config, _IDENTITY, processes)
-    layout = Layout(make_mesh(config.mesh))
+    layout = run_layout(config.mesh, model)
     try:
         rows = batch_rows(layout.mesh, config.batch, processes.index).held
     except ValueError as error:
@@ -276,7 +278,9 @@ def _data(config: PairedConfig, processes: Processes) -> tuple[PairedData, Paire
     with processes.together("opening the designs"):
         if processes.is_main:  # which makes a dataset, if need be, before the others look for it
             opened = [open_paired(where) for where in wanted]
-    data, *others = opened or [open_paired(where) for where in wanted]
+    opened = opened or [open_paired(where) for where in wanted]
+    require_same("designs", [data.fingerprint for data in opened], wanted, processes)
+    data, *others = opened
     if others:
         held_out = others[0]
         training = data.without(held_out)

@@ -1,9 +1,10 @@
 """Supervised stages: the autoencoder (`vae`) and the flow (`flow`) on pictures with true layers."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -25,10 +26,12 @@ from sl_jax.models.vae import Vae
 from sl_jax.parallel.mesh import replicated
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import AT_LEAST_ONE, DECAY
+from sl_jax.training.health import NotFiniteError, StageHealthConfig, where_finite
 from sl_jax.training.metrics import LogConfig, RunMetrics, open_metrics
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _log = logging.getLogger(__name__)
+_IN_A_ROW = "not_finite_in_a_row"
 
 # (trained parameters, frozen ones, batch, key) → (loss, measures)
 Loss = Callable[[Any, Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
@@ -44,6 +47,7 @@ class StageConfig:
         ema: decay of the exponential moving average of the trained parameters, which is the
             result. It warms up as min(ema, (1 + step) / (10 + step)).
         log_every, eval_every, checkpoint_every: updates between them.
+        health: see `StageHealthConfig`.
     """
 
     steps: int
@@ -52,10 +56,11 @@ class StageConfig:
     log_every: int = 50
     eval_every: int = 500
     checkpoint_every: int = 500
+    health: StageHealthConfig = field(default_factory=StageHealthConfig)
 
 
 # What of a stage may change while it runs, and what its values must be.
-WATCHED = ("log_every", "eval_every", "checkpoint_every")
+WATCHED = ("log_every", "eval_every", "checkpoint_every", "health.not_finite")
 STAGE_RULES = dict.fromkeys(("steps", *WATCHED), AT_LEAST_ONE) | {"ema": DECAY}
 
 
@@ -73,12 +78,23 @@ def warmup_problems(config: StageConfig, path: str = "config") -> Iterator[str]:
 
 @struct.dataclass
 class StageState:
-    """All that a stage carries from update to update."""
+    """All that a stage carries from update to update.
+
+    Attributes:
+        step: updates done, with those that were not finite and left the following as it was.
+        trained: parameters.
+        ema: their average.
+        optimizer: of optax.
+        skipped: updates that were not finite.
+        in_a_row: those of them since the last finite one.
+    """
 
     step: Array
     trained: Any
     ema: Any
     optimizer: optax.OptState
+    skipped: Array
+    in_a_row: Array
 
 
 class Frames(NamedTuple):
@@ -231,6 +247,7 @@ class Stage:
             trained,
             jax.tree.map(jnp.copy, trained),
             self._optimizer.init(trained),
+            *(jnp.zeros((), jnp.int32) for _ in range(2)),
         )
         state = state if self._mesh is None else _on_mesh(state, self._mesh)
         if self._checkpoints.latest is None:
@@ -253,10 +270,14 @@ class Stage:
             batches: update number → (kind, batch).
             held_out: (kind, batch) pairs for the validation loss.
             name: of the stage, in progress bar and metrics.
+
+        Raises:
+            NotFiniteError: too many updates in a row were not finite; the last one is checkpointed.
         """
         config, processes = self._config, self._processes
         first = done = int(state.step)
         updates = self._compiled(state)
+        in_a_row = None
         progress = tqdm(
             *(range(first, config.steps), name),
             initial=first,
@@ -273,17 +294,22 @@ class Stage:
                     key = jax.random.fold_in(self._key, step)
                     state, metrics = updates[kind](state, self._frozen, batch, key)
                     done = step + 1
+                    # Known at once of the update before, while this one is computed.
+                    before, in_a_row = in_a_row, metrics.pop(_IN_A_ROW)
                     for metric, value in metrics.items():
                         self._told.setdefault(metric, []).append(value)
                     if self._due(done, config.log_every):
-                        means = {k: float(np.mean(values)) for k, values in self._record().items()}
-                        self._writer.scalars(done, {f"{name}/{k}": v for k, v in means.items()})
+                        means = {k: _mean(values) for k, values in self._record().items()}
+                        told = means | {"skipped_updates": int(state.skipped)}
+                        self._writer.scalars(done, {f"{name}/{k}": v for k, v in told.items()})
                         progress.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
                         self._told = {}
                     if self._due(done, config.eval_every):
                         self._writer.scalars(done, self._evaluate(state, held_out, name))
                     if self._due(done, config.checkpoint_every):
                         self._checkpoints.save(done, state, self._record())
+                self._require_finite(before, step)
+            self._require_finite(in_a_row, done)
         except BaseException as error:
             with processes.uninterrupted():
                 if processes.leave(error, done) and _is_whole(state):
@@ -293,6 +319,21 @@ class Stage:
             raise
         self._checkpoints.wait()
         return state
+
+    def _require_finite(self, in_a_row: Array | None, done: int) -> None:
+        """Says so of the first of updates in a row that are not finite, and ends too many.
+
+        Started again, a stage goes on counting: the next update decides.
+        """
+        count = 0 if in_a_row is None else int(in_a_row)
+        if count == 1:
+            _log.warning("Update %d is not finite and is skipped: nothing is learned of it.", done)
+        if count >= self._config.health.not_finite:
+            raise NotFiniteError(
+                f"{count} updates in a row were not finite and were skipped. The run stops with a "
+                "checkpoint. Please start another one with a lower optimizer.learning_rate, from "
+                "what an earlier checkpoint holds; started again as it is, this one goes on"
+            )
 
     def _record(self) -> dict[str, list[float]]:
         return {name: [float(value) for value in values] for name, values in self._told.items()}
@@ -331,8 +372,13 @@ class Stage:
             step = state.step.astype(jnp.float32)
             decay = jnp.minimum(self._config.ema, (1 + step) / (10 + step))
             ema = optax.incremental_update(trained, state.ema, 1 - decay)
-            metrics |= {"gradient_norm": optax.tree.norm(gradients)}
-            return StageState(state.step + 1, trained, ema, optimizer), metrics
+            norm = optax.tree.norm(gradients)
+            changed, before = (trained, ema, optimizer), (state.trained, state.ema, state.optimizer)
+            out = (~jnp.isfinite(norm)).astype(jnp.int32)
+            in_a_row = (state.in_a_row + 1) * out
+            metrics |= {"gradient_norm": norm, _IN_A_ROW: in_a_row}
+            kept = where_finite(norm, changed, before)
+            return StageState(state.step + 1, *kept, state.skipped + out, in_a_row), metrics
 
         return update
 
@@ -369,6 +415,12 @@ def open_stage(
                 mesh=mesh,
                 processes=processes,
             )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite; nan if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _examples(batch: Any) -> int:

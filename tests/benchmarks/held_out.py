@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sl_jax.eval.bootstrap import paired_difference
+from sl_jax.eval.bootstrap import LEVEL, RESAMPLES, Interval, paired_difference
 
 _ONE_SIGMA = 0.6827  # central share within one standard error
 
@@ -23,13 +23,19 @@ def read_records(evaluation: Path) -> list[dict]:
     return json.loads((evaluation / "report.json").read_text())["records"]
 
 
-def changes(records: Sequence[dict], model: str, measures: Mapping[str, int]) -> dict[str, dict]:
+def changes(
+    records: Sequence[dict],
+    model: str,
+    measures: Mapping[str, int],
+    groups: Mapping[str, int] | None = None,
+) -> dict[str, dict]:
     """How a model's measures differ from the base's, paired by picture.
 
     Args:
         records: of both, as `read_records` gives them.
         model: whose.
         measures: +1 for each name where more is better, -1 where less is.
+        groups: of pictures that have something in common, by picture: what is then resampled.
 
     Returns:
         Means, difference with its 95 % bootstrap interval and bootstrap error, by measure; how many
@@ -45,8 +51,14 @@ def changes(records: Sequence[dict], model: str, measures: Mapping[str, int]) ->
             np.array([measured[name][picture][measure] for picture in pictures], float)
             for name in ("base", model)
         )
-        change = paired_difference(after, before)
-        error = paired_difference(after, before, level=_ONE_SIGMA)
+        if groups:
+            of = np.array([groups[picture] for picture in pictures])
+            change, error = (
+                _grouped_difference(after - before, of, level) for level in (LEVEL, _ONE_SIGMA)
+            )
+        else:
+            change = paired_difference(after, before)
+            error = paired_difference(after, before, level=_ONE_SIGMA)
         deviation = (error.high - error.low) / 2
         found[measure] = {
             "before": float(np.nanmean(before)),
@@ -58,3 +70,14 @@ def changes(records: Sequence[dict], model: str, measures: Mapping[str, int]) ->
             "better_by_errors": better * change.mean / deviation if deviation else None,
         }
     return found
+
+
+def _grouped_difference(differences: np.ndarray, groups: np.ndarray, level: float) -> Interval:
+    """The mean over pictures, nan left out; its interval by resampling whole groups of them."""
+    known = ~np.isnan(differences)
+    _, places = np.unique(groups[known], return_inverse=True)
+    sums, counts = np.bincount(places, differences[known]), np.bincount(places)
+    drawn = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
+    means = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(differences[known].mean()), float(low), float(high), len(places))

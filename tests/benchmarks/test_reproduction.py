@@ -88,14 +88,15 @@ def test_designs_of_artwork_are_canonical_and_repeatable(wheels, layers):
 
     found = artwork.read_artwork(wheels)
     for seed in range(4):
-        design = artwork.compose(found, seed, 64, layers)
+        design = artwork.compose(found, seed, 64, layers).layers
         assert design.shape == (layers, 64, 64, 4)
         assert (design[0, ..., 3] == 255).all()
         areas = [np.count_nonzero(layer[..., 3] >= 128) for layer in design[1:]]
         assert areas == sorted(areas, reverse=True) and min(areas) > 0
         assert (design[design[..., 3] == 0] == 0).all()
-        np.testing.assert_array_equal(design, artwork.compose(found, seed, 64, layers))
-    other = artwork.compose(found, seed + 1, 64, layers)
+        again = artwork.compose(found, seed, 64, layers)
+        np.testing.assert_array_equal(design, again.layers)
+    other = artwork.compose(found, seed + 1, 64, layers).layers
     assert not np.array_equal(design, other)
 
 
@@ -143,7 +144,7 @@ def test_true_layers_reward_what_is_near_them(monkeypatch):
     exchanged = design.layers[[0, 2, 1]]
     group = Group("g", design.flat, (design.layers, exchanged, blank))
     right, other_order, wrong = controls.truth(group, judged([0, 0, 0]))
-    assert right == other_order == 0 > wrong
+    assert right == other_order == 1 > wrong
     stranger = Group("s", make_design("B", 7, 64, 3).flat, (blank,))
     with pytest.raises(ValueError, match="no training design"):
         controls.truth(stranger, judged([0]))
@@ -338,3 +339,25 @@ def test_a_small_reproduction_measures_trains_and_goes_on(wheels, tmp_path):
     times = {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
     reproduce()
     assert times == {path: path.stat().st_mtime_ns for path in results.glob("*.json")}
+
+
+def test_pictures_that_share_a_photograph_are_resampled_together():
+    """Few photographs behind many designs: the interval is that of the few."""
+    from held_out import changes
+
+    generator = np.random.default_rng(0)
+    of_photograph = generator.normal(0.5, 1.0, 10)
+    groups = {f"p{n:03d}": n % 10 for n in range(200)}
+    records = [
+        {"picture": p, "model": model, "x": of_photograph[g] * (model == "new")}
+        for p, g in groups.items()
+        for model in ("base", "new")
+    ]
+    alone, together = (changes(records, "new", {"x": 1}, g)["x"] for g in (None, groups))
+    assert (
+        together["change"] == pytest.approx(alone["change"]) == pytest.approx(of_photograph.mean())
+    )
+    few = changes([r for r in records if int(r["picture"][1:]) < 10], "new", {"x": 1}, None)["x"]
+    for end in ("low", "high"):
+        assert together[end] == pytest.approx(few[end], abs=0.05)
+    assert together["high"] - together["low"] > 3 * (alone["high"] - alone["low"])

@@ -8,7 +8,7 @@ from sl_jax.data.buckets import standard_buckets
 from sl_jax.data.designs import write_designs
 from sl_jax.data.folder import FolderError, scan_folder
 from sl_jax.data.layered import LayeredFolder
-from sl_jax.data.pictures import PictureError, open_picture, resize_to
+from sl_jax.data.pictures import PictureError, open_picture
 from sl_jax.data.procedural import make_design
 
 
@@ -25,32 +25,36 @@ def reasons(folder):
     return {entry.name: entry.reason for entry in folder.skipped}
 
 
+def _only(path):
+    """The layers of the only design."""
+    folder = LayeredFolder.scan(path)
+    (record,) = folder.records
+    return folder.read(record)
+
+
 def test_layers_are_read_back_to_front(tmp_path):
     expected = {name: write(tmp_path / name, seed=seed) for seed, name in enumerate("cab")}
     (tmp_path / "a.txt").write_text("the first")
     folder = LayeredFolder.scan(tmp_path)
-    assert [sample.name for sample in folder] == ["a", "b", "c"] and len(folder) == 3
-    for sample in folder:
-        assert sample.layers.dtype == np.uint8
-        np.testing.assert_array_equal(sample.layers, expected[sample.name])
+    assert [record.name for record in folder.records] == ["a", "b", "c"]
+    for record in folder.records:
+        layers = folder.read(record)
+        assert layers.dtype == np.uint8
+        np.testing.assert_array_equal(layers, expected[record.name])
     assert [record.caption for record in folder.records] == ["the first", "", ""]
-    assert folder[-1].name == "c"
-    small = folder.read(folder.records[0], size=(16, 32))
-    assert small.shape == (3, 16, 32, 4)
-    np.testing.assert_array_equal(small[1], resize_to(expected["a"][1], (16, 32)))
 
 
 def test_more_than_ten_layers_are_ordered_by_number(tmp_path):
     layers = write(tmp_path / "a", count=12)
     for number in range(12):
         (tmp_path / "a" / f"{number:04d}.png").rename(tmp_path / "a" / f"{number}.png")
-    np.testing.assert_array_equal(LayeredFolder.scan(tmp_path)[0].layers, layers)
+    np.testing.assert_array_equal(_only(tmp_path), layers)
 
 
 def test_layers_without_alpha_are_opaque(tmp_path):
     (tmp_path / "a").mkdir()
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a" / "0000.png")
-    assert (LayeredFolder.scan(tmp_path)[0].layers == (255, 0, 0, 255)).all()
+    assert (_only(tmp_path) == (255, 0, 0, 255)).all()
 
 
 def test_broken_designs_are_skipped_by_name(tmp_path):
@@ -96,21 +100,7 @@ def test_layers_that_change_after_the_scan(tmp_path):
     folder = LayeredFolder.scan(tmp_path)
     Image.new("RGBA", (40, 40)).save(tmp_path / "a" / "0001.png")
     with pytest.raises(PictureError, match=r"0001\.png: its size has changed"):
-        folder[0]
-
-
-def test_split_by_content(tmp_path):
-    for seed in range(20):
-        write(tmp_path / f"{seed:02d}", count=1, size=(16, 16), seed=seed)
-    train, held = LayeredFolder.scan(tmp_path).split(0.4)
-    assert len(train) + len(held) == 20 and 1 < len(held) < 16
-    for seed in range(20, 30):
-        write(tmp_path / f"{seed:02d}", count=1, size=(16, 16), seed=seed)
-    _, after = LayeredFolder.scan(tmp_path).split(0.4)
-    assert {record.name for record in held.records} <= {record.name for record in after.records}
-    assert not {record.name for record in train.records} & {r.name for r in after.records}
-    with pytest.raises(ValueError, match="eval_fraction = 1"):
-        held.split(1)
+        folder.read(folder.records[0])
 
 
 def test_written_designs_are_a_picture_folder(tmp_path):
@@ -127,5 +117,6 @@ def test_written_layers_are_a_layered_folder(tmp_path):
     paths = write_designs(tmp_path, "A", (7, 8), (32, 48), 3, with_layers=True)
     folder = LayeredFolder.scan(tmp_path)
     assert [record.paths[0].rpartition("/")[0] for record in folder.records] == list(paths)
-    for sample, seed in zip(folder, (7, 8), strict=True):
-        np.testing.assert_array_equal(sample.layers, make_design("A", seed, (32, 48), 3).layers)
+    for record, seed in zip(folder.records, (7, 8), strict=True):
+        truth = make_design("A", seed, (32, 48), 3).layers
+        np.testing.assert_array_equal(folder.read(record), truth)

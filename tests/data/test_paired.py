@@ -1,5 +1,6 @@
 """One reader for designs with layers, wherever they are; what is left out is named."""
 
+import dataclasses
 import shutil
 
 import numpy as np
@@ -55,6 +56,8 @@ def test_parts_by_content(folder):
     assert len(training) + len(held_out) == len(data)
     assert {d.name for d in training.without(held_out)} == {d.name for d in training}
     assert len(data.without(held_out)) == len(training)
+    fewer = dataclasses.replace(data, designs=data.designs[1:])  # which moves no other one
+    assert {d.name for d in fewer.split(0.5)[1]} == {d.name for d in held_out} - {data[0].name}
     with pytest.raises(ValueError, match="eval_fraction"):
         data.split(1.0)
 

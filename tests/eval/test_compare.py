@@ -8,7 +8,7 @@ import pytest
 from sl_jax import imaging
 from sl_jax.eval.baselines import BASELINES
 from sl_jax.eval.compare import Measurement, comparison_tables, flat_records, measure
-from sl_jax.eval.layerd import layerd_scores
+from sl_jax.eval.layerd import EditScores, layerd_scores
 from sl_jax.eval.reference_free import reference_free
 from sl_jax.eval.report import Report, render_html
 from sl_jax.eval.stable_layers import layer_l1
@@ -79,6 +79,38 @@ def test_tables_of_a_comparison():
         Report("T", tables=tuple(tables.values()), records=flat_records(measurements))
     )
     assert page.count("<table>") == 5
+
+
+def test_per_layer_l1_by_the_reference_and_of_all():
+    white = np.full((1, 1, 2, 4), 255, np.uint8)
+    red = np.zeros((1, 1, 2, 4), np.uint8)
+    red[..., 0, :] = (255, 0, 0, 255)  # and the second pixel is clear: 2 of 8 values
+    two = np.concatenate([white, red])
+    measurements = [
+        Measurement(name, "m", len(reference), 0, None, layer_l1(layers, reference))
+        for name, layers, reference in (("a", two, two), ("b", white, two), ("c", white, white))
+    ]
+    (table,) = comparison_tables(measurements)
+    assert [(row[0], *(cell.mean for cell in row[2:5]), row[5]) for row in table.rows] == [
+        ("L = 1", 0.0, 0.0, 0.0, 1),
+        ("L = 2", 0.0625, 0.0, 0.0625, 2),
+        ("All", pytest.approx(0.125 / 3), 0.0, pytest.approx(0.125 / 3), 3),
+    ]
+
+
+def test_layerd_table_of_designs_whose_edits_stop_early():
+    def level(edits, cost):
+        return EditScores(edits, cost, cost / 2, 1 - cost, ((0, 0),))
+
+    short, long = (level(0, 0.4),), (level(0, 0.8), level(1, 0.2), level(2, 0.1))
+    measurements = [
+        Measurement(name, "m", 2, 0, None, layerd=scores)
+        for name, scores in (("short", short), ("long", long))
+    ]
+    (table,) = comparison_tables(measurements, edits=(0, 1, 2))
+    shown = [[cell.mean for cell in row[2:5]] for row in table.rows]
+    np.testing.assert_allclose(shown, [[0.3, 0.4, 0.6], [0.15, 0.7, 0.3], [0.125, 0.75, 0.25]])
+    assert [row[5] for row in table.rows] == [2, 2, 2]
 
 
 def test_layerd_table_carries_last_scores():

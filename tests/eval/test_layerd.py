@@ -12,9 +12,7 @@ from sl_jax.eval.layerd import (
     EditScores,
     PairScores,
     _align,
-    aggregate,
     group_layers,
-    layerd_many,
     layerd_scores,
 )
 
@@ -192,26 +190,6 @@ def test_max_edits_bounds_the_levels():
     assert len(full) == 6
     assert layerd_scores(*random_designs(longest), max_edits=2) == full[:3]
     assert layerd_scores(*random_designs(longest), max_edits=0) == full[:1]
-
-
-def test_aggregate_carries_the_last_score():
-    def level(edits, cost):
-        return EditScores(edits, cost, cost / 2, 1 - cost, ((0, 0),))
-
-    short, long = (level(0, 0.4),), (level(0, 0.8), level(1, 0.2), level(2, 0.1))
-    levels = aggregate([short, long])
-    assert [level.cost for level in levels] == pytest.approx([0.6, 0.3, 0.25])
-    assert [level.rgb_l1 for level in levels] == pytest.approx([0.3, 0.15, 0.125])
-    assert [level.alpha_iou for level in levels] == pytest.approx([0.4, 0.7, 0.75])
-    assert [level.mean_edits for level in levels] == [0.0, 0.5, 1.0]
-    assert [(level.designs, level.reached) for level in levels] == [(2, 2), (2, 1), (2, 1)]
-    with pytest.raises(ValueError, match="at least one"):
-        aggregate([])
-
-
-def test_many_keeps_the_order():
-    designs = [random_designs(seed) for seed in range(8)]
-    assert layerd_many(designs, workers=3) == [layerd_scores(*pair) for pair in designs]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sl_jax.eval.stable_layers import LayerL1Group, by_layer_count, layer_l1, layer_l1_matrix
+from sl_jax.eval.stable_layers import layer_l1, layer_l1_matrix
 
 
 def row(*pixels: tuple[int, int, int, int]) -> np.ndarray:
@@ -73,19 +73,6 @@ def test_single_blank_layers_and_no_overlap():
     assert layer_l1(blank, full).mean == 1.0
     # Two opaque white pixels that do not overlap are as far apart as it gets.
     assert layer_l1(row(WHITE, CLEAR)[None], row(CLEAR, WHITE)[None]).mean == 1.0
-
-
-def test_groups_by_reference_layers_then_all():
-    background, red = row(WHITE, WHITE), row(RED, CLEAR)
-    one, two = background[None], np.stack([background, red])
-    results = [layer_l1(two, two), layer_l1(one, two), layer_l1(one, one)]
-    assert by_layer_count(results) == (
-        LayerL1Group(1, 1, 0.0, 0.0, 0.0),
-        LayerL1Group(2, 2, 0.0625, 0.0, 0.0625),
-        LayerL1Group(None, 3, pytest.approx(0.125 / 3), 0.0, pytest.approx(0.125 / 3)),
-    )
-    with pytest.raises(ValueError, match="at least one"):
-        by_layer_count([])
 
 
 @given(st.integers(0, 2**32), st.integers(1, 4), st.integers(1, 4))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from sl_jax.grpo.config import from_mapping
 from sl_jax.parallel.joining import DistributedConfig
+from sl_jax.parallel.mesh import RulesConfig
 from sl_jax.scoring.endpoint_config import EndpointConfig
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.flags import packaged
@@ -227,6 +228,29 @@ def test_windows_that_cannot_be_trained(changes, problem, right):
 def test_a_mesh_that_does_not_fit_the_devices():
     with pytest.raises(ConfigError, match=r"config\.mesh .*data=3.*fit 1 devices; please set one"):
         from_mapping(_mapping(mesh__data=3), 1)
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        ({"embed": ("tensr",)}, r"rules.embed is \('tensr',\); .* one of 'data', 'fsdp', 'tensor'"),
+        ({"embeds": ("fsdp",)}, r"rules.embeds is unknown .* batch, embed, heads, layers, mlp"),
+        ({"embed": ("tensor",)}, r"rules.embed and heads would split one array by 'tensor' twice"),
+    ],
+)
+def test_rules_that_no_array_can_follow(rule, problem):
+    mapping = _mapping()
+    mapping["mesh"]["rules"] |= rule
+    with pytest.raises(ConfigError, match=r"config\.mesh\." + problem):
+        from_mapping(mapping, 1)
+
+
+def test_a_configuration_without_rules_has_the_default_ones():
+    mapping = _mapping()
+    given = from_mapping(mapping, 1).mesh
+    del mapping["mesh"]["rules"]
+    assert from_mapping(mapping, 1).mesh == given
+    assert given.rules == RulesConfig()
 
 
 def test_a_window_over_a_noiseless_step():

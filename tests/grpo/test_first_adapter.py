@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sl_jax.checkpoints.adapters import save_adapter_checkpoint
+from sl_jax.checkpoints.adapters import load_adapter, save_adapter_checkpoint
 from sl_jax.checkpoints.diffusers_lora import write_diffusers
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.lora_modules import to_modules
-from sl_jax.checkpoints.peft import load_peft, save_peft
+from sl_jax.checkpoints.peft import save_peft
 from sl_jax.checkpoints.pipeline import abstract_params, make_model
 from sl_jax.grpo.config import ComputeConfig, GrpoConfig
 from sl_jax.models.lora import LoRAConfig
@@ -137,7 +137,7 @@ def test_layers_with_other_ranks_and_alphas_keep_their_updates(
     settings |= {"rank_pattern": {other: 2}, "alpha_pattern": {other: 5.0}, "use_rslora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
 
-    adapter = load_peft(tmp_path, params)
+    adapter = load_adapter(tmp_path, params)
 
     def update(module, layer):
         *path, last = ("blocks", *module)

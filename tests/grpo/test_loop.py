@@ -16,11 +16,11 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.grpo import loop, rolling
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
 from sl_jax.grpo.epoch import window_start
-from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import train
 from sl_jax.grpo.parts import Parts
 from sl_jax.parallel.processes import Processes
+from sl_jax.training.health import NotFiniteError
 from sl_jax.training.metrics import read_metrics, repeatable
 from sl_jax.training.profiling import Profiler
 
@@ -86,7 +86,7 @@ class Run:
     def _warn(self, records, said):
         self.warned.append(list(records)[-1]["step"])
 
-    def _evaluated(self, value):
+    def _evaluated(self, value, *_):
         self.fault("evaluating", len(self.seen))
         return value
 
@@ -341,7 +341,7 @@ def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):
         return State(*(jnp.zeros(12345) + i for i in range(3)))
 
     monkeypatch.setattr(run, "_start", start)
-    monkeypatch.setattr(run, "_evaluated", lambda value: None)
+    monkeypatch.setattr(run, "_evaluated", lambda value, *_: None)
     monkeypatch.setattr(loop, "evaluation_metrics", lambda value: {})
     monkeypatch.setattr(loop._Books, "pictures", lambda *args: None)
     monkeypatch.setattr(loop.Epochs, "run", lambda epochs, *args: epoch(epochs._parts, *args))

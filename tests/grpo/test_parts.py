@@ -24,7 +24,8 @@ def test_rollout_learner_and_evaluation_are_guided_alike(
     random_checkpoint, tmp_path, monkeypatch, scale
 ):
     one = jax.devices()[:1]
-    monkeypatch.setattr(module, "make_mesh", lambda config: make_mesh(config, one))
+    made = "sl_jax.parallel.mesh.make_mesh"
+    monkeypatch.setattr(made, lambda config, _: make_mesh(config, one))
     runner = Runner(random_checkpoint, tmp_path, MINIMAL, devices=1)
     fields = {"rollout.guidance": scale, "rollout.negative_prompt": "a smear"}
     config = from_mapping(runner.configuration(tmp_path, (), fields), 1)

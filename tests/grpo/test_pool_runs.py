@@ -93,7 +93,8 @@ def runner(random_checkpoint, judge_token, tmp_path_factory):
     }
     before = {name: jax.config.values[name] for name in settings}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sl_jax.grpo.run.make_mesh", lambda config: make_mesh(config, one))
+        made = "sl_jax.parallel.mesh.make_mesh"
+        patch.setattr(made, lambda config, _: make_mesh(config, one))
         patch.setenv("TEST_JUDGE_TOKEN", judge_token)
         for name, value in settings.items():
             jax.config.update(name, value)

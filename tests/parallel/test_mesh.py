@@ -17,8 +17,10 @@ from sl_jax.models.mmdit import MMDiT, MMDiTConfig, unconstrained
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import (
     DEFAULT_RULES,
+    TOGETHER,
     Layout,
     MeshConfig,
+    RulesConfig,
     batch_sharding,
     batch_shards,
     make_mesh,
@@ -97,6 +99,52 @@ def test_rules_can_be_replaced(layout):
     rules = tuple((name, None if name == "embed" else axis) for name, axis in DEFAULT_RULES)
     other = Layout(layout.mesh, rules)
     assert other.sharding((4, 4), ("embed", "mlp")).spec == PartitionSpec(None, "tensor")
+
+
+TURNED = RulesConfig(embed=("tensor",), heads=(), mlp=("fsdp",), modulation=("fsdp", "sequence"))
+
+
+def test_configured_rules_are_a_table():
+    assert (
+        dict(RulesConfig().table)
+        == dict(DEFAULT_RULES)
+        == {
+            **{"batch": ("data", "fsdp"), "tokens": "sequence", "attention_tokens": None},
+            **{"embed": "fsdp", "heads": "tensor", "mlp": "tensor", "modulation": "tensor"},
+            "layers": None,
+        }
+    )
+    table = dict(TURNED.table)
+    assert table["embed"] == "tensor" and table["heads"] is None
+    assert table["modulation"] == ("fsdp", "sequence")
+
+
+def test_a_mesh_axis_splits_an_array_once():
+    for rules, named in (
+        ({"embed": ("tensor",)}, "embed and heads"),
+        ({"layers": ("data", "data")}, "layers would split one array by 'data' twice"),
+        ({"tokens": ("sequence", "fsdp")}, "batch and tokens"),
+        ({"modulation": ("fsdp", "tensor")}, "embed and modulation"),
+    ):
+        with pytest.raises(ValueError, match=named):
+            RulesConfig(**rules)
+
+
+def test_which_axes_arrays_have_together(layout, model):
+    """Those of parameters, and of activations: what rules may not split by one mesh axis."""
+    loss, *variables = model
+    parameters = traverse_util.flatten_dict(abstract_params(MMDiT(CONFIG)))
+    found = {nn.get_partition_spec(leaf) for leaf in parameters.values()}
+
+    class Noting(Layout):
+        def sharding(self, shape, axes):
+            found.add(axes)
+            return super().sharding(shape, axes)
+
+    jax.eval_shape(partial(loss, Noting(layout.mesh)), *variables)
+    names = {frozenset(axes) - {None, "attention_tokens"} for axes in found}
+    assert {"batch", "tokens", "heads"} in names and {"layers", "embed", "mlp"} in names
+    assert all(any(part <= {*whole} for whole in TOGETHER) for part in names)
 
 
 def test_every_matrix_of_the_model_is_split(layout):
@@ -178,6 +226,15 @@ def test_velocity_does_not_depend_on_the_mesh(layout, model):
     loss, *variables = model
     _, found = compiled(partial(loss, layout))(*variables)
     _, wanted = compiled(partial(loss, None))(*jax.tree.map(np.asarray, variables))
+    assert_close(found, wanted)
+    # Nor on the rules.
+    other = Layout(layout.mesh, TURNED.table)
+    shapes = other.abstract(abstract_params(MMDiT(CONFIG)))
+    lora, params = variables
+    moved = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), params, shapes)
+    query = moved["blocks"]["attn"]["to_q"]["kernel"].sharding.spec
+    assert query == PartitionSpec(None, "tensor", None)
+    _, found = compiled(partial(loss, other))(lora, moved)
     assert_close(found, wanted)
 
 

@@ -149,6 +149,9 @@ def test_an_epoch_written_again_replaces_the_first_try(tmp_path, epoch, monkeypa
         records.write(3, groups, scores)
     records.write(3, groups[:1], scores[:1])
     assert len(read_records(tmp_path)) == 1
+    assert [path.name for path in tmp_path.glob("*.png")] == ["epoch_000003_000.png"]
+    dataclasses.replace(records, pictures=0).write(3, groups[:1], scores[:1])
+    assert len(read_pictures(tmp_path, 3)) == 1
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, parameter_shapes
-from sl_jax.data import write_designs
+from sl_jax.data import FolderError, write_designs
 from sl_jax.flow.schedule import SchedulerConfig, sigma_grid
 from sl_jax.inference.prompts import PromptBatches, PromptStore, encode_prompts
 from sl_jax.models.codec import encode_frames
@@ -21,6 +22,7 @@ from sl_jax.models.lora import LoRAConfig, init_adapter
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.parallel.processes import Processes
 from sl_jax.training import finetune
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.finetune import fine_tune, from_mapping, packed_frames
@@ -153,6 +155,44 @@ def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):
     monkeypatch.setattr("sl_jax.inference.prompts._loaded", None)  # all of them are kept
     hidden, lengths = finetune._texts(unused, {*captions}, batches)(captions[:2])
     assert np.array_equal(hidden[0], hidden[1]) and hidden.shape[1] == whole.lengths[0]
+
+
+@pytest.mark.parametrize("changed", ["content", "caption", "order", "eval_data"])
+def test_processes_need_the_same_designs(tmp_path, changed):
+    """In any order: a stream has its own. Captions decide how wide all texts are."""
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host in hosts:
+        write_designs(host / "designs", "A", range(3), 32, (2,), with_layers=True)
+        write_designs(host / "others", "A", range(3, 5), 32, (2,), with_layers=True)
+    first = hosts[1] / "designs" / "A-000000"
+    if changed == "caption":
+        first.with_suffix(".txt").write_text("a longer one than that of the other host")
+    elif changed == "order":
+        first.rename(first.with_name("Z"))
+    else:
+        shutil.rmtree(first if changed == "content" else hosts[1] / "others" / "A-000003")
+
+    told = []
+
+    class Process(Processes):
+        """Of two, of which the first has told what it found."""
+
+        def all_gather(self, what, value=None, error=None):
+            assert error is None
+            if what == "comparing designs":
+                told.append(value)
+            return list(told)
+
+    def data(index):
+        paths = (str(hosts[index] / name) for name in ("designs", "others"))
+        return finetune._data(finetune.PairedConfig(*paths), Process(index, 2))
+
+    assert [len(part) for part in data(0)] == [3, 2]
+    if changed == "order":
+        assert [len(part) for part in data(1)] == [3, 2]
+    else:
+        with pytest.raises(FolderError, match=r"processes \[1\] find other designs than process 0"):
+            data(1)
 
 
 def _pipeline(folder):

@@ -1,5 +1,6 @@
 """Supervised stages: stopped and resumed is the same as never stopped, to the last bit."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.parallel.mesh import MeshConfig, make_mesh
 from sl_jax.parallel.processes import ALONE
+from sl_jax.training.health import NotFiniteError
 from sl_jax.training.metrics import LogConfig, MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
@@ -51,12 +53,18 @@ class _Stopped(Exception):
     pass
 
 
+_CONFIG = StageConfig(
+    steps=STEPS,
+    optimizer=OptimizerConfig(0.15, warmup_steps=3, decay_steps=STEPS),
+    ema=0.9,
+    log_every=5,
+    eval_every=10,
+    checkpoint_every=5,
+)
+
+
 def _run(folder, stop=None, batches=_batches):
     """One process' share of a stage: from where the folder stands, up to `stop` or the end."""
-    optimizer = OptimizerConfig(0.15, warmup_steps=3, decay_steps=STEPS)
-    config = StageConfig(
-        steps=STEPS, optimizer=optimizer, ema=0.9, log_every=5, eval_every=10, checkpoint_every=5
-    )
 
     def read(step):
         if step == stop:
@@ -64,7 +72,7 @@ def _run(folder, stop=None, batches=_batches):
         return batches(step)
 
     held_out = [("all", (INPUTS, TARGETS))]
-    with ALONE.open(), open_stage(config, {"all": _loss}, folder, 1, LogConfig()) as stage:
+    with ALONE.open(), open_stage(_CONFIG, {"all": _loss}, folder, 1, LogConfig()) as stage:
         return stage.run(stage.start(_params()), read, held_out, "toy")
 
 
@@ -149,6 +157,64 @@ def test_ctrl_c_in_an_update_comes_through_after_it(tmp_path, whole, monkeypatch
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
     assert checkpoints.latest == 1
     checkpoints.close()
+
+
+def _spoiled(*steps):
+    def batches(step):
+        kind, (x, y) = _batches(step)
+        return kind, (np.where(step in steps, np.nan, x).astype(np.float32), y)
+
+    return batches
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, caplog):
+    """In the middle, and at a checkpoint."""
+    state = _run(tmp_path, batches=_spoiled(14, 16))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (STEPS, 2, 0)
+    assert np.linalg.norm(state.trained["w"] - np.array([1.0, -2.0, 0.5])) < 1.0
+    assert caplog.text.count("is not finite and is skipped") == 2
+    assert "Update 15 is not finite" in caplog.text
+    records = [r for r in read_metrics(tmp_path) if "toy/mse" in r]
+    assert [r["toy/skipped_updates"] for r in records] == [0, 0, 1, 2, 2, 2]
+    assert all(np.isfinite(r["toy/mse"]) for r in records)  # of the finite updates
+
+    with contextlib.closing(RunCheckpoints(tmp_path / "checkpoints")) as checkpoints:
+        _, kept, _ = checkpoints.restore(state, 30)
+    _assert_same(kept, state)
+
+
+def test_skipped_parameters_are_those_of_before(tmp_path):
+    with pytest.raises(_Stopped):
+        _run(tmp_path, stop=5)
+    before = _latest(tmp_path)
+    with pytest.raises(_Stopped):
+        _run(tmp_path, stop=7, batches=_spoiled(5, 6))
+    after = _latest(tmp_path)
+    assert (int(after.step), int(after.skipped), int(after.in_a_row)) == (7, 2, 2)
+    for name in ("trained", "ema", "optimizer"):
+        _assert_same(getattr(after, name), getattr(before, name))
+
+
+def _latest(folder):
+    """The state in the newest checkpoint."""
+    with contextlib.closing(RunCheckpoints(folder / "checkpoints")) as checkpoints:
+        stage = Stage(_CONFIG, {"all": _loss}, checkpoints, None, seed=1)
+        return stage.start(_params())
+
+
+def test_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path):
+    """At the fifth, or while the one after it is computed; the next one decides what follows."""
+    bad = _spoiled(*range(12, STEPS))
+    with pytest.raises(NotFiniteError, match=r"5 updates in a row .* lower optimizer.learning_ra"):
+        _run(tmp_path, batches=bad)
+    stopped = _latest(tmp_path)
+    assert (int(stopped.step), int(stopped.skipped)) == (18, 6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stopped))
+    with pytest.raises(NotFiniteError, match="7 updates in a row"):
+        _run(tmp_path, batches=bad)
+    state = _run(tmp_path)
+    assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (STEPS, 8, 0)
 
 
 def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):

@@ -116,7 +116,7 @@ ARMS = (
         "controls",
         {"rewards": '(("controls.shuffled", 1.0),)'},
     ),
-    Arm("best_of", "of 8 samples of the base the judge's favourite", "best_of", "controls"),
+    Arm("best_of", "best of 8 samples of the base by the judge's score", "best_of", "controls"),
     Arm("pairs", "supervised training on the same designs with their layers", "pairs", "controls"),
     _ablation("small", "three of four steps stochastic and trained, G = 8, rank 16", {}),
     _ablation(
@@ -138,9 +138,12 @@ ARMS = (
     ),
     _ablation(
         "truth",
-        "rewarded by the true layers' order-free L1",
-        # std_floor: errors lie closer together than scores
-        {"rewards": '(("controls.truth", 1.0),)', "advantage.std_floor": "0.001"},
+        "rewarded by the true layers' order-free L1 in the judge's place",
+        {
+            "rewards": '(("controls.truth", 1.0), ("recomposition_veto", 1.0),'
+            ' ("all_blank_veto", 1.0))',
+            "advantage.std_floor": "0.001",  # errors lie closer together than scores
+        },
     ),
     _ablation("rank_4", "LoRA rank 4", {"lora.rank": "4", "lora.alpha": "8"}),
     _ablation("rank_64", "LoRA rank 64", {"lora.rank": "64", "lora.alpha": "128"}),

@@ -54,6 +54,18 @@ class Artwork(NamedTuple):
     photographs: tuple[Image.Image, ...]
 
 
+class Composition(NamedTuple):
+    """One design.
+
+    Attributes:
+        layers: uint8 [layers, size, size, 4], straight RGBA, back to front.
+        photograph: number of the one that the backdrop is a crop of.
+    """
+
+    layers: np.ndarray
+    photograph: int
+
+
 def read_artwork(wheels: Path) -> Artwork:
     """Sprites and photographs from the wheels of a folder, in the order of their names.
 
@@ -74,8 +86,8 @@ def read_artwork(wheels: Path) -> Artwork:
     return Artwork(tuple(sprites), tuple(photographs))
 
 
-def compose(artwork: Artwork, seed: int, size: int, layers: int) -> np.ndarray:
-    """uint8 [layers, size, size, 4]: one design, straight RGBA, back to front.
+def compose(artwork: Artwork, seed: int, size: int, layers: int) -> Composition:
+    """One design.
 
     Raises:
         ValueError: no composition was found, as with very many layers.
@@ -88,14 +100,19 @@ def compose(artwork: Artwork, seed: int, size: int, layers: int) -> np.ndarray:
     raise ValueError(f"no design of {layers} layers was found; please ask for fewer")
 
 
+def name_of(seed: int) -> str:
+    """What a design's folder is called."""
+    return f"C-{seed:06d}"
+
+
 def write_designs(
     artwork: Artwork, folder: Path, seeds: Sequence[int], size: int, layers: int
 ) -> None:
     """Folders `C-SEED` with the layers `0000.png` …, as `sl_jax.evaluate` reads them."""
     for seed in seeds:
-        target = folder / f"C-{seed:06d}"
+        target = folder / name_of(seed)
         target.mkdir(parents=True, exist_ok=True)
-        for number, layer in enumerate(compose(artwork, seed, size, layers)):
+        for number, layer in enumerate(compose(artwork, seed, size, layers).layers):
             Image.fromarray(layer).save(target / f"{number:04d}.png")
 
 
@@ -132,10 +149,11 @@ def _cut_out(sprite: Image.Image) -> Iterator[Image.Image]:
 
 def _attempt(
     artwork: Artwork, generator: np.random.Generator, size: int, objects: int
-) -> np.ndarray | None:
-    """One attempt at a composition; None if an object finds no place or does not stand out."""
+) -> Composition | None:
+    """One attempt; None if an object finds no place or does not stand out."""
     stack = np.zeros((objects + 1, size, size, 4), np.uint8)
-    stack[0, ..., :3] = _backdrop(artwork, generator, size)
+    photograph = int(generator.integers(len(artwork.photographs)))
+    stack[0, ..., :3] = _backdrop(artwork.photographs[photograph], generator, size)
     stack[0, ..., 3] = 255
     flat = Image.fromarray(stack[0])
     masks: list[np.ndarray] = []
@@ -149,11 +167,10 @@ def _attempt(
         stack[number] = layer
         flat = Image.alpha_composite(flat, Image.fromarray(layer))
         area = np.count_nonzero(mask) / generator.uniform(*_RATIO)
-    return stack
+    return Composition(stack, photograph)
 
 
-def _backdrop(artwork: Artwork, generator: np.random.Generator, size: int) -> np.ndarray:
-    photograph = artwork.photographs[generator.integers(len(artwork.photographs))]
+def _backdrop(photograph: Image.Image, generator: np.random.Generator, size: int) -> np.ndarray:
     side = round(min(photograph.size) * generator.uniform(*_CROP))
     left, top = (int(generator.integers(whole - side + 1)) for whole in photograph.size)
     crop = photograph.resize((size, size), Image.LANCZOS, (left, top, left + side, top + side))

@@ -32,7 +32,7 @@ def shuffled(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
 
 
 def truth(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
-    """The negative order-free L1 to the true layers, which no judge can see.
+    """One minus the order-free L1 to the true layers, which no judge can see.
 
     Beside what a judge's rewards teach, it tells the algorithm's part from the judge's.
 
@@ -45,7 +45,7 @@ def truth(group: Group, scores: GroupScores) -> Float[np.ndarray, " g"]:
     if distances[nearest] > _ALIKE:
         raise ValueError(f"group {group.group_id}: its picture is no training design of B")
     true = kept[nearest].layers
-    return np.array([-layer_l1(layers, true).order_free for layers in group.candidates])
+    return np.array([1 - layer_l1(layers, true).order_free for layers in group.candidates])
 
 
 @cache

@@ -4,7 +4,6 @@ Sampler, steps and guidance of every system are chosen on the development set, b
 the held-out sets are then measured once, each system with its own choice and from the same noise.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from sl_jax.checkpoints.source import resolve_model
 from sl_jax.eval.judging import JudgeChoice
 from sl_jax.eval.options import SamplerChoice
 from sl_jax.eval.run import EvaluationConfig, evaluate
 from sl_jax.eval.systems import Model, ModelConfig, System
+from sl_jax.inference.fingerprints import checkpoint_digest
 from sl_jax.inference.prompts import DEFAULT_PROMPT
 
 SIZE, LAYERS = 64, 3
@@ -26,6 +25,7 @@ PRIMARY = {
     "layer_l1_mean": -1,
     "layer_l1_background": -1,
     "layerd_cost_0": -1,
+    "layerd_cost_2": -1,  # three layers know no third edit
     "layerd_rgb_l1_0": -1,
     "layerd_alpha_iou_0": +1,
 }
@@ -38,7 +38,6 @@ SANITY = {
     "bleed": -1,
 }
 _BATCH, _SEED = 32, 42
-_END = 2**20  # bytes
 
 
 class Setting(NamedTuple):
@@ -87,8 +86,12 @@ class Sizes:
         if part == "ratios":
             return {}
         seeds = self.held_out_seeds
-        held_out = {"B": self.held_out_set, "C": f"artwork:{len(seeds)}:{seeds.start}"}
-        return {"development": self.development_set} | ({} if part == "ablations" else held_out)
+        sets = {"development": self.development_set}
+        if part != "ablations":
+            sets |= {"B": self.held_out_set, "C": f"artwork:{len(seeds)}:{seeds.start}"}
+        if part == "headline":
+            sets["B2"] = self.two_layers_set
+        return sets
 
     @property
     def development_set(self) -> str:
@@ -103,8 +106,16 @@ class Sizes:
     @property
     def held_out_set(self) -> str:
         """As `sl_jax.evaluate` takes it."""
+        return self._held_out(LAYERS)
+
+    @property
+    def two_layers_set(self) -> str:
+        """Likewise, of a backdrop and one object, which no training by reward has seen."""
+        return self._held_out(2)
+
+    def _held_out(self, layers: int) -> str:
         seeds = self.held_out_seeds
-        return f"procedural:B:{len(seeds)}:{LAYERS}:{SIZE}:{seeds.start}"
+        return f"procedural:B:{len(seeds)}:{layers}:{SIZE}:{seeds.start}"
 
 
 class Trained(NamedTuple):
@@ -115,16 +126,8 @@ class Trained(NamedTuple):
 
 
 def base_digest() -> str:
-    """SHA-256 of the base, which no arm may change, as results record it.
-
-    Of every file of its parts: name, size, first and last mebibyte.
-    """
-    folder, digest = Path(resolve_model("tiny")), hashlib.sha256()
-    for path in sorted(folder.glob("*/*")):
-        content = path.read_bytes()
-        told = f"{path.relative_to(folder)} {len(content)}\n".encode()
-        digest.update(hashlib.sha256(told + content[:_END] + content[-_END:]).digest())
-    return digest.hexdigest()
+    """Of the base's checkpoint, which no arm may change."""
+    return checkpoint_digest("tiny")
 
 
 def developed(trained: Trained, data: str, folder: Path) -> dict[str, float]:
@@ -163,7 +166,14 @@ def records_of(
         shown=24,
     )
     evaluate(config, systems)
-    return json.loads((folder / "report.json").read_text())["records"]
+    records = json.loads((folder / "report.json").read_text())["records"]
+    return [_carried(record) for record in records] if "layerd" in protocols else records
+
+
+def _carried(record: dict) -> dict:
+    """The LayerD protocol: a design that knows no further edit keeps its score."""
+    once = record.get("layerd_cost_1", record["layerd_cost_0"])
+    return {"layerd_cost_2": once} | record
 
 
 def _system(trained: Trained, setting: Setting, name: str, seed: int = _SEED) -> System:

@@ -139,7 +139,7 @@ class Bench:
     def _measured(self, arm: Arm, seed: int, trained: Trained) -> dict:
         folder = self._folder(arm, seed)
         if arm.kind == "best_of":
-            return self._best_of(folder)
+            return self._best_of(arm, folder)
         found = {"training": _training(folder / "run")} if arm.kind == "rl" else {}
         if arm.part == "ratios":
             return found
@@ -154,16 +154,16 @@ class Bench:
         if arm.kind == "rl":
             found["curve"] = self._curve(folder, chosen)
         systems = [] if trained.adapter is None else [sampled(trained, chosen)]
-        return found | {"held_out": self._held_out(folder, systems)}
+        return found | {"held_out": self._held_out(arm, folder, systems)}
 
-    def _held_out(self, folder: Path, systems: Sequence[System]) -> dict:
+    def _held_out(self, arm: Arm, folder: Path, systems: Sequence[System]) -> dict:
         """By set, the base's measures at its own best, or how a system's differ from them."""
         base = sampled(_BASE, self._base_setting())
         found = {}
-        for name, data in self._sets().items():
+        for name, (data, groups) in self._sets(arm.part).items():
             records = records_of(data, folder / f"held_out_{name}", [base, *systems], _PROTOCOLS)
             if systems:
-                found[name] = changes(records, systems[-1].name, PRIMARY | SANITY)
+                found[name] = changes(records, systems[-1].name, PRIMARY | SANITY, groups)
             else:
                 found[name] = {m: _mean(r[m] for r in records) for m in PRIMARY | SANITY}
         return found
@@ -176,10 +176,10 @@ class Bench:
             return best(developed(_BASE, data, self.work / "base_0" / "development"))
         return best(json.loads(path.read_text())["development"])
 
-    def _best_of(self, folder: Path) -> dict:
+    def _best_of(self, arm: Arm, folder: Path) -> dict:
         """Of several samples of the base the one that the judge likes best, picture by picture."""
         setting, found = self._base_setting(), {}
-        for name, data in self._sets().items():
+        for name, (data, groups) in self._sets(arm.part).items():
             samples = folder / f"samples_{name}"
             systems = [
                 sampled(Trained(f"sample {k}", None), setting, 42 + 10_000 * k)
@@ -193,7 +193,7 @@ class Bench:
             base = sampled(_BASE, setting)
             systems = [base, ready_made("best_of", str(chosen))]
             records = records_of(data, folder / f"held_out_{name}", systems, _PROTOCOLS)
-            found[name] = changes(records, "best_of", PRIMARY | SANITY)
+            found[name] = changes(records, "best_of", PRIMARY | SANITY, groups)
         return {"chosen": str(setting), "samples": _SAMPLES, "held_out": found}
 
     def _curve(self, folder: Path, chosen: Setting) -> list[dict]:
@@ -214,8 +214,12 @@ class Bench:
             for system in systems
         ]
 
-    def _sets(self) -> dict[str, str]:
-        return {"B": self.sizes.held_out_set, "C": str(self._artwork())}
+    def _sets(self, part: str) -> dict[str, tuple[str, dict[str, int] | None]]:
+        """The held-out sets of a part, and by picture what resampling keeps together."""
+        found = {"B": (self.sizes.held_out_set, None), "C": self._artwork()}
+        if part == "headline":
+            found["B2"] = (self.sizes.two_layers_set, None)
+        return found
 
     def _folder(self, arm: Arm, seed: int) -> Path:
         return self.work / f"{arm.name}_{seed}"
@@ -236,16 +240,20 @@ class Bench:
             partial.rename(folder)
         return folder
 
-    def _artwork(self) -> Path:
-        seeds = self.sizes.held_out_seeds
+    def _artwork(self) -> tuple[str, dict[str, int]]:
+        """The designs of C, and the photograph behind each: they are few, and cropped often."""
+        seeds, read = self.sizes.held_out_seeds, artwork.read_artwork(self._wheels)
         folder = self.work / f"artwork_{seeds.start}_{len(seeds)}"
         if not folder.exists():
             partial = folder.with_suffix(".part")
             shutil.rmtree(partial, ignore_errors=True)
-            read = artwork.read_artwork(self._wheels)
             artwork.write_designs(read, partial, seeds, SIZE, LAYERS)
             partial.rename(folder)
-        return folder
+        photographs = {
+            artwork.name_of(seed): artwork.compose(read, seed, SIZE, LAYERS).photograph
+            for seed in seeds
+        }
+        return str(folder), photographs
 
 
 def settings_of(arm: Arm) -> Mapping[str, str]:

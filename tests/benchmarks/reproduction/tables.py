@@ -26,6 +26,7 @@ _WORDS = {
     "layer_l1_mean": "per-layer L1",
     "layer_l1_background": "L1 of the background (Pred 0)",
     "layerd_cost_0": "LayerD cost, no edits",
+    "layerd_cost_2": "LayerD cost, up to two edits",
     "layerd_rgb_l1_0": "LayerD RGB-L1",
     "layerd_alpha_iou_0": "LayerD alpha IoU",
     "reward": "judge's score",
@@ -35,6 +36,7 @@ _WORDS = {
     "fragment_rate": "layers with fragments",
     "bleed": "bleed",
 }
+_SETS = {"B": "Held-out B", "C": "Held-out C", "B2": "Held-out B with two layers"}
 _SHOWN, _GAP, _MAGNIFIED = 8, 6, 2
 
 Result = Mapping[str, object]
@@ -67,9 +69,9 @@ def read_results(folder: Path) -> list[Result]:
 def headline(results: Sequence[Result]) -> list[str]:
     """Base and tuned on the held-out sets: one table per set, a column per seed."""
     tuned, lines = _of(results, "tuned"), []
-    for name in ("B", "C") if tuned else ():
+    for name, what in _SETS.items() if tuned else ():
         seeds = " | ".join(f"seed {result['seed']}" for result in tuned)
-        lines += [f"Held-out {name}:", "", f"| | base | {seeds} |", _rule(2 + len(tuned))]
+        lines += [f"{what}:", "", f"| | base | {seeds} |", _rule(2 + len(tuned))]
         for measure in PRIMARY | SANITY:
             cells = [result["held_out"][name][measure] for result in tuned]
             row = [_WORDS[measure], _number(measure, cells[0]["before"])]
@@ -83,7 +85,7 @@ def controls(results: Sequence[Result]) -> list[str]:
     rows = [r for r in results if r["arm"] in _names("controls") or r["arm"] == "tuned"]
     if not rows:
         return []
-    measures = ("layer_l1_order_free", "layerd_cost_0", "reward", "psnr")
+    measures = ("layer_l1_order_free", "layerd_cost_0", "layerd_cost_2", "reward", "psnr")
     lines = [_row(["arm", *(_WORDS[m] for m in measures), "minutes"]), _rule(2 + len(measures))]
     for result in rows:
         cells = [_change(m, result["held_out"]["B"][m]) for m in measures]
@@ -97,7 +99,7 @@ def ablations(results: Sequence[Result]) -> list[str]:
     rows = [r for r in results if r["arm"] in _names("ablations")]
     if not rows:
         return []
-    measures = ("layer_l1_order_free", "layerd_cost_0", "reward", "blank_rate")
+    measures = ("layer_l1_order_free", "layerd_cost_0", "layerd_cost_2", "reward", "blank_rate")
     head = ["arm", *(_WORDS[m] for m in measures), "training reward, first to last eighth"]
     lines = [_row(head), _rule(len(head))]
     for result in rows:
