@@ -29,6 +29,7 @@ from sl_jax.eval.stacks import StackError, read_stack
 from sl_jax.eval.systems import System
 from sl_jax.inference.decomposer import Sampling
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
+from sl_jax.inference.sampling import Decoded
 from sl_jax.scoring import EmbeddedJudge, RenderConfig, cases
 from sl_jax.scoring.decoding import Limits
 from sl_jax.scoring.encoding import RequestConfig, content_of
@@ -78,8 +79,8 @@ def test_training_data(folder, caplog):
 class Copies:
     """A decomposer whose layers are copies of the picture."""
 
-    def decompose(self, frames, keys, sampling, batch):
-        return np.stack([frames] * sampling.layers, axis=1)
+    def decoded(self, frames, keys, sampling, batch):
+        return Decoded(np.stack([frames] * sampling.layers, axis=1), np.ones(len(frames), bool))
 
 
 def test_decompose(folder, tmp_path):

@@ -169,7 +169,8 @@ class RunCheckpoints:
 
         Raises:
             CheckpointError: there is no readable checkpoint, or those that are there have other
-                arrays, or storage fails.
+                arrays.
+            OSError: storage fails.
             ProcessError: it fails in another process.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -215,10 +216,8 @@ class RunCheckpoints:
             return _patiently(path, abstract)
         except Exception as error:
             if storage_failed(error):
-                raise CheckpointError(
-                    f"{path} cannot be read: {_reason(error)}; it is left as it is. Please see to "
-                    "the storage; the same command then goes on"
-                ) from error
+                told = f"a checkpoint cannot be read, and is left as it is: {_reason(error)}"
+                raise OSError(error_number(error), told, os.fspath(path)) from error
             if not _is_damage(error):
                 raise
             return None, {}, _reason(error)

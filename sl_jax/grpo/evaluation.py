@@ -4,7 +4,8 @@ Every process reads and judges the rows of a batch that its devices decompose; t
 scores of all, and the main process has the layers that the report shows.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -18,19 +19,23 @@ from sl_jax.data import EvalSet, Example, FolderError
 from sl_jax.data.loader import EvalBatch
 from sl_jax.eval.bootstrap import interval
 from sl_jax.eval.reference_free import ReferenceFree, reference_free
+from sl_jax.flow.sampler import evaluations
 from sl_jax.grpo.batches import group_keys, laid_out
 from sl_jax.grpo.config import EvaluationConfig
 from sl_jax.grpo.judging import Judging, Submitted
+from sl_jax.grpo.phases import Work
 from sl_jax.grpo.prompts import PromptTable
-from sl_jax.grpo.rollout import Rollout
+from sl_jax.grpo.rollout import Pictures, Rollout, sampling_work
 from sl_jax.grpo.spread import window_share
 from sl_jax.inference.decomposer import Decomposer
-from sl_jax.inference.sampling import Guidance
+from sl_jax.inference.sampling import Decoded, Guidance
 from sl_jax.models.lora import Adapter
 from sl_jax.models.rope import LatentGrid
-from sl_jax.parallel.mesh import Layout, batch_sharding
+from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 from sl_jax.parallel.processes import BatchRows, batch_rows, to_local
 from sl_jax.scoring import CRITERIA, GroupScores
+
+_log = logging.getLogger(__name__)
 
 
 class Evaluated(NamedTuple):
@@ -39,7 +44,8 @@ class Evaluated(NamedTuple):
     Attributes:
         example: the picture; without pixels where `layers` is None.
         layers: uint8 [L, H, W, 4]; None in a process that neither judged nor shows them.
-        reward: stage-1 score, 0 to 1; nan if the judge gave none.
+        reward: stage-1 score, 0 to 1; nan if the judge gave none, or the layers are not finite,
+            of which criteria and measures are then nan as well.
         criteria: [5], 0 to 1.
         measures: of the layers and the picture alone.
     """
@@ -51,6 +57,9 @@ class Evaluated(NamedTuple):
     measures: ReferenceFree
 
 
+Computed = Callable[[Work], None]
+
+
 class _Pending(NamedTuple):
     """A decomposition on its way to the judge and back."""
 
@@ -60,9 +69,13 @@ class _Pending(NamedTuple):
     submitted: Submitted
 
 
+def _untold(_: Work) -> None:
+    """For whom nobody counts the work."""
+
+
 @dataclass(frozen=True)
 class Evaluator:
-    """Samples and judges the held-out set.
+    """Samples and judges the held-out set; `computed` is told what each batch asked for.
 
     Attributes:
         judging: by stage 1 alone, which is a level; stage 2 is relative.
@@ -80,7 +93,7 @@ class Evaluator:
     layout: Layout
     guidance: Guidance | None = None
 
-    def __call__(self, adapter: Adapter) -> list[Evaluated]:
+    def __call__(self, adapter: Adapter, computed: Computed = _untold) -> list[Evaluated]:
         """Every held-out picture that all processes concerned can read, by the evaluation sampler.
 
         Raises:
@@ -88,18 +101,23 @@ class Evaluator:
             JudgeUnavailableError: they were not judged within `max_wait`.
         """
         rows = self._rows(self.config.batch)
-        pending = [
-            entry
-            for batch in self.examples.batches(self.config.batch, rows.held)
-            for entry in self._submitted(batch, self._sampled(batch, adapter)[:, None], rows.judged)
-        ]
+        pending = []
+        for batch in self.examples.batches(self.config.batch, rows.held):
+            layers, finite = self._sampled(batch, adapter, computed)
+            stacks = (layers[:, None], rows.judged, finite[:, None])
+            pending += self._submitted(batch, *stacks)
         results = self._finished(pending)
         if not results:
             raise FolderError(f"no held-out picture can be read any more: {self.examples.failures}")
         return self._with_shown(results)
 
     def rolled_out(
-        self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
+        self,
+        rollout: Rollout,
+        adapter: Adapter,
+        window_start: int,
+        groups: int,
+        computed: Computed = _untold,
     ) -> list[Evaluated]:
         """One rollout candidate of each picture of the first batch of at most `groups`.
 
@@ -110,11 +128,17 @@ class Evaluator:
         rows = self._rows(groups)
         batch = next(self.examples.batches(groups, rows.held))
         keys = self._keys(batch)
-        layers, finite = self._candidates(rollout, adapter, window_start, groups, batch, keys)
+        candidates = (rollout, adapter, window_start, groups, batch, keys, computed)
+        layers, finite = self._candidates(*candidates)
         return self._finished(self._submitted(batch, layers[:, :1], rows.judged, finite))
 
     def window_share(
-        self, rollout: Rollout, adapter: Adapter, window_start: int, groups: int
+        self,
+        rollout: Rollout,
+        adapter: Adapter,
+        window_start: int,
+        groups: int,
+        computed: Computed = _untold,
     ) -> float:
         """The share of the scores' variance within a group that the window's noise explains.
 
@@ -127,7 +151,8 @@ class Evaluator:
         pending = []
         for draw in range(draws):
             keys = self._keys(batch, 1 + draw)
-            layers, finite = self._candidates(shared, adapter, window_start, groups, batch, keys)
+            candidates = (shared, adapter, window_start, groups, batch, keys, computed)
+            layers, finite = self._candidates(*candidates)
             pending.append(self._submitted(batch, layers, rows.judged, finite))
         entries = [entry for draw in pending for entry in draw]
         scores = [
@@ -150,11 +175,13 @@ class Evaluator:
         groups: int,
         batch: EvalBatch,
         keys: UInt32[np.ndarray, "n words"],
+        computed: Computed,
     ) -> tuple[UInt8[np.ndarray, "n g l h w 4"], Bool[np.ndarray, "n g"]]:
         """Of the rows that this process holds, layers and which candidates are finite."""
         grid = LatentGrid.of_pixels(batch.layers, *batch.bucket)
         pictures = laid_out(self.layout, batch.examples, self.prompts, keys, groups)
         candidates = rollout(adapter, pictures, window_start, grid)
+        computed(rollout.work(candidates, window_start, grid))
         decoded = jax.block_until_ready(rollout.decode(candidates.latents, grid))
         finite = np.asarray(candidates.finite) & np.asarray(decoded.finite)
         finite = finite.reshape(groups, -1)[list(batch.rows)]
@@ -164,12 +191,14 @@ class Evaluator:
     def _rows(self, size: int) -> BatchRows:
         return batch_rows(self.layout.mesh, size, self.judging.processes.index)
 
-    def _sampled(self, batch: EvalBatch, adapter: Adapter) -> np.ndarray:
-        """Layers of the rows that this process holds: uint8 [rows, L, H, W, 4]."""
+    def _sampled(
+        self, batch: EvalBatch, adapter: Adapter, computed: Computed
+    ) -> tuple[UInt8[np.ndarray, "n l h w 4"], Bool[np.ndarray, " n"]]:
+        """Of the rows that this process holds, layers and which are finite."""
         pictures = laid_out(
             self.layout, batch.examples, self.prompts, self._keys(batch), self.config.batch
         )
-        layers = self.decomposer(
+        decoded = self.decomposer(
             pictures.pixels,
             pictures.text,
             pictures.text_lengths,
@@ -181,11 +210,22 @@ class Evaluator:
             adapter=adapter,
             guidance=self.guidance,
         )
-        return to_local(self._split_by_rows(layers))
+        computed(self._work(pictures, LatentGrid.of_pixels(batch.layers, *batch.bucket)))
+        layers, finite = self._split_by_rows(decoded)
+        return to_local(layers), np.asarray(finite)[list(batch.rows)]
+
+    def _work(self, pictures: Pictures, grid: LatentGrid) -> Work:
+        """What decomposing a batch asks of the transformer."""
+        rows, text_tokens = pictures.text.shape[:2]
+        steps = sum(evaluations(self.config.steps, 0, 0, self.config.method))
+        velocities = rows * steps * (1 if self.guidance is None else 2)
+        work = sampling_work(self.decomposer.transformer, velocities, grid, text_tokens)
+        return work._replace(candidates=rows)
 
     @cached_property
     def _split_by_rows(self) -> Any:
-        return jax.jit(lambda x: x, out_shardings=batch_sharding(self.layout.mesh))
+        mesh = self.layout.mesh
+        return jax.jit(lambda x: x, out_shardings=Decoded(batch_sharding(mesh), replicated(mesh)))
 
     def _keys(self, batch: EvalBatch, draw: int = 0) -> UInt32[np.ndarray, "n words"]:
         root = jax.random.key(self.config.seed)
@@ -197,14 +237,12 @@ class Evaluator:
         batch: EvalBatch,
         stacks: UInt8[np.ndarray, "n g l h w 4"],
         judged: Sequence[int],
-        finite: Bool[np.ndarray, "n candidates"] | None = None,
+        finite: Bool[np.ndarray, "n g"],
     ) -> list[_Pending]:
         """Sends to the judge what this process judges, if all that hold it could read it.
 
-        What waits has the layers of each picture's first candidate. All are finite by default.
+        What waits has the layers of each picture's first candidate.
         """
-        if finite is None:
-            finite = np.ones(stacks.shape[:2], bool)
         unread = self.judging.processes.all_gather(
             "reading held-out pictures",
             [r for r, e in zip(batch.rows, batch.examples, strict=True) if e.is_blank],
@@ -266,31 +304,36 @@ class Evaluator:
 
 
 def _evaluated(entry: _Pending, scores: GroupScores) -> Evaluated:
-    return Evaluated(
-        entry.example,
-        entry.layers,
-        float(scores.stage1[0]) if entry.finite[0] else np.nan,
-        scores.criteria[0],
-        reference_free(entry.layers, entry.example.picture),
-    )
+    example, layers = entry.example, entry.layers
+    if not entry.finite[0]:  # What the judge was shown is black, and not what was sampled.
+        _log.warning("The layers of held-out picture %s are not finite.", example.picture_id)
+        nothing = ReferenceFree(*[np.nan] * len(fields(ReferenceFree)))
+        return Evaluated(example, layers, np.nan, np.full(len(CRITERIA), np.nan), nothing)
+    measures = reference_free(layers, example.picture)
+    return Evaluated(example, layers, float(scores.stage1[0]), scores.criteria[0], measures)
 
 
 def evaluation_metrics(results: Sequence[Evaluated]) -> dict[str, float]:
-    """Means over pictures, with the bootstrap interval of the reward."""
+    """Means over the pictures that have a value, with the bootstrap interval of the reward."""
     reward = interval([r.reward for r in results])
-    criteria = np.nanmean([r.criteria for r in results], axis=0)
     return {
         "evaluation/reward": reward.mean,
         "evaluation/reward_low": reward.low,
         "evaluation/reward_high": reward.high,
-        **{f"evaluation/{name}": float(v) for name, v in zip(CRITERIA, criteria, strict=True)},
         **{
-            f"evaluation/{field.name}": float(
-                np.mean([getattr(r.measures, field.name) for r in results])
-            )
+            f"evaluation/{name}": _mean([r.criteria[k] for r in results])
+            for k, name in enumerate(CRITERIA)
+        },
+        **{
+            f"evaluation/{field.name}": _mean([getattr(r.measures, field.name) for r in results])
             for field in fields(ReferenceFree)
         },
     }
+
+
+def _mean(values: Sequence[float]) -> float:
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else np.nan
 
 
 def strip(result: Evaluated) -> UInt8[np.ndarray, "height width 3"]:

@@ -71,7 +71,7 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
         if epoch == 0:
             before = evaluator(state.initial)
             metrics = evaluation_metrics(before) | _sampler_gap(parts, state, before)
-            writer.scalars(0, metrics | _window_share(parts, state, epoch))
+            writer.scalars(0, metrics | _window_share(parts, state, epoch, phases))
             writer.pictures(0, before)
         phases.finish()
         parts.status.begin_epochs(epoch)
@@ -84,8 +84,9 @@ def train(parts: Parts, adapter: Callable[[], Adapter]) -> Outcome:
                 scheduled = done % config.evaluation.every == 0 or done == config.epochs
                 if scheduled:
                     phases.begin("evaluating")
-                    after = evaluator(changed.ema)
-                    metrics |= evaluation_metrics(after) | _window_share(parts, changed, epoch)
+                    after = evaluator(changed.ema, phases.computed)
+                    metrics |= evaluation_metrics(after)
+                    metrics |= _window_share(parts, changed, epoch, phases)
                 metrics |= _memory()
                 with processes.uninterrupted():
                     metrics |= phases.finish()
@@ -224,13 +225,16 @@ def _sampler_gap(
     return {"rollout/score": rolled, "rollout/score_gap": evaluated - rolled}
 
 
-def _window_share(parts: Parts, state: LearnerState, epoch: int) -> dict[str, float]:
+def _window_share(
+    parts: Parts, state: LearnerState, epoch: int, phases: Phases
+) -> dict[str, float]:
     """Where the spread within a group comes from, if that is to be measured."""
     config = parts.config
     if not config.evaluation.window_share:
         return {}
     where = (window_start(config, epoch), config.rollout.batch_groups)
-    share = parts.evaluator.window_share(parts.rollout, state.adapter, *where)
+    counted = (*where, phases.computed)
+    share = parts.evaluator.window_share(parts.rollout, state.adapter, *counted)
     return {"rollout/window_share": share}
 
 

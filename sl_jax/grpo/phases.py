@@ -14,7 +14,7 @@ class Work(NamedTuple):
     Attributes:
         flops: operations of the transformer that the algorithm asks for.
         tokens: that the transformer read, padding included, once for each velocity.
-        candidates: that were sampled.
+        candidates: that were sampled, those of held-out pictures included.
     """
 
     flops: float

@@ -52,7 +52,7 @@ def _facts(
     before: Sequence[Evaluated], after: Sequence[Evaluated], gain: Interval
 ) -> tuple[Fact, ...]:
     tone = {True: "good", False: "bad"}[gain.mean > 0] if gain.excludes_zero else "neutral"
-    psnr = [float(np.mean([r.measures.psnr for r in results])) for results in (before, after)]
+    psnr = [float(np.nanmean([r.measures.psnr for r in results])) for results in (before, after)]
     return (
         Fact("held-out reward before", _mean(before)),
         Fact("held-out reward after", _mean(after)),

@@ -16,18 +16,19 @@ from sl_jax.grpo.phases import Work
 from sl_jax.inference.modulation import ModulationTables
 from sl_jax.inference.sampling import (
     Condition,
+    Decoded,
     Guidance,
-    each_layer,
+    decode_layers,
     modulation_rows,
     picture_latents,
     velocity_function,
 )
-from sl_jax.models.codec import to_uint8
 from sl_jax.models.flops import sequence_tokens, velocity_flops
 from sl_jax.models.lora import Adapter
+from sl_jax.models.mmdit import MMDiTConfig
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
-from sl_jax.models.vae import Vae, denormalize_latents
+from sl_jax.models.vae import Vae
 from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 
 # Of one group in one pass of the model. More are no faster on accelerators, and take their memory.
@@ -62,18 +63,6 @@ class Candidates(NamedTuple):
     latents: Float[Array, "b n c"]
     window: sampler.WindowSteps
     condition: Condition
-    finite: Bool[Array, " b"]
-
-
-class Decoded(NamedTuple):
-    """Layers of every sample, back to front, without frame 0, which is the whole picture again.
-
-    Attributes:
-        layers: straight RGBA; transparent black where pixels are not finite.
-        finite: whether the pixels were, before they were rounded. Known to every process.
-    """
-
-    layers: UInt8[Array, "b l h w 4"]
     finite: Bool[Array, " b"]
 
 
@@ -154,7 +143,7 @@ class Rollout:
         )
 
     def decode(self, latents: Float[Array, "b n c"], grid: LatentGrid) -> Decoded:
-        """Layers of every sample."""
+        """Layers of every sample; which are finite is known to every process."""
         return self._decode(self._pipeline.vae_params, latents, grid=grid)
 
     def work(self, candidates: Candidates, window_start: int, grid: LatentGrid) -> Work:
@@ -162,11 +151,8 @@ class Rollout:
         rows, text_tokens = candidates.condition.text.shape[:2]
         velocities = sampled_velocities(self._config, rows // self.group_size, window_start)
         velocities *= 1 if self._guidance is None else 2
-        return Work(
-            velocities * velocity_flops(self._pipeline.model.config, grid, text_tokens),
-            velocities * sequence_tokens(grid, text_tokens),
-            rows,
-        )
+        model = self._pipeline.model.config
+        return sampling_work(model, velocities, grid, text_tokens)._replace(candidates=rows)
 
     def trace_encode(self, pixels: UInt8[Array, "n h w 3"]) -> jax.stages.Traced:
         """The program that encodes pictures; for this and the next two, arguments may be shapes."""
@@ -328,6 +314,16 @@ def sampled_velocities(config: RolloutConfig, groups: int, window_start: float) 
     return groups * (before * different + after * config.group_size)
 
 
+def sampling_work(
+    model: MMDiTConfig, velocities: float, grid: LatentGrid, text_tokens: int
+) -> Work:
+    """What so many velocities of one shape ask of the transformer."""
+    return Work(
+        velocities * velocity_flops(model, grid, text_tokens),
+        velocities * sequence_tokens(grid, text_tokens),
+    )
+
+
 def _candidate_keys(keys: PRNGKeyArray, count: int) -> PRNGKeyArray:
     """Keys [count, n] of the candidates of n groups, from the groups' own."""
     candidate = jax.vmap(jax.random.fold_in, in_axes=(0, None))
@@ -362,11 +358,4 @@ def _finite(trajectory: sampler.Trajectory, condition: Condition) -> Bool[Array,
 def _decoded(
     vae: Vae, devices: int, params: Any, latents: Float[Array, "b n c"], *, grid: LatentGrid
 ) -> Decoded:
-    def frames(x: Float[Array, "k i j z"]) -> tuple[Array, Array]:
-        raw = denormalize_latents(x, vae.config)
-        pixels = vae.apply({"params": params}, raw, method="decode")
-        finite = jnp.isfinite(pixels)
-        return to_uint8(jnp.where(finite, pixels, -1)), finite.all(axis=(1, 2, 3))
-
-    layers, finite = each_layer(frames, latents, grid, devices)
-    return Decoded(layers, finite.all(axis=1))
+    return decode_layers(vae, params, latents, grid, devices)

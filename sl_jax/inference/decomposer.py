@@ -38,6 +38,7 @@ from sl_jax.inference.prompts import (
 )
 from sl_jax.inference.sampling import (
     Condition,
+    Decoded,
     Guidance,
     decode_layers,
     modulation_rows,
@@ -45,6 +46,7 @@ from sl_jax.inference.sampling import (
 )
 from sl_jax.models.codec import encode_frames, opaque
 from sl_jax.models.lora import Adapter
+from sl_jax.models.mmdit import MMDiTConfig
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import PACKED_PIXELS, LatentGrid
@@ -53,6 +55,14 @@ from sl_jax.parallel.mesh import Layout, MeshConfig, batch_sharding, batch_shard
 SizeRule = Literal["longest", "area"]
 
 MAX_SEED = 2**32 - 1
+NOT_FINITE = (
+    "the layers are not finite (nan, or too large for their type); please look whether model and "
+    "adapter were trained together, and try float32"
+)
+
+
+class DecompositionError(ValueError):
+    """Layers that are not finite: there is nothing to show, or to measure."""
 
 
 class Decomposer:
@@ -62,6 +72,11 @@ class Decomposer:
         self._pipeline = pipeline
         self._tables = ModulationTables(pipeline)
         self._program = jax.jit(self._sampled, static_argnames=("grid", "method"))
+
+    @property
+    def transformer(self) -> MMDiTConfig:
+        """Sizes of the model that is evaluated."""
+        return self._pipeline.model.config
 
     @staticmethod
     def from_pretrained(
@@ -118,8 +133,8 @@ class Decomposer:
         shift: float | None = None,
         adapter: Adapter | None = None,
         guidance: Guidance | None = None,
-    ) -> UInt8[Array, "b l h w 4"]:
-        """Straight RGBA layers of every picture, back to front.
+    ) -> Decoded:
+        """Layers of every picture, back to front.
 
         Args:
             pictures: RGB (taken as opaque) or straight RGBA; sides must be multiples of 16.
@@ -163,7 +178,7 @@ class Decomposer:
         *,
         grid: LatentGrid,
         method: OdeMethod,
-    ) -> Array:
+    ) -> Decoded:
         model, vae = self._pipeline.model, self._pipeline.vae
         frames = pictures if pictures.shape[-1] == 4 else opaque(pictures)
         latents = encode_frames(vae, vae_params, frames).astype(jnp.float32)
@@ -299,6 +314,7 @@ class PictureDecomposer:
             seed: 0 to 2³² − 1.
 
         Raises:
+            DecompositionError: the layers are not finite.
             ValueError: an argument is out of range.
         """
         sampling = Sampling(layers, steps, sampler, size, resize, guidance)
@@ -321,7 +337,25 @@ class PictureDecomposer:
             sampling: its size rule is not applied again.
             batch: the batch is filled up to so many, and to a multiple of `batch_multiple`; one
                 number for all calls means one program for all.
+
+        Raises:
+            DecompositionError: those of some pictures are not finite; `decoded` gives the others.
         """
+        found = self.decoded(frames, keys, sampling, batch)
+        if not found.finite.all():
+            raise DecompositionError(
+                f"{np.sum(~found.finite)} of {len(frames)} pictures: {NOT_FINITE}"
+            )
+        return found.layers
+
+    def decoded(
+        self,
+        frames: UInt8[np.ndarray, "b h w 4"],
+        keys: PRNGKeyArray,
+        sampling: Sampling,
+        batch: int | None = None,
+    ) -> Decoded:
+        """As `decompose`, and which pictures' layers are finite, as numpy arrays."""
         count = len(frames)
         rows = -(-max(count, batch or 1) // self.batch_multiple) * self.batch_multiple
         chosen = np.minimum(np.arange(rows), count - 1)
@@ -332,7 +366,7 @@ class PictureDecomposer:
         pictures, positive, keys = jax.device_put(
             (frames[chosen], text(0), keys[chosen]), batch_sharding(self._layout.mesh)
         )
-        stacks = self._decomposer(
+        found = self._decomposer(
             pictures,
             positive,
             None,
@@ -343,7 +377,7 @@ class PictureDecomposer:
             adapter=self._adapter,
             guidance=guidance,
         )
-        return np.asarray(stacks)[:count]
+        return jax.tree.map(lambda leaf: np.asarray(leaf)[:count], found)
 
 
 def _prompt(prompts: PromptEmbeddings, index: int, *, rows: int) -> np.ndarray:

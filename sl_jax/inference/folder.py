@@ -34,6 +34,7 @@ from sl_jax.data.pictures import (
     shown,
 )
 from sl_jax.inference.decomposer import (
+    NOT_FINITE,
     PictureDecomposer,
     Sampling,
     check_seeds,
@@ -312,18 +313,23 @@ def _decompose(
     batch: Sequence[_Opened], job: Job, decomposer: PictureDecomposer, outcome: Outcome
 ) -> None:
     keys = picture_keys([job.seed + picture.entry.index for picture in batch])
-    sample = functools.partial(decomposer.decompose, sampling=job.sampling, batch=job.batch)
-    stacks = sample(np.stack([picture.frame for picture in batch]), keys)
-    for picture in batch:
-        clear_outputs(job.output / picture.entry.name)
+    sample = functools.partial(decomposer.decoded, sampling=job.sampling, batch=job.batch)
+    stacks, finite = sample(np.stack([picture.frame for picture in batch]), keys)
+    inner = None
     if job.recurse is not None:
         # The layer keeps its alpha: what it leaves transparent is no part of the picture.
         chosen = stacks[:, job.recurse]
         inner = sample(chosen, jax.vmap(lambda key: jax.random.fold_in(key, job.recurse))(keys))
-        for picture, frame, layers in zip(batch, chosen, inner, strict=True):
-            _write(picture, frame, layers, job, (layer_names(len(layers))[job.recurse],))
-    for picture, layers in zip(batch, stacks, strict=True):
-        _write(picture, picture.frame, layers, job)
+        finite = finite & inner.finite
+    for row, picture in enumerate(batch):
+        if not finite[row]:
+            outcome.problems.append(Problem(os.fspath(picture.entry.path), NOT_FINITE))
+            continue
+        clear_outputs(job.output / picture.entry.name)
+        if inner is not None:
+            name = layer_names(job.sampling.layers)[job.recurse]
+            _write(picture, chosen[row], inner.layers[row], job, (name,))
+        _write(picture, picture.frame, stacks[row], job)
         outcome.written.append(job.output / picture.entry.name)
 
 

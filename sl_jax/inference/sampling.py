@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from sl_jax.flow.sampler import VelocityFn
-from sl_jax.models.codec import decode_frames, encode_frames, opaque
+from sl_jax.models.codec import encode_frames, opaque, to_uint8
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.modulation import Modulation, ModulationTable, time_modules
 from sl_jax.models.packing import pack, unpack
 from sl_jax.models.rope import LatentGrid
-from sl_jax.models.vae import Vae
+from sl_jax.models.vae import Vae, denormalize_latents
 
 GUIDANCE_SCOPE = "guidance"  # of the loop over prompts, in a program's paths
 
@@ -57,6 +57,18 @@ class Guidance(NamedTuple):
     normalize: Bool[Array, ""] | bool = True
 
 
+class Decoded(NamedTuple):
+    """Layers of every sample, back to front, without frame 0, which is the whole picture again.
+
+    Attributes:
+        layers: straight RGBA; transparent black where pixels are not finite.
+        finite: whether the pixels were, before they were rounded.
+    """
+
+    layers: UInt8[Array, "b l h w 4"]
+    finite: Bool[Array, " b"]
+
+
 def guided(
     wanted: Float[Array, "b n c"], unwanted: Float[Array, "b n c"], guidance: Guidance
 ) -> Float[Array, "b n c"]:
@@ -80,10 +92,22 @@ def picture_latents(
 
 
 def decode_layers(
-    vae: Vae, params: Any, latents: Float[Array, "b n c"], grid: LatentGrid
-) -> UInt8[Array, "b l h w 4"]:
-    """Straight RGBA layers, back to front, without frame 0; see `each_layer`."""
-    return each_layer(lambda x: decode_frames(vae, params, x), latents, grid)
+    vae: Vae,
+    params: Any,
+    latents: Float[Array, "b n c"],
+    grid: LatentGrid,
+    devices: int | None = None,
+) -> Decoded:
+    """Layers, and whether they are finite; arguments as for `each_layer`."""
+
+    def frames(x: Float[Array, "k i j z"]) -> tuple[Array, Array]:
+        raw = denormalize_latents(x, vae.config)
+        pixels = vae.apply({"params": params}, raw, method="decode")
+        finite = jnp.isfinite(pixels)
+        return to_uint8(jnp.where(finite, pixels, -1)), finite.all(axis=(1, 2, 3))
+
+    layers, finite = each_layer(frames, latents, grid, devices)
+    return Decoded(layers, finite.all(axis=1))
 
 
 def each_layer(

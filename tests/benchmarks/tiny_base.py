@@ -113,9 +113,8 @@ def _sampled(
 ) -> jax.Array:
     keys = jax.vmap(jax.random.key)(jnp.arange(start, start + len(pictures)))
     words = jnp.repeat(text, len(pictures), axis=0)
-    return decomposer(
-        jnp.asarray(pictures), words, None, keys, layers=layers, steps=steps, method=method
-    )
+    settings = {"layers": layers, "steps": steps, "method": method}
+    return decomposer(jnp.asarray(pictures), words, None, keys, **settings).layers
 
 
 def _scores(predicted: np.ndarray, designs: np.ndarray, pictures: np.ndarray) -> dict:

@@ -86,7 +86,7 @@ class Run:
     def _warn(self, records, said):
         self.warned.append(list(records)[-1]["step"])
 
-    def _evaluated(self, value):
+    def _evaluated(self, value, *_):
         self.fault("evaluating", len(self.seen))
         return value
 
@@ -341,7 +341,7 @@ def test_nobody_holds_on_to_a_past_state(tmp_path, monkeypatch):
         return State(*(jnp.zeros(12345) + i for i in range(3)))
 
     monkeypatch.setattr(run, "_start", start)
-    monkeypatch.setattr(run, "_evaluated", lambda value: None)
+    monkeypatch.setattr(run, "_evaluated", lambda value, *_: None)
     monkeypatch.setattr(loop, "evaluation_metrics", lambda value: {})
     monkeypatch.setattr(loop._Books, "pictures", lambda *args: None)
     monkeypatch.setattr(loop.Epochs, "run", lambda epochs, *args: epoch(epochs._parts, *args))

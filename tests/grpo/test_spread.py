@@ -13,6 +13,7 @@ from sl_jax.data import EvalSet, make_buckets, scan_folder, write_designs
 from sl_jax.grpo.config import EvaluationConfig, JudgeSettings
 from sl_jax.grpo.evaluation import Evaluator
 from sl_jax.grpo.judging import Judging
+from sl_jax.grpo.phases import Work
 from sl_jax.grpo.rollout import Decoded
 from sl_jax.grpo.spread import window_share
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
@@ -70,6 +71,9 @@ class Sampler:
         finite[list(self._spoiled)] = False
         return SimpleNamespace(latents=grey.astype(np.uint8).ravel(), finite=finite)
 
+    def work(self, candidates, window_start, grid):
+        return Work(2.0, 3.0, candidates.latents.size)
+
     def decode(self, latents, grid):
         layers = np.broadcast_to(latents[:, None, None, None, None], (len(latents), 2, 32, 32, 4))
         return Decoded(jnp.asarray(layers), np.ones(len(latents), bool))
@@ -100,8 +104,9 @@ def evaluator(tmp_path):
 
 
 def test_the_evaluator_draws_every_picture_twice_and_compares_all_candidates(evaluator):
-    sampler = Sampler()
-    share = evaluator.window_share(sampler, "adapter", 1, groups=8)
+    sampler, work = Sampler(), []
+    share = evaluator.window_share(sampler, "adapter", 1, 8, work.append)
+    assert work == [Work(2.0, 3.0, 8 * CANDIDATES)] * 2
     first, second = (grey[:5] for grey in sampler.drawn)  # of eight rows three are blank
     assert not np.any(first == second)
     assert share == pytest.approx(window_share(np.stack([first, second], axis=1) / 255), rel=1e-6)

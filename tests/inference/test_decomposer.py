@@ -18,8 +18,8 @@ from sl_jax.eval.baselines import BASELINES
 from sl_jax.eval.layerd import layerd_scores
 from sl_jax.flow.sampler import initial_noise
 from sl_jax.imaging import recompose
-from sl_jax.inference.decomposer import Decomposer
-from sl_jax.inference.prompts import DEFAULT_PROMPT, encode_prompts
+from sl_jax.inference.decomposer import Decomposer, DecompositionError, PictureDecomposer
+from sl_jax.inference.prompts import DEFAULT_PROMPT, PromptEmbeddings, encode_prompts
 from sl_jax.models.lora import Adapter, LoRAConfig, init_adapter
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
 
@@ -34,7 +34,9 @@ def pipeline(random_checkpoint):
 
 @pytest.fixture(scope="module")
 def decomposer(pipeline):
-    return Decomposer(pipeline)
+    """Pictures, prompts and keys → layers."""
+    decompose = Decomposer(pipeline)
+    return lambda *args, **settings: decompose(*args, **settings).layers
 
 
 def random_inputs(count, height, width, words=5):
@@ -65,6 +67,27 @@ def test_layers_depend_on_their_own_picture_prompt_and_key_alone(decomposer):
     assert_alike(again, together[order], 1)
     others = decomposer(pictures, text, lengths, keys[::-1], **settings)
     assert np.abs(np.asarray(others, int) - together).max() > 10
+
+
+def test_layers_that_are_not_finite_are_told_apart(pipeline):
+    """The others are what they are without them; shown are transparent ones, or none at all."""
+    pictures, text, keys = random_inputs(3, 16, 32)
+    lengths, settings = np.array([2, 5, 3]), {"layers": 2, "steps": 2, "method": "heun"}
+    decompose = Decomposer(pipeline)
+    whole = decompose(pictures, text, lengths, keys, **settings)
+    text[1, 0, 0] = np.nan
+    found = decompose(pictures, text, lengths, keys, **settings)
+    assert np.array_equal(whole.finite, [True] * 3)
+    assert np.array_equal(found.finite, [True, False, True])
+    assert not np.any(np.asarray(found.layers)[1])
+    assert np.array_equal(found.layers[::2], whole.layers[::2])
+    hidden = np.full((2, 3, 64), np.nan, np.float32)
+    prompts = PromptEmbeddings(hidden, np.array([3, 3]))
+    layout = Layout(make_mesh(MeshConfig(), jax.devices()[:1]))
+    spoiled = PictureDecomposer(decompose, prompts, None, layout)
+    picture = Image.fromarray(pictures[0])
+    with pytest.raises(DecompositionError, match=r"^1 of 1 pictures: .* not finite"):
+        spoiled(picture, layers=1, steps=1, size=32)
 
 
 @pytest.mark.slow
@@ -157,7 +180,7 @@ def test_layers_of_the_tiny_base_equal_diffusers(tiny, tiny_text, monkeypatch, f
     noise = initial_noise(keys, 4 * 16, 64)
     wanted = sampled_by_diffusers(peer, monkeypatch, picture, tiny_text, noise, 3, 10)
     settings = {"layers": 3, "steps": 10, "method": "euler"}
-    found = Decomposer(tiny)(picture[None], tiny_text, None, keys, **settings)
+    found = Decomposer(tiny)(picture[None], tiny_text, None, keys, **settings).layers
     assert_alike(found[0], wanted, 2)
 
 
@@ -167,7 +190,7 @@ def test_the_tiny_base_beats_every_baseline(tiny, tiny_text):
     pictures = np.stack([recompose(design) for design in designs])
     keys = jax.random.split(jax.random.key(0), len(designs))
     text = np.repeat(tiny_text, len(designs), axis=0)
-    found = Decomposer(tiny)(pictures, text, None, keys, layers=3, steps=10, method="euler")
+    found = Decomposer(tiny)(pictures, text, None, keys, layers=3, steps=10, method="euler").layers
 
     def cost(stacks):
         scores = [layerd_scores(a, b, 0)[0].cost for a, b in zip(stacks, designs, strict=True)]

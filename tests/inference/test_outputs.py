@@ -20,20 +20,27 @@ from sl_jax.imaging import flatten, over, recompose, to_uint8
 from sl_jax.inference import folder, outputs
 from sl_jax.inference.decomposer import Sampling
 from sl_jax.inference.folder import Job, decompose_pictures, find_pictures
+from sl_jax.inference.sampling import Decoded
 
 SAMPLING = Sampling(layers=3, steps=1, size=32)
 FILES = {"source.png", "composite.png", "layers.psd", "layers.json"}
 
 
 class FakeDecomposer:
-    """Layers that show which key and frame they are made of; remembers what it was asked."""
+    """Layers that show which key and frame they are made of; remembers what it was asked.
+
+    Attributes:
+        spoiled: pairs of a call, from 1, and the row in it whose layers are not finite.
+    """
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.spoiled = [], ()
 
-    def decompose(self, frames, keys, sampling, batch):
+    def decoded(self, frames, keys, sampling, batch):
         self.calls.append((frames.shape[:3], batch))
-        return np.stack([self.stack(f, k, sampling) for f, k in zip(frames, keys, strict=True)])
+        made = [self.stack(f, k, sampling) for f, k in zip(frames, keys, strict=True)]
+        finite = [(len(self.calls), row) not in self.spoiled for row in range(len(frames))]
+        return Decoded(np.stack(made), np.array(finite))
 
     @staticmethod
     def stack(frame, key, sampling):
@@ -53,8 +60,9 @@ def _picture(path: Path, height: int, width: int, seed: int = 0, mode: str = "RG
     return path
 
 
-def _decompose(where, output, **settings):
+def _decompose(where, output, spoiled=(), **settings):
     fake = FakeDecomposer()
+    fake.spoiled = spoiled
     job = Job(epath.Path(output), **({"sampling": SAMPLING} | settings))
     outcome = decompose_pictures(find_pictures(str(where)), job, lambda: fake)
     return outcome, fake
@@ -199,6 +207,24 @@ def test_a_layer_is_decomposed_once_more(tmp_path):
     assert len(outcome.kept) == 1 and not fake.calls
     with pytest.raises(ValueError, match="0 to 2"):
         Job(epath.Path("out"), SAMPLING, recurse=3)
+
+
+def test_layers_that_are_not_finite_are_a_problem_of_their_picture(tmp_path):
+    for index, name in enumerate("abc"):
+        _picture(tmp_path / "in" / f"{name}.png", 32, 32, index)
+    options = {"batch": 3, "transparent": True}
+    outcome, _ = _decompose(tmp_path / "in", tmp_path / "out", {(1, 1)}, **options)
+    assert [folder.name for folder in outcome.written] == ["a", "c"]
+    (problem,) = outcome.problems
+    assert problem.path.endswith("b.png") and "not finite" in problem.reason
+    assert not (tmp_path / "out" / "b").exists()
+    # What was there stays, and a layer's own layers count as well.
+    again = {"recurse": 1, "overwrite": True} | options
+    outcome, _ = _decompose(tmp_path / "in", tmp_path / "out", {(1, 0), (2, 2)}, **again)
+    assert [folder.name for folder in outcome.written] == ["b"]
+    assert [problem.path[-5:] for problem in outcome.problems] == ["a.png", "c.png"]
+    assert (tmp_path / "out" / "c" / "composite.png").exists()
+    assert not (tmp_path / "out" / "c" / "layer_1").exists()
 
 
 def test_what_an_earlier_decomposition_left_is_removed(tmp_path):

@@ -121,7 +121,7 @@ def test_tokens_to_layers(autoencoder):
 
     @compiled
     def decoded(latents):
-        layers = decode_layers(vae, params, pack(latents), grid)
+        layers, _ = decode_layers(vae, params, pack(latents), grid)
         frames = latents[:, 1:].reshape(4, 2, 6, 4)
         raw = frames * np.float32(CONFIG.latents_std) + np.float32(CONFIG.latents_mean)
         pixels = vae.apply({"params": params}, raw, method="decode")

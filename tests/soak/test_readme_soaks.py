@@ -74,6 +74,13 @@ def test_a_row_is_that_of_its_results(file, texts):
     assert all(f"{result['command']} ".startswith(f"{shown} ") for result in made)
 
 
+@pytest.mark.parametrize("file", [*ROWS, "judge_pool.json"])
+def test_a_result_names_its_commit(file):
+    told = json.loads((RESULTS / file).read_text())
+    for result in [told] if "command" in told else told.values():
+        assert re.fullmatch("[0-9a-f]{12}", result["commit"])
+
+
 def test_the_judge_pool_did_what_it_did():
     told = json.loads((RESULTS / "judge_pool.json").read_text())
     hostile, healthy = told["with_two_hostile_servers"], told["six_healthy_servers"]
