@@ -49,6 +49,9 @@ def _production() -> ConfigDict:
     config.eval_every = 250
     config.checkpoint_every = 250
 
+    health = config.health = ConfigDict()
+    health.not_finite = 5  # updates in a row that are not finite, after which the run stops
+
     log = config.log = ConfigDict()
     log.wandb = ""  # project of Weights & Biases; pip install "sl_jax[wandb]"
 

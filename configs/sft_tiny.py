@@ -52,6 +52,7 @@ def get_config() -> ConfigDict:
     vae.log_every = 50
     vae.eval_every = 500
     vae.checkpoint_every = 500
+    vae.health = ConfigDict({"not_finite": 5})  # updates in a row, after which the run stops
     # Noise of a few percent of the latents' size, which the decoder learns to forgive.
     vae.kl_weight = 5e-4
 
@@ -82,6 +83,7 @@ def get_config() -> ConfigDict:
     flow.log_every = 50
     flow.eval_every = 500
     flow.checkpoint_every = 500
+    flow.health = ConfigDict({"not_finite": 5})  # updates in a row, after which the run stops
     # Sixteen condition tokens would give μ = 0.25, a grid with hardly any high noise; production
     # (640 px) has 2.5. The exported scheduler applies this one.
     flow.mu = 2.5

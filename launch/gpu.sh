@@ -15,6 +15,8 @@ stopped. Without arguments it ends after the self-test.
   --install        only installs, as on a login node without GPUs
   SELFTEST=no      variable: leaves the self-test out
   EXTRAS           variable: the extras of setup.py, cuda; cuda,gcs for gs://
+  XLA_CLIENT_MEM_FRACTION
+                   variable: the part of each GPU's memory that JAX takes, 0.92
   PYTHON, VENV     variables: the interpreter, and the folder of the environment
 END_OF_USAGE
 }
@@ -65,6 +67,7 @@ gpus() {
 [ "$only_install" = yes ] || found="$(gpus)"
 venv="$(absolute "${VENV:-$ROOT/.venv-cuda}")"
 cd "$ROOT"
+fill_cards
 prepare "$venv" -e ".[${EXTRAS:-cuda}]"
 [ "$only_install" = no ] || exit 0
 

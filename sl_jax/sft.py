@@ -5,7 +5,7 @@ Stages `vae` and `flow` (`configs/sft_tiny.py`) train the autoencoder, and the M
 from nothing. Stopped and started again with the same configuration, a run goes on where it was.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from sl_jax.checkpoints.byte_ranges import reachable
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.source import resolve_model
 from sl_jax.data import FolderError
-from sl_jax.inference.prompts import DEFAULT_PROMPT, PromptStore, encode_prompts
+from sl_jax.inference.prompts import DEFAULT_PROMPT, PromptBatches, PromptStore, encode_prompts
 from sl_jax.inference.tiny_text import make_tiny_text_encoder
 from sl_jax.parallel.joining import joined
 from sl_jax.parallel.processes import ProcessError, Processes
@@ -29,9 +29,10 @@ from sl_jax.training import finetune, from_nothing
 from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.flags import parse_config_flags
+from sl_jax.training.health import NotFiniteError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.", lock_config=True)
-_EXPECTED = (ConfigError, CheckpointError, FolderError, ProcessError)
+_EXPECTED = (ConfigError, CheckpointError, FolderError, ProcessError, NotFiniteError)
 
 
 def main(argv: list[str]) -> None:
@@ -74,10 +75,11 @@ def tune(config: Mapping[str, Any], processes: Processes) -> epath.Path:
         reachable(where)
     max_tokens, dtype = settings.data.max_text_tokens, settings.compute.dtype
 
-    def store_at(folder: epath.Path) -> PromptStore:
-        return PromptStore(model, folder, max_tokens=max_tokens, dtype=dtype)
+    def encoded(folder: epath.Path, prompts: Sequence[str]) -> PromptBatches:
+        store = PromptStore(model, folder, max_tokens=max_tokens, dtype=dtype)
+        return PromptBatches(store, prompts)
 
-    return finetune.fine_tune(settings, model, store_at, processes)
+    return finetune.fine_tune(settings, model, encoded, processes)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from ml_collections import config_flags
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.data import FolderError
 from sl_jax.grpo.config import GrpoConfig, from_mapping
-from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.run import run
 from sl_jax.grpo.selftest import selftest
@@ -29,6 +28,7 @@ from sl_jax.training.configuration import ConfigError, distributed_part
 from sl_jax.training.console import ending_in_a_line, set_up_logging
 from sl_jax.training.explain import explained
 from sl_jax.training.flags import packaged, parse_config_flags
+from sl_jax.training.health import NotFiniteError
 from sl_jax.training.profiling import span
 from sl_jax.training.status import StatusError
 from sl_jax.training.status_screen import show

@@ -42,7 +42,7 @@ ELSEWHERE = {
     "bash launch/judge_pool/vllm.sh": "launch/test_launching_readme.py",
     "bash launch/quickstart.sh": "launch/test_quickstart_for_real.py",
     "bash launch/test.sh": "launch/test_scripts.py",
-    "pip install": "launch/test_packaging.py",
+    "pip install -e '.[tpu]'": "launch/test_extras_for_real.py",
     "python -m sl_jax.plan": "test_plan_cli.py",
     "python -m sl_jax.judge --port": "launch/test_judge_pool_readme.py",
     "--config.judge.endpoints=http://127.0.0.1": "launch/test_judge_pool_readme.py",
@@ -163,6 +163,7 @@ def test_the_test_that_runs_it_is_there(words, file):
     ("words", "file"),
     [
         ("bash launch/quickstart.sh", "launch/test_launching_readme.py"),
+        ("pip install -e '.[tpu]'", "launch/test_packaging.py"),
         ("python -m sl_jax.judge --audit", "launch/test_launching_readme.py"),
         ("openssl rand", "launch/test_judge_pool_readme.py"),
         ("python -m sl_jax.plan", "launch/test_scripts.py"),
@@ -170,6 +171,14 @@ def test_the_test_that_runs_it_is_there(words, file):
 )
 def test_a_test_that_does_not_run_it_is_found_out(words, file):
     assert not is_run_by(words, file)
+
+
+def test_no_command_trains_the_real_model_by_a_judge_of_pixels():
+    told = [command.text for command in commands()]
+    told = [text for text in told if re.search(r"--config=configs/grpo\.py(?!:tiny|:hosted)", text)]
+    trained = [text for text in told if "sl_jax.plan" not in text and "--explain" not in text]
+    assert len(trained) > 4
+    assert [text for text in trained if "--config.judge.model=" not in text] == []
 
 
 @pytest.mark.parametrize("comment", ["# needs patience", "# no TPU is needed", "# takes a while"])

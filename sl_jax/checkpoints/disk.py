@@ -65,17 +65,6 @@ def _inside(part: str) -> str:
     return f"{told or 'name'}-{hashlib.sha256(raw).hexdigest()[:8]}"
 
 
-def is_the_users(error: OSError) -> bool:
-    """Whether the user has to do something about it; other errors of the system may pass by.
-
-    Those of networks and servers do. Libraries have classes of their own for them, some with
-    numbers that are not the system's.
-    """
-    if type(error).__module__ != "builtins" or isinstance(error, (ConnectionError, TimeoutError)):
-        return False
-    return error.errno is None or error.errno in _ADVICE
-
-
 def disk_problem(error: OSError, place: epath.PathLike) -> str:
     """One line that names the path and what to do about it.
 
@@ -108,6 +97,18 @@ def storage_failed(error: BaseException | None) -> bool:
     """Whether an error of reading is one of the storage, and tells nothing of what lies there."""
     number = error_number(error)
     return number is not None and number not in _OF_THE_PATH
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether it is one of a network or of storage that fails, and may do so no more.
+
+    Others are the user's to put right, such as a full disk, or tell of no storage at all.
+    """
+    if isinstance(error, (ConnectionError, TimeoutError)):
+        return True
+    # What an error of the system was caused by, such as one of a hub, is not looked into.
+    number = error.errno if isinstance(error, OSError) else error_number(error)
+    return number is not None and number not in _ADVICE.keys() | _OF_THE_PATH
 
 
 def require_writable(folder: epath.PathLike) -> None:

@@ -29,7 +29,7 @@ from sl_jax.checkpoints.checksums import checksums
 from sl_jax.checkpoints.disk import error_number, storage_failed
 from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.checkpoints.lock import sole_writer
-from sl_jax.parallel.processes import ALONE, Processes
+from sl_jax.parallel.processes import ALONE, ProcessError, Processes
 
 _log = logging.getLogger(__name__)
 _TREE = "tree"
@@ -82,7 +82,7 @@ class RunCheckpoints:
 
     Raises:
         CheckpointError: another run writes to the directory, or this one cannot.
-        ProcessError: likewise, of the main process.
+        ProcessError: likewise, of the main process; or processes see different checkpoints.
     """
 
     def __init__(self, directory: epath.PathLike, keep: int = 3, processes: Processes = ALONE):
@@ -100,9 +100,20 @@ class RunCheckpoints:
                 create=True, preservation_policy=_LastAndBest(keep, self._best_of)
             )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._require_agreement()
             for step in self._manager.all_steps():
                 self._note(step, _reward(self.directory / str(step)))
             self._lock = stack.pop_all()
+
+    def _require_agreement(self) -> None:
+        """From what one process sees and another does not, they would go on apart."""
+        steps = sorted(self._manager.all_steps())
+        found = self._processes.all_gather("finding checkpoints", steps)
+        if any(other != steps for other in found):
+            raise ProcessError(
+                f"processes see different checkpoints ({found}) in {self.directory}; please let "
+                "the shared drive settle, and start again"
+            )
 
     @property
     def latest(self) -> int | None:
@@ -158,7 +169,8 @@ class RunCheckpoints:
 
         Raises:
             CheckpointError: there is no readable checkpoint, or those that are there have other
-                arrays, or storage fails.
+                arrays.
+            OSError: storage fails.
             ProcessError: it fails in another process.
         """
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
@@ -204,10 +216,8 @@ class RunCheckpoints:
             return _patiently(path, abstract)
         except Exception as error:
             if storage_failed(error):
-                raise CheckpointError(
-                    f"{path} cannot be read: {_reason(error)}; it is left as it is. Please see to "
-                    "the storage; the same command then goes on"
-                ) from error
+                told = f"a checkpoint cannot be read, and is left as it is: {_reason(error)}"
+                raise OSError(error_number(error), told, os.fspath(path)) from error
             if not _is_damage(error):
                 raise
             return None, {}, _reason(error)

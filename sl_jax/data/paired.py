@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -71,6 +73,12 @@ class PairedData(Sequence[PairedDesign]):
 
     def __getitem__(self, position: int) -> PairedDesign:
         return self.designs[position]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of contents and captions: equal where two processes see the same data."""
+        told = sorted((design.content_hash, design.caption) for design in self.designs)
+        return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
     def split(self, eval_fraction: float) -> tuple[PairedData, PairedData]:
         """(training, held-out) parts by content hash: adding designs moves no other one.

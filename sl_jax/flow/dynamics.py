@@ -101,19 +101,6 @@ def step_noise(x_next: Latents, moments: StepMoments) -> Float32[Array, "batch t
     return (x_next.astype(jnp.float32) - moments.mean) / _over_latents(moments.std)
 
 
-def log_prob(
-    x_next: Latents, moments: StepMoments, token_mask: TokenMask | None = None
-) -> Float32[Array, " batch"]:
-    """log p(x') per sample: the mean over its trained scalars, as in Flow-GRPO, not the sum.
-
-    For reports. Ratios come from differences instead (`sl_jax.grpo.objective`): two
-    log-probabilities near −1 cannot show a difference of 1e-8 in float32.
-    """
-    noise = step_noise(x_next, moments)
-    log_norm = jnp.log(moments.std) + 0.5 * jnp.log(2.0 * jnp.pi)
-    return -0.5 * latent_mean(noise**2, token_mask) - log_norm
-
-
 def cps_public_ratio(
     noise: Latents,
     mean_delta: Latents,

@@ -39,11 +39,6 @@ class WindowSteps(NamedTuple):
     std: Float32[Array, " window"]
     index: Int32[Array, " window"]
 
-    @property
-    def noise(self) -> Float32[Array, "window batch tokens channels"]:
-        """ε = (x_next − mean)/std, from the rollout's own mean."""
-        return (self.x_next - self.mean) / self.std[:, None, None, None]
-
 
 class Trajectory(NamedTuple):
     """A finished rollout: x₀ [B, N, C] and its stochastic window."""

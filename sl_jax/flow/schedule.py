@@ -84,26 +84,22 @@ def draw_sigmas(
     mu: float | Float[Array, "..."],
     *,
     distribution: SigmaDistribution = "uniform",
-    time_shift_type: TimeShiftType = "linear",
-    logit_mean: float = 0.0,
-    logit_std: float = 1.0,
 ) -> Float32[Array, "..."]:
     """Draws σ in (0, 1] for supervised flow matching: the sampling grid's density, made continuous.
 
-    A uniform draw, shifted by μ, has the density of an infinitely fine `sigma_grid`. For
-    `logit_normal` (Stable Diffusion 3, arXiv 2403.03206, section 3.1) it is
-    sigmoid(logit_mean + logit_std·z) that is shifted. `mu` may be one value or one per sample,
-    and must broadcast to `shape`.
+    A uniform draw, shifted linearly by μ, has the density of an infinitely fine `sigma_grid`. For
+    `logit_normal` (Stable Diffusion 3, arXiv 2403.03206, section 3.1) it is sigmoid(z) that is
+    shifted, z ~ N(0, 1). `mu` may be one value or one per sample, and must broadcast to `shape`.
     """
     if distribution == "uniform":
         base = 1.0 - jax.random.uniform(key, shape, jnp.float32)
     elif distribution == "logit_normal":
-        base = jax.nn.sigmoid(logit_mean + logit_std * jax.random.normal(key, shape, jnp.float32))
+        base = jax.nn.sigmoid(jax.random.normal(key, shape, jnp.float32))
     else:
         raise ValueError(
             f"σ distribution {distribution!r} is unknown; please use 'uniform' or 'logit_normal'"
         )
-    return shift_sigmas(base, mu, time_shift_type)
+    return shift_sigmas(base, mu)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +113,6 @@ class SchedulerConfig:
     shift: float = 1.0
     time_shift_type: TimeShiftType = "exponential"
     shift_terminal: float | None = None
-    num_train_timesteps: int = 1000
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:

@@ -133,15 +133,6 @@ def criteria_advantages(
     return _finish(advantage, valid, tied, _group_std(combined, valid))
 
 
-def normalise_weights(weights: Rewards) -> Rewards:
-    """Weights scaled to sum to 1 over the whole batch; all 0 stay 0.
-
-    For callers that change weights after the fact, as when stale samples are dropped.
-    """
-    weights = np.asarray(weights, np.float64)
-    return _divide(weights, weights.sum())
-
-
 def _finish(
     advantage: Rewards, valid: Valid, tied: PerGroup, spread: Float64[np.ndarray, " groups"]
 ) -> Advantages:
@@ -150,7 +141,7 @@ def _finish(
     used = valid & effective[:, None]
     return Advantages(
         advantage=np.where(used, advantage, 0.0),
-        weight=normalise_weights(used),
+        weight=_divide(used, used.sum()),
         effective=effective,
         spread=spread,
         effective_groups=int(effective.sum()),

@@ -8,7 +8,6 @@ from jaxtyping import PRNGKeyArray, UInt32
 
 from sl_jax.data import (
     Example,
-    FolderError,
     PictureIndex,
     make_buckets,
     make_dataset,
@@ -20,6 +19,7 @@ from sl_jax.grpo.rollout import Pictures
 from sl_jax.parallel.mesh import Layout, batch_sharding
 from sl_jax.parallel.processes import BatchRows, Processes, batch_rows, from_local
 from sl_jax.training.configuration import ConfigError
+from sl_jax.training.same_data import require_same
 
 
 def rows_here(config: GrpoConfig, layout: Layout, processes: Processes) -> BatchRows:
@@ -50,23 +50,9 @@ def pictures_of(data: DataConfig, processes: Processes) -> tuple[PictureIndex, P
         eval_data=data.eval_data or None,
         eval_fraction=data.eval_fraction,
     )
-    same_pictures(found, processes)
+    prints, folders = zip(*((index.fingerprint, index.folder) for index in found), strict=True)
+    require_same("pictures", prints, folders, processes)
     return found
-
-
-def same_pictures(indices: Sequence[PictureIndex], processes: Processes) -> None:
-    """Checks that all processes have found the same pictures.
-
-    Raises:
-        FolderError: they have not.
-    """
-    told = processes.all_gather("comparing pictures", [index.fingerprint for index in indices])
-    different = [number for number, prints in enumerate(told) if prints != told[0]]
-    if different:
-        raise FolderError(
-            f"processes {different} find other pictures than process 0 in "
-            f"{[str(index.folder) for index in indices]}; please give all hosts the same files"
-        )
 
 
 def group_keys(root: PRNGKeyArray, slots: Sequence[int]) -> UInt32[np.ndarray, "n words"]:

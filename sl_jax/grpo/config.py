@@ -184,8 +184,7 @@ class JudgeSettings:
     Attributes:
         endpoint: where `endpoints` is empty: "embedded" computes scores from the rendered pictures,
             in process; "embedded-vlm" adds the compression and noise of a vision-language model.
-        endpoints: servers that judge instead. In a configuration file each is its URL, or a mapping
-            of the fields of `EndpointConfig`.
+        endpoints: servers that judge instead; the flag may be given several times.
         model: name of the judging model, of the endpoints that name none themselves.
         key_env: environment variable with the key, of the endpoints that name none themselves.
         two_stage: whether the candidates of a group are compared in a grid after each was scored.

@@ -152,10 +152,16 @@ def _learn(
         report, skipped = None, int(state.skipped)
         if not stopped:
             old = None if state.adapter is sampler else sampler
-            # An epoch that is cut short goes on from its beginning, whose adapter may sample, too.
-            how = {"donate": state.adapter is not begun, "too_far": _too_far(parts)}
-            how["between"] = partial(parts.processes.barrier, "learning")  # where signals come
-            state, report = parts.learner.update(state, scored, old, kl_left, **how)
+            state, report = parts.learner.update(
+                state,
+                scored,
+                old=old,
+                kl_left=kl_left,
+                # An epoch cut short goes on from its beginning, whose adapter may sample, too.
+                donate=state.adapter is not begun,
+                too_far=_too_far(parts),
+                between=partial(parts.processes.barrier, "learning"),  # where signals come
+            )
             stopped = report.stopped
             jax.block_until_ready(state.updates)
             phases.computed(parts.learner.work(scored, old))

@@ -11,6 +11,7 @@ import numpy as np
 from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.config import HealthConfig
 from sl_jax.grpo.spoiled import FOLDER
+from sl_jax.training.health import NotFiniteError
 
 _log = logging.getLogger(__name__)
 
@@ -19,10 +20,6 @@ _DRIFT = {
     "kl": ("learner/kl_old/all", "The KL per latent scalar from the policy that rolled out"),
     "clip_fraction": ("learner/clip_fraction/all", "The share of samples beyond the clip range"),
 }
-
-
-class NotFiniteError(RuntimeError):
-    """Too many updates in a row were not finite."""
 
 
 class Health:

@@ -78,7 +78,7 @@ def open_judges(
         BudgetError: nothing is left to spend.
         ProcessError: another process met one of these.
     """
-    urls = {server.url for server in (*config.judge.endpoints, *config.evaluation.judge)}
+    urls = sorted({server.url for server in (*config.judge.endpoints, *config.evaluation.judge)})
     users = Counter(url for named in processes.all_gather("naming judges", urls) for url in named)
     judge = _own(config.judge, folder, processes, users)
     servers = _shared(config.evaluation.judge, users)

@@ -37,6 +37,7 @@ from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, batch_sharding, batch_shards, replicated
 from sl_jax.parallel.processes import from_everywhere
+from sl_jax.training.health import where_finite
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 
@@ -534,14 +535,10 @@ class Learner:
         updates, optimizer = self._optimizer.update(gradient, now.optimizer, now.lora)
         lora = optax.apply_updates(now.lora, updates)
         ema = optax.incremental_update(lora, now.ema, 1 - self._config.ema)
-
-        def kept(changed: Any, before: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), changed, before)
-
         changed = _Changing(
-            lora=kept(lora, now.lora),
-            ema=kept(ema, now.ema),
-            optimizer=kept(optimizer, now.optimizer),
+            lora=where_finite(norm, lora, now.lora),
+            ema=where_finite(norm, ema, now.ema),
+            optimizer=where_finite(norm, optimizer, now.optimizer),
             updates=now.updates + finite.astype(jnp.int32),
             skipped=now.skipped + (~finite).astype(jnp.int32),
         )

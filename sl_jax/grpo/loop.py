@@ -22,7 +22,6 @@ from sl_jax.grpo.phases import Phases
 from sl_jax.grpo.spoiled import clear_up
 from sl_jax.models.lora import Adapter
 from sl_jax.parallel.peaks import memory_use, peak_flops
-from sl_jax.parallel.processes import ProcessError
 from sl_jax.scoring.records import RECORDS, Record, RecordError, read_pictures, to_markdown
 from sl_jax.training.metrics import MetricsWriter, read_metrics
 
@@ -191,14 +190,7 @@ def _begin(
         if parts.processes.is_main:
             clear_up(parts.folder)
     state = parts.learner.start(adapter())
-    latest = parts.checkpoints.latest
-    found = parts.processes.all_gather("finding checkpoints", latest)
-    if set(found) != {latest}:
-        raise ProcessError(
-            f"processes see different newest checkpoints ({found}) in {parts.folder}; please let "
-            "the shared drive settle, and start again"
-        )
-    if latest is None:
+    if parts.checkpoints.latest is None:
         return state, 0
     epoch, state, record = parts.checkpoints.restore(donated(state))
     epochs.restore(record)

@@ -136,18 +136,46 @@ def _parts(
         with processes.together("loading the model"):
             model = resolve_model(config.model)
             negative = None if rollout.guidance == 1 else rollout.negative_prompt
-            kept = (folder / "prompts", config.compute.dtype)
-            prompts = PromptTable(model, data, captions, *kept, negative)
+            prompts = PromptTable(
+                model,
+                data,
+                captions,
+                cache=folder / "prompts",
+                dtype=config.compute.dtype,
+                negative=negative,
+            )
             pipeline = load_pipeline(model, config.compute, layout, [first.shapes])
         training, grading = judgings(config, folder, judges, processes)
-        sampled = (Decomposer(pipeline), examples, prompts)
-        placed = (layout, prompts.guidance(rollout.guidance, layout))
-        evaluator = Evaluator(*sampled, grading, config.evaluation, rollout.shift, *placed)
-        rolling = Rollout(pipeline, rollout, *placed)
-        learning = (config.objective, config.optimizer, config.learner)
-        learner = Learner(pipeline, rollout, *learning, *placed)
-        parts = (config, folder, stream, prompts, rolling, training, learner, evaluator)
-        yield (
-            Parts(*parts, checkpoints, layout, processes, profiler),
-            partial(first.on, pipeline.params),
+        guidance = prompts.guidance(rollout.guidance, layout)
+        parts = Parts(
+            config=config,
+            folder=folder,
+            stream=stream,
+            prompts=prompts,
+            rollout=Rollout(pipeline, rollout, layout, guidance),
+            judging=training,
+            learner=Learner(
+                pipeline=pipeline,
+                rollout=rollout,
+                objective=config.objective,
+                optimizer=config.optimizer,
+                config=config.learner,
+                layout=layout,
+                guidance=guidance,
+            ),
+            evaluator=Evaluator(
+                decomposer=Decomposer(pipeline),
+                examples=examples,
+                prompts=prompts,
+                judging=grading,
+                config=config.evaluation,
+                shift=rollout.shift,
+                layout=layout,
+                guidance=guidance,
+            ),
+            checkpoints=checkpoints,
+            layout=layout,
+            processes=processes,
+            profiler=profiler,
         )
+        yield parts, partial(first.on, pipeline.params)

@@ -70,11 +70,10 @@ def _sampled(tensors: TensorFiles, name: str) -> list[np.ndarray]:
 
 
 def _file_digest(path: epath.Path) -> str:
+    size = path.stat().length
+    if size <= _WHOLE_BYTES:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     with path.open("rb") as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        if size <= _WHOLE_BYTES:
-            return hashlib.sha256(file.read()).hexdigest()
         head = file.read(_HASHED_BYTES)
         file.seek(size - _HASHED_BYTES)
         return hashlib.sha256(f"{size}\n".encode() + head + file.read()).hexdigest()

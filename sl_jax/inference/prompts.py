@@ -6,6 +6,7 @@ dropped. The encoder lives no longer than the call; nothing of it stays in memor
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -46,6 +47,7 @@ _REAL_VOCABULARY = 151643
 _REAL_PREFIX = 34
 _MAX_TOKENS = 1024
 _BATCH = 8
+_HELD = 64  # Prompts of a run that stay in memory: one without captions reads its only one once.
 _TOKENIZED = 1000
 _WIDTH = 64  # Prompts are padded to multiples of it, so that few programs serve all lengths.
 _UNUSED = ("visual.", "lm_head.", "rotary_emb.")
@@ -113,7 +115,8 @@ def encode_prompts(
                 cache.write(prompt, states)
             except OSError as error:
                 warnings.warn(f"{prompt!r} is not kept: {error}", stacklevel=2)
-    return _padded([hidden[prompt] for prompt in prompts])
+    rows = [hidden[prompt] for prompt in prompts]
+    return _padded(rows, max(map(len, rows)))
 
 
 class PromptStore:
@@ -163,6 +166,27 @@ class PromptStore:
         return states
 
 
+class PromptBatches:
+    """The prompts of a run, batch by batch as hidden states.
+
+    They are on disk; memory holds the lengths, and what the last few batches needed.
+
+    Attributes:
+        padded: whether a row of some batch is.
+    """
+
+    def __init__(self, store: PromptStore, prompts: Sequence[str]):
+        """`prompts` are all that batches are made of; what the store lacks is encoded."""
+        lengths = store.complete(prompts)
+        self._read = functools.lru_cache(_HELD)(store.read)
+        self._width = max(lengths.values())  # of all batches, so that one program serves them
+        self.padded = min(lengths.values()) < self._width
+
+    def __call__(self, prompts: Sequence[str]) -> PromptEmbeddings:
+        """A row for each prompt, as wide as the longest of the run."""
+        return _padded([self._read(prompt) for prompt in prompts], self._width)
+
+
 def _check(prompts: Sequence[str], max_tokens: int) -> None:
     if not prompts or not 1 <= max_tokens <= _MAX_TOKENS:
         raise ValueError(
@@ -171,9 +195,9 @@ def _check(prompts: Sequence[str], max_tokens: int) -> None:
         )
 
 
-def _padded(rows: Sequence[np.ndarray]) -> PromptEmbeddings:
+def _padded(rows: Sequence[np.ndarray], width: int) -> PromptEmbeddings:
     lengths = np.array([len(row) for row in rows], np.int32)
-    hidden = np.zeros((len(rows), lengths.max(), rows[0].shape[1]), rows[0].dtype)
+    hidden = np.zeros((len(rows), width, rows[0].shape[1]), rows[0].dtype)
     for target, row in zip(hidden, rows, strict=True):
         target[: len(row)] = row
     return PromptEmbeddings(hidden, lengths)

@@ -40,8 +40,9 @@ class Modulation(NamedTuple):
 class ModulationTable(NamedTuple):
     """The times of a sampling grid, and what they do to the network.
 
-    Who samples by a table takes its times from it too, so that it cannot meet another time. An
-    index beyond it gives nan, and `index_of` refuses a time that it does not hold.
+    Rows and times go together: who samples by a table takes its grid from it too, and asks for a
+    position in it, never for a time, so that there is none that it does not hold. A position beyond
+    the grid gives nan, and what is not finite is neither judged nor trained on.
 
     Attributes:
         sigmas: the grid, descending; its final 0, where no velocity is evaluated, has no row.
@@ -56,21 +57,6 @@ class ModulationTable(NamedTuple):
         """The part for the step from σ_index to σ_{index + 1}."""
         sigmas = jnp.stack([_row(self.sigmas, index + i, 0)[0] for i in range(2)])
         return ModulationTable(sigmas, None if self.rows is None else self.rows.at(index))
-
-    def index_of(self, sigma: float) -> int:
-        """The row of exactly this time, on the host.
-
-        Raises:
-            ValueError: the table does not hold it.
-        """
-        known = np.asarray(self.sigmas)[:-1]
-        found = np.flatnonzero(known == np.float32(sigma))
-        if not len(found):
-            raise ValueError(
-                f"the modulation of time {sigma} is not in the table, which holds "
-                f"{', '.join(map(str, known))}; please use a table of the grid that is sampled"
-            )
-        return int(found[0])
 
 
 def _row(table: Array, index: Int[Array, ""], axis: int) -> Array:

@@ -13,7 +13,7 @@ from absl import logging as absl_logging
 from jax.errors import JaxRuntimeError
 from tqdm import tqdm
 
-from sl_jax.checkpoints.disk import disk_problem, is_the_users
+from sl_jax.checkpoints.disk import disk_problem, may_pass
 from sl_jax.imaging.words import printable
 from sl_jax.parallel.interrupts import (
     REFUSED,
@@ -73,10 +73,10 @@ def ending_in_a_line(
     What it yields tells the exit code of an error, for the other processes of the run.
 
     Args:
-        expected: errors that say what to do; exit code 1. Those of the system that a user can do
-            something about, such as a full disk, are expected as well: path and advice are added;
-            and those of devices whose memory is too small. All others, also those of networks, are
-            shown whole; exit code 70.
+        expected: errors that say what to do; exit code 1, or 70 if a network or a device that
+            failed has caused them. Those of the system that a user can do something about, such as
+            a full disk, are expected as well: path and advice are added; and those of devices whose
+            memory is too small. All others, also those of networks, are shown whole; exit code 70.
         unit: what a run that was stopped is whole after: "epoch", "update"; exit code 130 after
             Ctrl-C, 143 after SIGTERM, or where another process was killed.
         folder: what the run writes to: the path of errors that know none.
@@ -86,7 +86,7 @@ def ending_in_a_line(
         yield partial(exit_code, expected=expected)
     except Exception as error:
         code = exit_code(error, expected)
-        if code == UNEXPECTED and not isinstance(error, ProcessError):
+        if code == UNEXPECTED and not isinstance(error, (ProcessError, *expected)):
             traceback.print_exc()
             sys.exit(code)
         told = str(error) if isinstance(error, expected) else _told(error, folder, smaller)
@@ -114,8 +114,12 @@ def exit_code(error: BaseException, expected: tuple[type[Exception], ...]) -> in
         return TERMINATED
     if isinstance(error, KeyboardInterrupt):
         return STOPPED
-    known = isinstance(error, expected) or _is_out_of_memory(error)
-    return REFUSED if known or (isinstance(error, OSError) and is_the_users(error)) else UNEXPECTED
+    if isinstance(error, expected):
+        return UNEXPECTED if may_pass(error.__cause__) else REFUSED
+    # Libraries for networks have classes of their own, with numbers that need not be the system's.
+    of_files = isinstance(error, OSError) and type(error).__module__ == "builtins"
+    known = of_files and not may_pass(error)
+    return REFUSED if known or _is_out_of_memory(error) else UNEXPECTED
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -1,12 +1,10 @@
 """Supervised fine-tuning of a loaded checkpoint on designs with true layers.
 
 The flow-matching loss of the base, at the noise levels of its own sampling grid; an adapter or all
-parameters are trained, laid out over the mesh like the weights that they belong to. The base's
-parameters travel with each batch, as an argument of the compiled update.
+parameters are trained, laid out over the mesh like the weights that they belong to.
 """
 
 import dataclasses
-import functools
 import logging
 import math
 import shutil
@@ -15,13 +13,13 @@ from contextlib import ExitStack, closing
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int32, UInt8
 
 from sl_jax.checkpoints.huggingface import named_tensors
 from sl_jax.checkpoints.naming import MMDIT
@@ -63,6 +61,7 @@ from sl_jax.training.configuration import (
 from sl_jax.training.export import in_place_of, place_problems, save_transformer
 from sl_jax.training.layout import run_layout
 from sl_jax.training.metrics import LogConfig
+from sl_jax.training.same_data import require_same
 from sl_jax.training.supervised import (
     STAGE_RULES,
     WATCHED,
@@ -70,6 +69,7 @@ from sl_jax.training.supervised import (
     Loss,
     StageConfig,
     StageState,
+    Velocity,
     flow_loss,
     open_stage,
     warmup_problems,
@@ -83,9 +83,6 @@ _IDENTITY = workdir.Identity(
     | {"compute.attention", "compute.remat", "compute.cache"},
     own=frozenset({"compute.cache", "distributed"}),
 )
-
-_WRITING = "writing the result"
-_HELD_TEXTS = 64  # Captions in memory; without captions there is only the prompt.
 
 
 @dataclass(frozen=True)
@@ -196,40 +193,14 @@ def _problems(config: FineTuneConfig, devices: int) -> Iterator[str]:
     yield from split_problems(config.mesh, devices, {"batch": config.batch})
 
 
-class TextStore(Protocol):
-    """Prompts as hidden states on disk; see `inference.prompts.PromptStore`."""
-
-    def complete(self, prompts: Sequence[str]) -> Mapping[str, int]:
-        """Encodes what is absent; number of valid vectors of each prompt."""
-        ...
-
-    def read(self, prompt: str) -> Float[np.ndarray, "s e"]:
-        """Hidden states of a prompt that `complete` was given."""
-        ...
-
-
-class Told(NamedTuple):
-    """What the loss is told beside the noised frames.
-
-    Attributes:
-        picture: packed latents of the picture.
-        text: hidden states of the prompts.
-        lengths: valid tokens of each.
-        base: parameters that are not trained; None if all are.
-        scale: the adapter's constant factors; None without one.
-    """
-
-    picture: Float[Array, "b m c"]
-    text: Float[Array, "b s e"]
-    lengths: Int[Array, " b"]
-    base: Any
-    scale: Any
+# Prompts of a batch → their hidden states, as wide as the longest of the run, and lengths.
+Texts = Callable[[Sequence[str]], tuple[Float[np.ndarray, "b s e"], Int32[np.ndarray, " b"]]]
 
 
 def fine_tune(
     config: FineTuneConfig,
     model: epath.PathLike,
-    store_at: Callable[[epath.Path], TextStore],
+    encoded: Callable[[epath.Path, Sequence[str]], Texts],
     processes: Processes = ALONE,
 ) -> epath.Path:
     """Trains to the end, from wherever the work directory stands.
@@ -237,7 +208,8 @@ def fine_tune(
     Args:
         config: of the run.
         model: the checkpoint folder that `config.model` means.
-        store_at: folder → the store that keeps prompts there.
+        encoded: (folder, all prompts of the run) → `Texts`, which are kept in that folder; see
+            `inference.prompts.PromptBatches`.
         processes: of the run.
 
     Returns:
@@ -267,29 +239,35 @@ def fine_tune(
         used = counted(streams[0].used, "design")
         _log.info("%s to train on, %d held out.", used, len(held_out))
         captions = {design.caption for data in (training, held_out) for design in data}
-        texts = _TextTable(config.data, captions, store_at(folder / "prompts"))
+        texts = _texts(config.data, captions, partial(encoded, folder / "prompts"))
         pipeline = load_pipeline(model, config.compute, layout)
         with processes.together("recording the configuration"):
             if processes.is_main:
                 workdir.record(config)
-        parts = first(pipeline.params)
-        feed = _Feed(pipeline, parts, texts, layout, config.batch)
+        trained, frozen = first(pipeline.params)
+        feed = _Feed(pipeline, texts, layout, config.batch)
         shapes = {shape for stream in streams for shape in stream.shapes}
         losses = {_grid(s): _loss(config, pipeline, _grid(s)) for s in sorted(shapes)}
         module = pipeline.model
         del pipeline  # with all parameters trained, nothing needs the loaded ones any more
-        average = _trained(config, folder, layout, parts, losses, streams, feed, processes)
-    with processes.together(_WRITING):
+        average = _average(
+            config, folder, layout, trained, frozen, losses, streams, feed, processes
+        )
+    with processes.together("writing the result"):
         if config.train == "lora":
-            whole = to_everywhere(Adapter(average, parts.scale), layout.mesh)
+            whole = to_everywhere(Adapter(average, frozen.scale), layout.mesh)
             return _write_adapter(config, folder, whole, processes)
         return _write_model(config, model, module, average, layout, processes)
 
 
-class _Parts(NamedTuple):
-    """What is trained, and what is not."""
+class Frozen(NamedTuple):
+    """What stays as it is while an adapter is trained.
 
-    trained: Any
+    Attributes:
+        base: parameters of the model.
+        scale: the adapter's constant factors.
+    """
+
     base: Any
     scale: Any
 
@@ -300,7 +278,9 @@ def _data(config: PairedConfig, processes: Processes) -> tuple[PairedData, Paire
     with processes.together("opening the designs"):
         if processes.is_main:  # which makes a dataset, if need be, before the others look for it
             opened = [open_paired(where) for where in wanted]
-    data, *others = opened or [open_paired(where) for where in wanted]
+    opened = opened or [open_paired(where) for where in wanted]
+    require_same("designs", [data.fingerprint for data in opened], wanted, processes)
+    data, *others = opened
     if others:
         held_out = others[0]
         training = data.without(held_out)
@@ -330,18 +310,21 @@ def _grid(shape: PairedShape) -> LatentGrid:
 
 def _first(
     config: FineTuneConfig, model: epath.PathLike, layout: Layout
-) -> Callable[[Any], _Parts]:
-    """Base parameters → what is trained first; what is wrong is said before they load."""
+) -> Callable[[Any], tuple[Any, Frozen | None]]:
+    """Base parameters → what is trained, as it begins, and what is not.
+
+    What is wrong is said before they load.
+    """
     if config.train == "full":
         _check_apart(Path(config.export), local_path(model))
-        return lambda base: _Parts(jax.tree.map(lambda x: x.astype(jnp.float32), base), None, None)
+        return lambda base: (jax.tree.map(lambda x: x.astype(jnp.float32), base), None)
     adapter_on = first_adapter(config, epath.Path(model), layout).on
 
-    def parts(base: Any) -> _Parts:
+    def begin(base: Any) -> tuple[Any, Frozen]:
         adapter = adapter_on(base)
-        return _Parts(adapter.lora, base, adapter.lora_scale)
+        return adapter.lora, Frozen(base, adapter.lora_scale)
 
-    return parts
+    return begin
 
 
 def _check_apart(export: Path, model: Path) -> None:
@@ -371,53 +354,39 @@ def _loss(config: FineTuneConfig, pipeline: Pipeline, grid: LatentGrid) -> Loss:
     return flow_loss(tuned_velocity(pipeline.model, grid), shift, config.time_distribution)
 
 
-def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Callable[..., Array]:
-    """(trained, x, t, told) → v: `trained` is the adapter's `lora`, or all parameters."""
+def tuned_velocity(model: MMDiT, grid: LatentGrid) -> Velocity:
+    """What is trained is the adapter's `lora`, or, where nothing is frozen, all parameters."""
 
-    def velocity(trained: Any, x: Array, t: Array, told: Told) -> Array:
-        if told.base is None:
+    def velocity(
+        trained: Any, frozen: Frozen | None, x: Array, t: Array, batch: FlowBatch
+    ) -> Array:
+        if frozen is None:
             params = jax.tree.map(lambda leaf: leaf.astype(model.param_dtype), trained)
             variables = {"params": params}
         else:
-            variables = {"params": told.base, **Adapter(trained, told.scale).variables()}
+            variables = {"params": frozen.base, **Adapter(trained, frozen.scale).variables()}
         modulation = model.apply(variables, t, method="modulate")
         return model.apply(
-            variables, x, told.picture, told.text, told.lengths, modulation, grid
+            variables, x, batch.picture, batch.text, batch.lengths, modulation, grid
         ).astype(jnp.float32)
 
     return velocity
 
 
-class _TextTable:
-    """Hidden states of the prompt and of all captions: on disk, but for those used last.
-
-    Rows are padded to the longest of all, so that one program serves every batch.
-    """
-
-    def __init__(self, config: PairedConfig, captions: set[str], store: TextStore):
-        self._prompt = config.prompt
-        self._used = captions - {"", config.prompt} if config.captions else set()
-        lengths = store.complete([config.prompt, *sorted(self._used)])
-        self._width = max(lengths.values())
-        self._read = functools.lru_cache(_HELD_TEXTS)(store.read)
-
-    def __call__(self, captions: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states and lengths; a caption that is not known stands for the prompt."""
-        rows = [self._read(text if text in self._used else self._prompt) for text in captions]
-        hidden = np.zeros((len(rows), self._width, rows[0].shape[1]), rows[0].dtype)
-        for target, row in zip(hidden, rows, strict=True):
-            target[: len(row)] = row
-        return hidden, np.array([len(row) for row in rows], np.int32)
+def _texts(
+    config: PairedConfig, captions: set[str], encoded: Callable[[Sequence[str]], Texts]
+) -> Texts:
+    """Captions of a batch, of which those that are not trained with stand for the prompt."""
+    used = captions - {"", config.prompt} if config.captions else set()
+    texts = encoded([config.prompt, *sorted(used)])
+    return lambda batch: texts([text if text in used else config.prompt for text in batch])
 
 
 class _Feed:
     """Encodes what a stream reads, and lays it out over the devices."""
 
-    def __init__(
-        self, pipeline: Pipeline, parts: _Parts, texts: _TextTable, layout: Layout, batch: int
-    ):
+    def __init__(self, pipeline: Pipeline, texts: Texts, layout: Layout, batch: int):
         self._vae_params = pipeline.vae_params
-        self._parts = parts
         self._texts = texts
         self._sharding = batch_sharding(layout.mesh)
         self._batch = batch
@@ -430,8 +399,7 @@ class _Feed:
         placed = partial(from_local, sharding=self._sharding, rows=self._batch)
         target, picture = self._encode(self._vae_params, placed(batch.frames))
         text, lengths = map(placed, self._texts(batch.captions))
-        told = Told(picture, text, lengths, self._parts.base, self._parts.scale)
-        return _grid(shape), FlowBatch(target, told, batch.fresh)
+        return _grid(shape), FlowBatch(target, picture, text, lengths, batch.fresh)
 
 
 def packed_frames(
@@ -473,30 +441,31 @@ class _AdapterCheckpoints:
         return state.replace(ema=Adapter(state.ema, self._scale))
 
 
-def _trained(
+def _average(
     config: FineTuneConfig,
     folder: epath.Path,
     layout: Layout,
-    parts: _Parts,
+    trained: Any,
+    frozen: Frozen | None,
     losses: Mapping[LatentGrid, Loss],
     streams: Sequence[PairedStream],
     feed: _Feed,
     processes: Processes,
 ) -> Any:
-    """The average of what was trained, which alone of the stage's state is kept."""
+    """Trains to the end; of the stage's state the average alone is kept."""
 
     def kept_as(checkpoints: RunCheckpoints) -> Any:
-        full = parts.scale is None
-        return checkpoints if full else _AdapterCheckpoints(checkpoints, parts.scale)
+        return checkpoints if frozen is None else _AdapterCheckpoints(checkpoints, frozen.scale)
 
     with open_stage(
         *(config, losses, folder, config.seed, config.log),
+        frozen=frozen,
         mesh=layout.mesh,
         processes=processes,
         kept_as=kept_as,
     ) as stage:
         examples = [feed(read) for read in _held_out(streams)]
-        state = stage.start(parts.trained)
+        state = stage.start(trained)
         return stage.run(state, lambda step: feed(streams[0](step)), examples, "tune").ema
 
 
@@ -528,7 +497,7 @@ def _write_model(
     """
 
     def whole(array: Array) -> np.ndarray:
-        processes.barrier(_WRITING)  # where the others hear of a disk that is full
+        processes.barrier("gathering the result")  # where all hear of a disk that is full
         return to_everywhere(array, layout.mesh)
 
     target = Path(config.export)

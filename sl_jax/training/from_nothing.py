@@ -259,7 +259,7 @@ def _train_flow(config: BaseConfig, folder: Path, make_text: MakeText) -> Path:
     }
     pool = pools.LatentPool(train_set, settings.batch, config.seed)
     grid, batch = pool(0)
-    one = (batch.target[:1], batch.condition[:1], text[None], np.zeros(1, np.float32))
+    one = (batch.target[:1], batch.picture[:1], text[None], np.zeros(1, np.float32))
     params = fresh_params(model, jax.random.key(config.seed), *one, grid, method="initialise")
     examples = pools.LatentPool(held_out, settings.batch, 0).held_out()
     with open_stage(settings, losses, folder / "flow", config.seed, config.log) as stage:

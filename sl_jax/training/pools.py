@@ -162,7 +162,7 @@ class LatentPool:
 
 
 def flow_batch(frames: np.ndarray) -> FlowBatch:
-    """Packed latents [B, L + 1, N, C] as target sequence and condition."""
+    """Packed latents [B, L + 1, N, C] as target sequence and picture."""
     target = jnp.asarray(frames, jnp.float32)
     batch, _, _, channels = target.shape
     return FlowBatch(target.reshape(batch, -1, channels), target[:, 0])

@@ -1,9 +1,10 @@
 """Supervised stages: the autoencoder (`vae`) and the flow (`flow`) on pictures with true layers."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -14,23 +15,26 @@ import optax
 from etils import epath
 from flax import struct
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 from tqdm import tqdm
 
 from sl_jax.checkpoints.orbax import RunCheckpoints, donated
-from sl_jax.flow.schedule import draw_sigmas
+from sl_jax.flow.schedule import SigmaDistribution, draw_sigmas
 from sl_jax.models.mmdit import MMDiT
 from sl_jax.models.rope import LatentGrid
 from sl_jax.models.vae import Vae
 from sl_jax.parallel.mesh import replicated
 from sl_jax.parallel.processes import ALONE, Processes
 from sl_jax.training.configuration import AT_LEAST_ONE, DECAY
+from sl_jax.training.health import NotFiniteError, StageHealthConfig, where_finite
 from sl_jax.training.metrics import LogConfig, RunMetrics, open_metrics
 from sl_jax.training.optimizer import OptimizerConfig, make_optimizer
 
 _log = logging.getLogger(__name__)
+_IN_A_ROW = "not_finite_in_a_row"
 
-Loss = Callable[[Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
+# (trained parameters, frozen ones, batch, key) → (loss, measures)
+Loss = Callable[[Any, Any, Any, PRNGKeyArray], tuple[Array, dict[str, Array]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +47,7 @@ class StageConfig:
         ema: decay of the exponential moving average of the trained parameters, which is the
             result. It warms up as min(ema, (1 + step) / (10 + step)).
         log_every, eval_every, checkpoint_every: updates between them.
+        health: see `StageHealthConfig`.
     """
 
     steps: int
@@ -51,10 +56,11 @@ class StageConfig:
     log_every: int = 50
     eval_every: int = 500
     checkpoint_every: int = 500
+    health: StageHealthConfig = field(default_factory=StageHealthConfig)
 
 
 # What of a stage may change while it runs, and what its values must be.
-WATCHED = ("log_every", "eval_every", "checkpoint_every")
+WATCHED = ("log_every", "eval_every", "checkpoint_every", "health.not_finite")
 STAGE_RULES = dict.fromkeys(("steps", *WATCHED), AT_LEAST_ONE) | {"ema": DECAY}
 
 
@@ -72,12 +78,23 @@ def warmup_problems(config: StageConfig, path: str = "config") -> Iterator[str]:
 
 @struct.dataclass
 class StageState:
-    """All that a stage carries from update to update."""
+    """All that a stage carries from update to update.
+
+    Attributes:
+        step: updates done, with those that were not finite and left the following as it was.
+        trained: parameters.
+        ema: their average.
+        optimizer: of optax.
+        skipped: updates that were not finite.
+        in_a_row: those of them since the last finite one.
+    """
 
     step: Array
     trained: Any
     ema: Any
     optimizer: optax.OptState
+    skipped: Array
+    in_a_row: Array
 
 
 class Frames(NamedTuple):
@@ -87,17 +104,25 @@ class Frames(NamedTuple):
 
 
 class FlowBatch(NamedTuple):
-    """Packed, normalised latents for the flow.
+    """Packed, normalised latents for the flow, and what conditions it.
 
     Attributes:
         target: [B, (layers + 1)·N, C]: the whole picture, then its layers back to front.
-        condition: [B, N, C]: the picture.
+        picture: [B, N, C]: the picture.
+        text: [B, S, E]: hidden states of each prompt; None where one serves all batches.
+        lengths: [B]: valid vectors of each; None where all are.
         fresh: only the first so many examples count; None for all.
     """
 
     target: Float[Array, "b n c"]
-    condition: Float[Array, "b m c"]
+    picture: Float[Array, "b m c"]
+    text: Float[Array, "b s e"] | None = None
+    lengths: Int[Array, " b"] | None = None
     fresh: int | None = None
+
+
+# (trained parameters, frozen ones, x_t, t, batch) → v
+Velocity = Callable[[Any, Any, Array, Array, FlowBatch], Float[Array, "b n c"]]
 
 
 def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
@@ -113,7 +138,9 @@ def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
     places and channels.
     """
 
-    def loss(params: Any, batch: Frames, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        params: Any, frozen: None, batch: Frames, key: PRNGKeyArray
+    ) -> tuple[Array, dict[str, Array]]:
         pixels = batch.pixels
         posterior = vae.apply({"params": params}, pixels, method="encode")
         noise = jax.random.normal(key, posterior.mean.shape)
@@ -135,23 +162,23 @@ def reconstruction_loss(vae: Vae, kl_weight: float) -> Loss:
     return loss
 
 
-def flow_loss(
-    velocity: Callable[[Any, Array, Array, Array], Array], mu: float, distribution: str
-) -> Loss:
+def flow_loss(velocity: Velocity, mu: float, distribution: SigmaDistribution) -> Loss:
     """Flow matching: mean ‖v_θ(x_t, t) − (ε − x₀)‖² at random t (arXiv 2210.02747).
 
     Args:
-        velocity: (trained, x_t, t, condition) → v.
+        velocity: of the model, which is told of the batch all but its target.
         mu: shift of the draw of t, see `flow.schedule.draw_sigmas`.
         distribution: "uniform" or "logit_normal".
     """
 
-    def loss(trained: Any, batch: FlowBatch, key: PRNGKeyArray) -> tuple[Array, dict[str, Array]]:
+    def loss(
+        trained: Any, frozen: Any, batch: FlowBatch, key: PRNGKeyArray
+    ) -> tuple[Array, dict[str, Array]]:
         time_key, noise_key = jax.random.split(key)
         t = draw_sigmas(time_key, (len(batch.target),), mu, distribution=distribution)
         noise = jax.random.normal(noise_key, batch.target.shape)
         x = (1 - t[:, None, None]) * batch.target + t[:, None, None] * noise
-        error = velocity(trained, x, t, batch.condition) - (noise - batch.target)
+        error = velocity(trained, frozen, x, t, batch) - (noise - batch.target)
         counts = None
         if batch.fresh is not None:
             counts = (jnp.arange(len(error)) < batch.fresh)[:, None, None]
@@ -161,13 +188,13 @@ def flow_loss(
     return loss
 
 
-def full_velocity(model: MMDiT, text: Array, grid: LatentGrid) -> Callable[..., Array]:
-    """(params, x, t, condition) → v with one text for the whole batch; all parameters trained."""
+def full_velocity(model: MMDiT, text: Float[Array, "s e"], grid: LatentGrid) -> Velocity:
+    """All parameters are trained, with one text for all batches."""
 
-    def velocity(params: Any, x: Array, t: Array, condition: Array) -> Array:
+    def velocity(params: Any, frozen: None, x: Array, t: Array, batch: FlowBatch) -> Array:
         words = jnp.broadcast_to(text, (len(x), *text.shape))
         return model.apply(
-            {"params": params}, x, condition, words, t, grid, method="initialise"
+            {"params": params}, x, batch.picture, words, t, grid, method="initialise"
         ).astype(jnp.float32)
 
     return velocity
@@ -188,11 +215,13 @@ class Stage:
         writer: RunMetrics,
         seed: int,
         *,
+        frozen: Any = None,
         mesh: Mesh | None = None,
         processes: Processes = ALONE,
     ):
         """`losses` holds one loss per kind of batch (for the flow: per number of layers).
 
+        What is `frozen` is an argument of the compiled updates, and not part of the state.
         With a mesh, what is trained stays laid out over it as it was when the stage started.
         """
         self._config = config
@@ -200,6 +229,7 @@ class Stage:
         self._checkpoints = checkpoints
         self._writer = writer
         self._key = jax.random.key(seed)
+        self._frozen = frozen
         self._mesh = mesh
         decay_steps = config.optimizer.decay_steps or config.steps
         self._optimizer = make_optimizer(replace(config.optimizer, decay_steps=decay_steps))
@@ -217,6 +247,7 @@ class Stage:
             trained,
             jax.tree.map(jnp.copy, trained),
             self._optimizer.init(trained),
+            *(jnp.zeros((), jnp.int32) for _ in range(2)),
         )
         state = state if self._mesh is None else _on_mesh(state, self._mesh)
         if self._checkpoints.latest is None:
@@ -239,10 +270,14 @@ class Stage:
             batches: update number → (kind, batch).
             held_out: (kind, batch) pairs for the validation loss.
             name: of the stage, in progress bar and metrics.
+
+        Raises:
+            NotFiniteError: too many updates in a row were not finite; the last one is checkpointed.
         """
         config, processes = self._config, self._processes
         first = done = int(state.step)
         updates = self._compiled(state)
+        in_a_row = None
         progress = tqdm(
             *(range(first, config.steps), name),
             initial=first,
@@ -257,19 +292,24 @@ class Stage:
                     processes.uninterrupted()
                 ):  # an update, its records and its checkpoint belong together
                     key = jax.random.fold_in(self._key, step)
-                    state, metrics = updates[kind](state, batch, key)
+                    state, metrics = updates[kind](state, self._frozen, batch, key)
                     done = step + 1
+                    # Known at once of the update before, while this one is computed.
+                    before, in_a_row = in_a_row, metrics.pop(_IN_A_ROW)
                     for metric, value in metrics.items():
                         self._told.setdefault(metric, []).append(value)
                     if self._due(done, config.log_every):
-                        means = {k: float(np.mean(values)) for k, values in self._record().items()}
-                        self._writer.scalars(done, {f"{name}/{k}": v for k, v in means.items()})
+                        means = {k: _mean(values) for k, values in self._record().items()}
+                        told = means | {"skipped_updates": int(state.skipped)}
+                        self._writer.scalars(done, {f"{name}/{k}": v for k, v in told.items()})
                         progress.set_postfix({k: f"{v:.4f}" for k, v in means.items()})
                         self._told = {}
                     if self._due(done, config.eval_every):
                         self._writer.scalars(done, self._evaluate(state, held_out, name))
                     if self._due(done, config.checkpoint_every):
                         self._checkpoints.save(done, state, self._record())
+                self._require_finite(before, step)
+            self._require_finite(in_a_row, done)
         except BaseException as error:
             with processes.uninterrupted():
                 if processes.leave(error, done) and _is_whole(state):
@@ -279,6 +319,21 @@ class Stage:
             raise
         self._checkpoints.wait()
         return state
+
+    def _require_finite(self, in_a_row: Array | None, done: int) -> None:
+        """Says so of the first of updates in a row that are not finite, and ends too many.
+
+        Started again, a stage goes on counting: the next update decides.
+        """
+        count = 0 if in_a_row is None else int(in_a_row)
+        if count == 1:
+            _log.warning("Update %d is not finite and is skipped: nothing is learned of it.", done)
+        if count >= self._config.health.not_finite:
+            raise NotFiniteError(
+                f"{count} updates in a row were not finite and were skipped. The run stops with a "
+                "checkpoint. Please start another one with a lower optimizer.learning_rate, from "
+                "what an earlier checkpoint holds; started again as it is, this one goes on"
+            )
 
     def _record(self) -> dict[str, list[float]]:
         return {name: [float(value) for value in values] for name, values in self._told.items()}
@@ -302,21 +357,28 @@ class Stage:
         sizes = [_examples(batch) for _, batch in batches]
         for number, (kind, batch) in enumerate(batches):
             key = jax.random.fold_in(jax.random.key(0), number)
-            _, metrics = self._evaluations[kind](state.ema, batch, key)
+            _, metrics = self._evaluations[kind](state.ema, self._frozen, batch, key)
             for metric, value in metrics.items():
                 results.setdefault(f"{name}/held_out_{metric}", []).append(float(value))
         return {k: float(np.average(values, weights=sizes)) for k, values in results.items()}
 
-    def _update(self, loss: Loss) -> Callable[[StageState, Any, PRNGKeyArray], Any]:
-        def update(state: StageState, batch: Any, key: PRNGKeyArray) -> tuple[StageState, Any]:
-            gradients, metrics = jax.grad(loss, has_aux=True)(state.trained, batch, key)
+    def _update(self, loss: Loss) -> Callable[..., tuple[StageState, Any]]:
+        def update(
+            state: StageState, frozen: Any, batch: Any, key: PRNGKeyArray
+        ) -> tuple[StageState, Any]:
+            gradients, metrics = jax.grad(loss, has_aux=True)(state.trained, frozen, batch, key)
             updates, optimizer = self._optimizer.update(gradients, state.optimizer, state.trained)
             trained = optax.apply_updates(state.trained, updates)
             step = state.step.astype(jnp.float32)
             decay = jnp.minimum(self._config.ema, (1 + step) / (10 + step))
             ema = optax.incremental_update(trained, state.ema, 1 - decay)
-            metrics |= {"gradient_norm": optax.tree.norm(gradients)}
-            return StageState(state.step + 1, trained, ema, optimizer), metrics
+            norm = optax.tree.norm(gradients)
+            changed, before = (trained, ema, optimizer), (state.trained, state.ema, state.optimizer)
+            out = (~jnp.isfinite(norm)).astype(jnp.int32)
+            in_a_row = (state.in_a_row + 1) * out
+            metrics |= {"gradient_norm": norm, _IN_A_ROW: in_a_row}
+            kept = where_finite(norm, changed, before)
+            return StageState(state.step + 1, *kept, state.skipped + out, in_a_row), metrics
 
         return update
 
@@ -329,6 +391,7 @@ def open_stage(
     seed: int,
     log: LogConfig,
     *,
+    frozen: Any = None,
     mesh: Mesh | None = None,
     processes: Processes = ALONE,
     kept_as: Callable[[RunCheckpoints], Any] = lambda checkpoints: checkpoints,
@@ -336,7 +399,7 @@ def open_stage(
     """A stage with its checkpoints and metrics in `folder`; what that holds is gone on from.
 
     Args:
-        config, losses, seed, mesh, processes: see `Stage`.
+        config, losses, seed, frozen, mesh, processes: see `Stage`.
         folder: local, or gs://….
         log: where else metrics go.
         kept_as: gives checkpoints another form on disk.
@@ -346,7 +409,18 @@ def open_stage(
         resume = 0 if checkpoints.latest is None else checkpoints.latest + 1
         with open_metrics(folder, resume, log, processes) as writer:
             chosen = kept_as(checkpoints)
-            yield Stage(config, losses, chosen, writer, seed, mesh=mesh, processes=processes)
+            yield Stage(
+                *(config, losses, chosen, writer, seed),
+                frozen=frozen,
+                mesh=mesh,
+                processes=processes,
+            )
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are finite; nan if none is."""
+    finite = [value for value in values if math.isfinite(value)]
+    return float(np.mean(finite)) if finite else math.nan
 
 
 def _examples(batch: Any) -> int:

@@ -124,7 +124,7 @@ def _given(ours: _Epoch, pictures: Pictures, advantage: np.ndarray) -> Any:
         pictures=np.concatenate([pixels, alpha], 1),
         text=pictures.text,
         start=initial_noise(pictures.keys, ours.grid.generated_tokens, channels),
-        noise=found.window.noise,
+        noise=(found.window.x_next - found.window.mean) / found.window.std[:, None, None, None],
         advantage=advantage,
     )
 

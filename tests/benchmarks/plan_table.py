@@ -109,22 +109,27 @@ def main() -> None:
         arguments.output.write_text(json.dumps(results, indent=1) + "\n")
 
 
-def planned(row: Row) -> dict[str, Any]:
-    """The plan of a row, and the seconds and bytes that making it took."""
-    command = [
+def command(row: Row) -> list[str]:
+    """What Python is given to plan a row."""
+    return [
         *("-m", "sl_jax.plan", "--config=configs/grpo.py", f"--topology={row.topology}", "--json"),
         *row.flags,
         *(f"--config.{name}={value}" for name, value in row.settings.items()),
     ]
+
+
+def planned(row: Row) -> dict[str, Any]:
+    """The plan of a row, and the seconds and bytes that making it took."""
+    given = command(row)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     began, load = time.monotonic(), os.getloadavg()[0]
-    done = subprocess.run([sys.executable, *command], cwd=_ROOT, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *given], cwd=_ROOT, stdout=subprocess.PIPE, text=True)
     seconds, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1) or not done.stdout:
         sys.exit(f"{row.name} could not be planned; see above.")
     return {
         "kind": row.kind,
-        "command": " ".join(["python", *command]),
+        "command": " ".join(["python", *given]),
         "plan": json.loads(done.stdout),
         "planning": {
             "seconds": seconds,

@@ -15,7 +15,13 @@ from sl_jax.planning.roofline import forecast
 
 SCRIPT = Path(plan_table.__file__)
 RESULTS = SCRIPT.parent / "results" / "plan_table.json"
-PLANS = {name: entry["plan"] for name, entry in json.loads(RESULTS.read_text()).items()}
+ENTRIES = json.loads(RESULTS.read_text())
+PLANS = {name: entry["plan"] for name, entry in ENTRIES.items()}
+
+
+def test_the_plans_are_those_of_the_rows_commands():
+    commands = {row.name: " ".join(["python", *plan_table.command(row)]) for row in plan_table.ROWS}
+    assert {name: entry["command"] for name, entry in ENTRIES.items()} == commands
 
 
 @pytest.mark.parametrize("row", plan_table.ROWS, ids=[row.name for row in plan_table.ROWS])

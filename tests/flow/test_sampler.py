@@ -140,7 +140,9 @@ def test_one_program_serves_every_window_position(name, method):
             draws = np.stack(
                 [jax.random.normal(jax.random.fold_in(key, i), SHAPE[1:]) for key in keys]
             )
-            np.testing.assert_allclose(window.noise[row], draws, atol=1e-4)
+            moments = dynamics.StepMoments(window.mean[row], window.std[row])
+            noise = dynamics.step_noise(window.x_next[row], moments)
+            np.testing.assert_allclose(noise, draws, atol=1e-4)
             state = np.asarray(mean + coefficients.std * draws)
             np.testing.assert_allclose(window.x_next[row], state, atol=1e-5)
         np.testing.assert_allclose(final, _python_ode(state, start + 2, 8, method), atol=3e-5)

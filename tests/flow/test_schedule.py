@@ -56,9 +56,9 @@ def test_given_shift_replaces_the_automatic_one():
     assert schedule.shift_mu(1600) == 2.5 and schedule.shift_mu(16) == 0.25
 
 
-@pytest.mark.parametrize("kind", ["linear", "exponential"])
-def test_uniform_draws_have_the_density_of_a_fine_grid(kind):
-    draws = schedule.draw_sigmas(jax.random.key(0), (20_000,), 2.5, time_shift_type=kind)
+@pytest.mark.parametrize(("kind", "factor"), [("linear", 2.5), ("exponential", np.exp(2.5))])
+def test_uniform_draws_have_the_density_of_a_fine_grid(kind, factor):
+    draws = schedule.draw_sigmas(jax.random.key(0), (20_000,), float(factor))
     grid = schedule.sigma_grid(2_000, 2.5, kind)
     levels = np.linspace(0.05, 0.95, 19)
     np.testing.assert_allclose(
@@ -67,15 +67,14 @@ def test_uniform_draws_have_the_density_of_a_fine_grid(kind):
     assert draws.dtype == jnp.float32 and draws.min() > 0 and draws.max() <= 1
 
 
-def test_logit_normal_draws_have_the_shifted_median_and_per_sample_shift():
+@pytest.mark.parametrize(("share", "z"), [(0.5, 0.0), (0.8413, 1.0)])
+def test_logit_normal_draws_have_shifted_quantiles_and_per_sample_shift(share, z):
     mu = jnp.concatenate([jnp.full(20_000, 1.0), jnp.full(20_000, 2.5)])
-    draws = schedule.draw_sigmas(
-        jax.random.key(1), (40_000,), mu, distribution="logit_normal", logit_mean=0.5
-    )
-    median = 1 / (1 + np.exp(-0.5))
+    draws = schedule.draw_sigmas(jax.random.key(1), (40_000,), mu, distribution="logit_normal")
+    base = 1 / (1 + np.exp(-z))
     for half, shift in ((draws[:20_000], 1.0), (draws[20_000:], 2.5)):
-        expected = shift * median / (shift * median + 1 - median)
-        assert abs(float(jnp.median(half)) - expected) < 0.01
+        expected = shift * base / (shift * base + 1 - base)
+        assert abs(float(jnp.quantile(half, share)) - expected) < 0.01
 
 
 @pytest.mark.parametrize(

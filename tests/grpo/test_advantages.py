@@ -206,11 +206,6 @@ def test_weights_are_of_the_update_whatever_its_micro_batches():
         np.testing.assert_allclose(sum(parts), whole)
 
 
-def test_normalise_weights_after_dropping_samples():
-    np.testing.assert_allclose(adv.normalise_weights(np.array([[1, 0], [3, 0]])).sum(), 1.0)
-    np.testing.assert_array_equal(adv.normalise_weights(np.zeros((2, 2))), 0.0)
-
-
 @pytest.mark.parametrize(
     "call",
     [

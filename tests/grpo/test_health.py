@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from sl_jax.grpo.config import HealthConfig
-from sl_jax.grpo.health import IN_A_ROW, Health, NotFiniteError
+from sl_jax.grpo.health import IN_A_ROW, Health
+from sl_jax.training.health import NotFiniteError
 
 
 def _advantages(effective=1, tied=0):

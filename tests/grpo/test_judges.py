@@ -7,9 +7,11 @@ from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
+from flax import serialization
 
 from sl_jax.grpo.config import EvaluationConfig, GrpoConfig, JudgeSettings, RolloutConfig
 from sl_jax.grpo.judges import open_judges
+from sl_jax.parallel.processes import Processes
 from sl_jax.scoring import BudgetError, EmbeddedJudge, cases
 from sl_jax.scoring.cache import CacheError
 from sl_jax.scoring.endpoint_config import EndpointConfig
@@ -83,6 +85,20 @@ def test_training_and_evaluation_share_servers_answers_and_budget(served, tmp_pa
         with pytest.raises(BudgetError):
             judges.training.submit(_group(name="h", seed=1)).result(60)
     assert served.judge.asked.total() == 3
+
+
+class Sending(Processes):
+    """One process, that puts what it would tell others as it would be sent."""
+
+    def all_gather(self, what, value=None, error=None):
+        serialization.msgpack_serialize({"value": value})
+        return super().all_gather(what, value, error)
+
+
+def test_servers_are_named_to_other_processes(tmp_path):
+    config = _config((EndpointConfig(URL, "n"),), endpoints=(EndpointConfig(URL, "m"),), **QUIET)
+    with open_judges(config, tmp_path, 4, 10, Sending()) as judges:
+        assert judges.training.endpoint is not judges.evaluation.endpoint
 
 
 def test_another_judge_may_evaluate(served, tmp_path, caplog):

@@ -16,11 +16,11 @@ from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.grpo import loop, rolling
 from sl_jax.grpo.config import CheckpointConfig, EvaluationConfig, GrpoConfig, RolloutConfig
 from sl_jax.grpo.epoch import window_start
-from sl_jax.grpo.health import NotFiniteError
 from sl_jax.grpo.judging import JudgeUnavailableError
 from sl_jax.grpo.loop import train
 from sl_jax.grpo.parts import Parts
 from sl_jax.parallel.processes import Processes
+from sl_jax.training.health import NotFiniteError
 from sl_jax.training.metrics import read_metrics, repeatable
 from sl_jax.training.profiling import Profiler
 

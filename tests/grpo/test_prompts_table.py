@@ -68,4 +68,4 @@ def test_memory_does_not_grow_with_the_number_of_captions(tmp_path, monkeypatch)
     assert len(made) == 101 and max(alive) <= 2
     assert sum(ref() is not None for ref in made) == 0
     table([example(caption) for caption in captions])
-    assert table._read.cache_info().currsize <= 64
+    assert table._batches._read.cache_info().currsize <= 64

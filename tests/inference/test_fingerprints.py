@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket import Bucket
 from safetensors.numpy import load_file, save_file
 
 from sl_jax.checkpoints.errors import CheckpointError
@@ -64,6 +65,12 @@ def test_every_file_counts(random_checkpoint, tmp_path, monkeypatch, change, lar
     assert checkpoint_digest(str(copy)) == checkpoint_digest(str(random_checkpoint))
     change(copy)
     assert checkpoint_digest(str(copy)) != checkpoint_digest(str(random_checkpoint))
+
+
+def test_a_checkpoint_in_a_bucket_is_the_same_one(random_checkpoint, tmp_path, monkeypatch):
+    Bucket.install(tmp_path, monkeypatch)
+    shutil.copytree(random_checkpoint, tmp_path / "bucket" / "model")
+    assert checkpoint_digest("gs://bucket/model") == checkpoint_digest(str(random_checkpoint))
 
 
 def test_damaged_weights_have_none(random_checkpoint, tmp_path):

@@ -3,8 +3,12 @@
 import json
 import re
 import shlex
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
@@ -98,7 +102,8 @@ def rule_of(status: int | None) -> int | None:
                 return index
         else:
             codes = rule["onExitCodes"]
-            assert codes["containerName"] == container()["name"] and codes["operator"] == "In"
+            assert codes.get("containerName", container()["name"]) == container()["name"]
+            assert codes["operator"] == "In"
             assert codes["values"] == sorted(set(codes["values"])) and 0 not in codes["values"]
             if status in codes["values"]:
                 return index
@@ -144,17 +149,74 @@ def test_the_learner_asks_the_judge_of_its_namespace():
     assert endpoint.url == f"{address}/v1"
     (served,) = judge["Deployment"]["spec"]["template"]["spec"]["containers"]
     assert endpoint.model == served["args"][0]
+    (waiting,) = pod()["initContainers"]
+    told = {entry["name"]: entry.get("value") for entry in waiting["env"]}
+    assert told["JUDGE"] == endpoint.url
     (token,) = container()["env"]
+    assert token in waiting["env"]
     (key,) = [entry for entry in served["env"] if entry["name"] == "VLLM_API_KEY"]
     assert endpoint.key_env == token["name"] and token["valueFrom"] == key["valueFrom"]
-    (waiting,) = pod()["initContainers"]
-    assert f"{address}/health" in waiting["command"][-1]
-    compile(waiting["command"][-1], "command", "exec")
     for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
         assert probe in served
     # Nobody names a namespace: that of kubectl holds for all.
     for path in (PLACE / "learner.yaml", PLACE / "judge_ray.yaml", JUDGES / "vllm.yaml"):
         assert all("namespace" not in found["metadata"] for found in manifests(path).values())
+
+
+class Judge(BaseHTTPRequestHandler):
+    """Answers with one status after the other, the last for ever."""
+
+    asked: ClassVar[list[tuple[str, str]]] = []
+    statuses: ClassVar[list[int]] = []
+
+    def do_GET(self) -> None:
+        self.asked.append((self.path, self.headers["Authorization"]))
+        self.send_response(self.statuses[min(len(self.asked), len(self.statuses)) - 1])
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def waited(statuses: list[int], seconds: str) -> subprocess.CompletedProcess[str]:
+    """What the container that waits says of a judge which answers so, on this machine."""
+    Judge.asked.clear()
+    Judge.statuses[:] = statuses
+    (container,) = pod()["initContainers"]
+    *_, program = container["command"]
+    assert program.count("sleep(10)") == 1
+    with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}/v1"
+        told = {"JUDGE": address, "JUDGE_WAIT": seconds, "JUDGE_TOKEN": "a-token"}
+        quick = program.replace("sleep(10)", "sleep(0.01)")
+        done = run(sys.executable, "-c", quick, **told, no_proxy="127.0.0.1")
+        server.shutdown()
+    return done
+
+
+@pytest.mark.parametrize("up", [200, 401, 405])
+def test_the_judge_is_waited_for_until_it_answers(up):
+    done = waited([503, 404, 502, up], "600")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("waiting for the judge") == 3
+    assert Judge.asked == [("/v1/models", "Bearer a-token")] * 4
+
+
+def test_a_judge_that_never_answers_is_not_waited_for_for_ever():
+    done = waited([503], "0.2")
+    assert done.returncode == 1 and "/v1 does not serve (HTTP Error 503" in done.stderr
+    # The JobSet is not started again for it: the rule holds for all containers.
+    assert "containerName" not in job()["podFailurePolicy"]["rules"][rule_of(1)]["onExitCodes"]
+
+
+def test_places_that_name_the_judge():
+    """Are two, and the README says what stands there with Ray."""
+    (waiting,) = pod()["initContainers"]
+    places = [*container()["args"], *(str(entry.get("value")) for entry in waiting["env"])]
+    assert sum("http://judge-vllm:8000/v1" in place for place in places) == 2
+    name = manifests(PLACE / "judge_ray.yaml")["RayService"]["metadata"]["name"]
+    assert f"`http://{name}-serve-svc:8000/v1`" in (PLACE / "README.md").read_text()
 
 
 def test_the_learner_is_on_a_bucket_without_keys():
@@ -241,6 +303,17 @@ def test_fields_of_the_ray_service():
     for template in ray_pods().values():
         labels = template["metadata"]["labels"].items()
         assert policy["podSelector"]["matchLabels"].items() <= labels
+
+
+def test_the_readme_makes_the_bucket_and_the_place_of_images_first():
+    (block,) = [b for b in blocks(PLACE / "README.md") if "docker push" in b]
+    host, project, name = re.search(r"REGISTRY=(\S+)", block)[1].split("/")
+    location = host.removesuffix("-docker.pkg.dev")
+    made = re.search(r"gcloud artifacts repositories create (\S+) (.*)", block)
+    assert made[1] == name and f"--location={location}" in made[2] and f"={project}" in made[2]
+    assert f"gcloud auth configure-docker {host}\n" in block
+    assert "gcloud storage buckets create gs://$BUCKET" in block
+    assert block.index("configure-docker") < block.index("docker push")
 
 
 def test_the_readme_fills_in_what_is_yours():

@@ -1,11 +1,13 @@
 """`launch/gpu.sh` in a repository of stand-ins, on a node of stand-ins."""
 
+import json
 import os
 import re
 import signal
 import subprocess
 
 import pytest
+from documents import ROOT, instructions
 from stand_ins import Node
 
 RUN = ["--config=configs/grpo.py:gpu1", "--config.data.path=my pictures", "--config.workdir=a run"]
@@ -127,3 +129,49 @@ def test_ctrl_c_says_how_to_go_on(node):
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130 and "saved" in rest and "To go on: bash " in rest
     node.calls()
+
+
+FRACTION = "XLA_CLIENT_MEM_FRACTION"
+FRACTIONS = [
+    ({}, "0.92 None"),
+    ({FRACTION: "0.7"}, "0.7 None"),
+    ({"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5"}, "None 0.5"),  # JAX refuses both
+]
+TELL = f"""
+import os
+print("takes", *map(os.environ.get, ("{FRACTION}", "XLA_PYTHON_CLIENT_MEM_FRACTION")))
+"""
+
+
+@pytest.fixture(scope="module")
+def telling(tmp_path_factory) -> Node:
+    """Its training tells what part of a card JAX is to take; so does Slurm's `srun`."""
+    node = Node(tmp_path_factory.mktemp("telling"))
+    (node.root / "sl_jax" / "train.py").write_text(TELL)
+    srun = node.python.with_name("srun")
+    srun.write_text(f"#!/bin/bash\nexec python3 - <<'END'\n{TELL}END\n")
+    srun.chmod(0o755)
+    assert node.run("gpu.sh", "--install").returncode == 0
+    return node
+
+
+@pytest.mark.parametrize("script", ["gpu.sh", "slurm.sbatch"])
+@pytest.mark.parametrize(("given", "taken"), FRACTIONS)
+def test_jax_takes_most_of_a_card(telling, script, given, taken):
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(telling.root)}
+    told = given | ({"SELFTEST": "no"} if script == "gpu.sh" else slurm)
+    done = telling.run(script, *RUN, **told)
+    assert done.returncode == 0, done.stderr
+    assert f"takes {taken}\n" in done.stdout
+
+
+def test_which_is_what_the_plan_of_a_card_assumes():
+    (variables,) = [
+        text for name, text in instructions(ROOT / "launch" / "Dockerfile") if name == "ENV"
+    ]
+    (fraction,) = re.findall(rf"{FRACTION}=([\d.]+)", variables)
+    assert fraction == FRACTIONS[0][1].split()[0]
+    plans = json.loads((ROOT / "tests/benchmarks/results/plan_table.json").read_text())
+    planned = float(re.search(r"--hbm_gib=([\d.]+)", plans["H100"]["command"])[1])
+    # Of the 81559 MiB that nvidia-smi lists, CUDA keeps half a GiB to itself.
+    assert planned <= float(fraction) * (81559 - 512) / 1024 < 1.01 * planned

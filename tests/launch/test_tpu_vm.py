@@ -155,7 +155,7 @@ def test_hosts_may_be_slow_to_answer_after_every_preemption(cloud):
     cloud.plan("hang", "hang", "0")
     process = cloud.start(*run_words("--spot"))
     for starts in (1, 2):
-        wait_for(lambda starts=starts: len(cloud.trained()) == starts)
+        wait_for(lambda starts=starts: len(cloud.trained()) == starts and tails(cloud))
         trouble(cloud, ssh=3)  # once before the VM is found to be gone
         preempt(cloud)
     cloud.ended(process)

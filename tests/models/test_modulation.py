@@ -1,4 +1,4 @@
-"""Tables of the modulation: rows by index, times by value, and what makes them."""
+"""Tables of the modulation: rows by index, and what makes them."""
 
 import flax.linen as nn
 import jax
@@ -44,14 +44,6 @@ def test_the_part_for_one_step_is_a_table_of_it(table):
         part = jax.jit(ModulationTable.only)(table, jnp.int32(index))
         assert np.array_equal(part.sigmas, SIGMAS[index : index + 2])
         jax.tree.map(np.testing.assert_array_equal, part.rows, table.rows.at(index))
-
-
-def test_only_times_of_the_table_are_found_in_it(table):
-    assert [table.index_of(sigma) for sigma in SIGMAS[:-1]] == [0, 1, 2]
-    assert table.index_of(0.9) == 1  # as float32
-    for other in (0.95, 0.9 + 1e-6, 0.0, np.nan):
-        with pytest.raises(ValueError, match=r"is not in the table, which holds 1\.0, 0\.9, 0\.3"):
-            table.index_of(other)
 
 
 def test_a_third_of_the_production_model_serves_time_alone():

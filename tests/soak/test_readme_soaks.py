@@ -18,7 +18,10 @@ RESULTS = Path(__file__).with_name("results")
 def of_kills(told):
     killed = ", ".join(phase for phase, kills in told["by_phase"].items() if kills)
     yield f"a random phase: {killed}"
+    served = told["served"]
     yield f"{told['kills']} in {told['runs']} runs"
+    yield f"{served['kills']} of them in {served['runs']} runs that a server judges"
+    yield f"{served['asked again']} of {served['undisturbed']:,} requests were asked again"
     yield f"{told['lost']} of {told['compared']:,} arrays, metrics and judgements"
 
 
@@ -29,6 +32,8 @@ def of_the_long_run(told):
     yield f"{told['epochs']:,} epochs"
     yield f"{handles:.0f} file handles and {threads:.0f} threads"
     yield f"memory {second:.0f} MB in its second tenth, {last:.0f} MB in the last"
+    saved, grown = told["memory, kB per epoch and save"], told["which makes of 600 epochs, MB"]
+    yield f"by {saved:.0f} kB a save, which makes {grown:.0f} MB of 600 epochs"
     yield f"records grow by {told['records, bytes per epoch'] / 1e3:.0f} kB an epoch"
     growing = [name for name, flat in told["flat"].items() if not flat]
     yield f"flat but for {' and '.join(growing)}" if growing else "all flat"
@@ -67,6 +72,13 @@ def test_a_row_is_that_of_its_results(file, texts):
     (shown,) = re.findall(r"`(python [^`]+)`", row)
     made = [told] if "command" in told else told.values()
     assert all(f"{result['command']} ".startswith(f"{shown} ") for result in made)
+
+
+@pytest.mark.parametrize("file", [*ROWS, "judge_pool.json"])
+def test_a_result_names_its_commit(file):
+    told = json.loads((RESULTS / file).read_text())
+    for result in [told] if "command" in told else told.values():
+        assert re.fullmatch("[0-9a-f]{12}", result["commit"])
 
 
 def test_the_judge_pool_did_what_it_did():

@@ -7,6 +7,7 @@ import ssl
 import pytest
 from jax.errors import JaxRuntimeError
 
+from sl_jax.checkpoints.errors import CheckpointError
 from sl_jax.parallel.interrupts import OthersGoneError, Terminated
 from sl_jax.parallel.processes import ProcessError
 from sl_jax.training.console import ending_in_a_line, exit_code
@@ -87,6 +88,30 @@ def test_a_device_that_is_too_small_ends_in_a_line_with_advice(told):
     assert code_of(JaxRuntimeError(told)) == 1
     assert code_of(JaxRuntimeError("RESOURCE_EXHAUSTED: too many requests")) == 70
     assert code_of(JaxRuntimeError("INTERNAL: out of memory, or of patience")) == 70
+
+
+@pytest.mark.parametrize(
+    ("cause", "code"),
+    [
+        (OSError(errno.ESTALE, "stale file handle"), 70),
+        (ValueError("UNAVAILABLE: Error writing, CURL error"), 70),  # as TensorStore's are
+        (OSError(errno.ENOSPC, "full"), 1),
+        (ValueError("UNKNOWN: Error writing: [os_error_code='28']"), 1),
+        (OSError("it takes 9 MB, and 3 MB are free"), 1),
+        (ClientOSError("no model of this name"), 1),  # as the hub's are
+        (KeyError("a tensor"), 1),
+        (None, 1),
+    ],
+    ids=repr,
+)
+def test_what_caused_an_expected_error_may_pass_by(cause, code, capsys):
+    line = "CheckpointError: a checkpoint cannot be written"
+    with pytest.raises(SystemExit) as end, ending_in_a_line((CheckpointError,), "epoch"):
+        raise CheckpointError("a checkpoint cannot be written") from cause
+    if code == 1:
+        assert end.value.code == line
+    else:
+        assert (end.value.code, capsys.readouterr().err) == (code, f"{line}\n")
 
 
 @pytest.mark.parametrize("code", [70, 143])

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import runpy
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -13,19 +14,20 @@ import pytest
 
 from sl_jax.checkpoints.adapters import load_adapter, read_adapter
 from sl_jax.checkpoints.pipeline import ComputeConfig, load_pipeline, parameter_shapes
-from sl_jax.data import write_designs
+from sl_jax.data import FolderError, write_designs
 from sl_jax.flow.schedule import SchedulerConfig, sigma_grid
-from sl_jax.inference.prompts import PromptStore, encode_prompts
+from sl_jax.inference.prompts import PromptBatches, PromptStore, encode_prompts
 from sl_jax.models.codec import encode_frames
 from sl_jax.models.lora import LoRAConfig, init_adapter
 from sl_jax.models.packing import pack
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.parallel.processes import Processes
 from sl_jax.training import finetune
 from sl_jax.training.configuration import ConfigError
 from sl_jax.training.finetune import fine_tune, from_mapping, packed_frames
 from sl_jax.training.metrics import read_metrics
-from sl_jax.training.supervised import Stage
+from sl_jax.training.supervised import FlowBatch, Stage
 
 get_config = runpy.run_path(str(Path(__file__).parents[2] / "configs" / "sft.py"))["get_config"]
 
@@ -115,19 +117,20 @@ def test_a_fresh_adapter_predicts_what_the_base_predicts(random_checkpoint):
     t, lengths = jnp.asarray([0.3, 0.9]), jnp.asarray([3, 2])
     fresh = init_adapter(jax.random.key(0), pipeline.params, LoRAConfig(2, 4.0))
     velocity = finetune.tuned_velocity(pipeline.model, grid)
-    told = finetune.Told(picture, text, lengths, pipeline.params, fresh.lora_scale)
-    base = velocity(pipeline.params, x, t, told._replace(base=None, scale=None))
-    assert np.array_equal(velocity(fresh.lora, x, t, told), base)
+    frozen = finetune.Frozen(pipeline.params, fresh.lora_scale)
+    rest = (x, t, FlowBatch(x, picture, text, lengths))
+    base = velocity(pipeline.params, None, *rest)
+    assert np.array_equal(velocity(fresh.lora, frozen, *rest), base)
     moved = jax.tree.map(lambda leaf: leaf + 0.1, fresh.lora)
-    assert not np.allclose(velocity(moved, x, t, told), base, atol=1e-3)
+    assert not np.allclose(velocity(moved, frozen, *rest), base, atol=1e-3)
 
 
 def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):
-    """A table's rows are those of encoding at once; memory holds the last ones that were used."""
+    """A batch's rows are those of encoding at once; memory holds the last ones that were used."""
     captions = ["a red box", "two boxes and a long line of words below them", "", "never asked for"]
     texts = ["a prompt", *captions[:2]]
     whole = encode_prompts(random_checkpoint, texts, dtype=np.float32)
-    monkeypatch.setattr(finetune, "_HELD_TEXTS", 1)
+    monkeypatch.setattr("sl_jax.inference.prompts._HELD", 1)
     read = []
 
     class Store(PromptStore):
@@ -137,20 +140,59 @@ def test_captions_stay_on_disk(random_checkpoint, tmp_path, monkeypatch):
 
     store = Store(random_checkpoint, tmp_path / "prompts", dtype=np.float32)
     config = finetune.PairedConfig("designs", prompt="a prompt")
-    table = finetune._TextTable(config, {*captions[:3]}, store)
+    batches = partial(PromptBatches, store)
+    texts = finetune._texts(config, {*captions[:3]}, batches)
     assert len(list((tmp_path / "prompts").iterdir())) == 3
-    hidden, lengths = table(captions)
+    hidden, lengths = texts(captions)
     for found, count, row in zip(hidden, lengths, (1, 2, 0, 0), strict=True):
         assert count == whole.lengths[row]
         np.testing.assert_allclose(found, whole.hidden[row], atol=1e-5)
     assert hidden.shape[1] == max(whole.lengths)
-    table(["a red box"])
-    table(["a red box"])
+    texts(["a red box"])
+    texts(["a red box"])
     assert read == ["a red box", captions[1], "a prompt", "a red box"]
     unused = dataclasses.replace(config, captions=False)
     monkeypatch.setattr("sl_jax.inference.prompts._loaded", None)  # all of them are kept
-    hidden, lengths = finetune._TextTable(unused, {*captions}, store)(captions[:2])
+    hidden, lengths = finetune._texts(unused, {*captions}, batches)(captions[:2])
     assert np.array_equal(hidden[0], hidden[1]) and hidden.shape[1] == whole.lengths[0]
+
+
+@pytest.mark.parametrize("changed", ["content", "caption", "order", "eval_data"])
+def test_processes_need_the_same_designs(tmp_path, changed):
+    """In any order: a stream has its own. Captions decide how wide all texts are."""
+    hosts = [tmp_path / "a", tmp_path / "b"]
+    for host in hosts:
+        write_designs(host / "designs", "A", range(3), 32, (2,), with_layers=True)
+        write_designs(host / "others", "A", range(3, 5), 32, (2,), with_layers=True)
+    first = hosts[1] / "designs" / "A-000000"
+    if changed == "caption":
+        first.with_suffix(".txt").write_text("a longer one than that of the other host")
+    elif changed == "order":
+        first.rename(first.with_name("Z"))
+    else:
+        shutil.rmtree(first if changed == "content" else hosts[1] / "others" / "A-000003")
+
+    told = []
+
+    class Process(Processes):
+        """Of two, of which the first has told what it found."""
+
+        def all_gather(self, what, value=None, error=None):
+            assert error is None
+            if what == "comparing designs":
+                told.append(value)
+            return list(told)
+
+    def data(index):
+        paths = (str(hosts[index] / name) for name in ("designs", "others"))
+        return finetune._data(finetune.PairedConfig(*paths), Process(index, 2))
+
+    assert [len(part) for part in data(0)] == [3, 2]
+    if changed == "order":
+        assert [len(part) for part in data(1)] == [3, 2]
+    else:
+        with pytest.raises(FolderError, match=r"processes \[1\] find other designs than process 0"):
+            data(1)
 
 
 def _pipeline(folder):
@@ -193,10 +235,12 @@ def run(random_checkpoint, tmp_path, monkeypatch):
                 raise _Stopped
             return read(stream, step)
 
+        def encoded(folder, texts):
+            return PromptBatches(PromptStore(random_checkpoint, folder, dtype=np.float32), texts)
+
         with monkeypatch.context() as patch:
             patch.setattr(finetune.PairedStream, "__call__", reading)
-            store_at = partial(PromptStore, random_checkpoint, dtype=np.float32)
-            return fine_tune(config, random_checkpoint, store_at)
+            return fine_tune(config, random_checkpoint, encoded)
 
     return run
 

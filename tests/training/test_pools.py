@@ -73,7 +73,7 @@ def test_held_out_examples_are_all_there():
     latents = np.arange(5, dtype=np.float32).reshape(5, 1, 1, 1).repeat(2, 1)
     batches = LatentPool({grid: latents}, batch=2, seed=0).held_out()
     assert [len(batch.target) for _, batch in batches] == [2, 2, 1]
-    seen = np.concatenate([batch.condition[:, 0, 0] for _, batch in batches])
+    seen = np.concatenate([batch.picture[:, 0, 0] for _, batch in batches])
     np.testing.assert_array_equal(seen, np.arange(5))
 
 

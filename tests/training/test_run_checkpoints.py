@@ -22,7 +22,7 @@ from sl_jax.checkpoints.disk import storage_failed
 from sl_jax.checkpoints.huggingface import CheckpointError
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.models.lora import Adapter
-from sl_jax.parallel.processes import Processes
+from sl_jax.parallel.processes import ProcessError, Processes
 
 
 def _tree(value):
@@ -129,7 +129,7 @@ class Second(Processes):
         self._told_by_main = told
 
     def all_gather(self, what, value=None, error=None):
-        return [self._told_by_main, value]
+        return [self._told_by_main if what == "looking for room" else value, value]
 
 
 @pytest.mark.parametrize(("told", "own"), [(40, 1 << 40), (1 << 40, 40)])
@@ -223,8 +223,9 @@ def test_storage_that_fails_is_asked_again_and_no_damage(folder, monkeypatch, na
     if heals:
         assert _restored(folder)[0] == 3
     else:
-        with pytest.raises(CheckpointError, match=r"3 cannot be read: .*symbolic links.*; it is"):
+        with pytest.raises(OSError, match=r"is left as it is: .*symbolic links.*/3'") as raised:
             _restored(folder)
+        assert raised.value.errno == errno.ELOOP
     assert len(asked) == (2 if heals else 3)
     assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["1", "2", "3"]
 
@@ -362,13 +363,28 @@ def test_what_one_process_cannot_read_all_pass_over(folder):
     others = iter(["no such file", None])
     processes = SimpleNamespace(
         is_main=True,
-        all_gather=lambda what, mine: [mine, next(others)],
+        all_gather=lambda what, mine: [mine, next(others) if "what was read" in what else mine],
         together=lambda what: contextlib.nullcontext(),
     )
     checkpoints = RunCheckpoints(folder, processes=processes)
     assert checkpoints.restore(_tree(0))[0] == 2
     checkpoints.close()
     assert (folder / "damaged-3").is_dir()
+
+
+@pytest.mark.parametrize("theirs", [[], [1, 2], [1, 2, 4]])
+def test_processes_that_see_different_checkpoints_do_not_go_on(folder, theirs):
+    """As on a drive that has not settled; nothing is held or changed."""
+    processes = SimpleNamespace(
+        is_main=True,
+        all_gather=lambda what, mine: [mine, theirs],
+        together=lambda what: contextlib.nullcontext(),
+    )
+    with pytest.raises(
+        ProcessError, match=r"see different checkpoints \(\[\[1, 2, 3\], \[.*settle"
+    ):
+        RunCheckpoints(folder, processes=processes)
+    assert _restored(folder)[0] == 3
 
 
 def test_checkpoints_without_checksums_are_taken_as_they_are(folder, caplog):

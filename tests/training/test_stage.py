@@ -1,5 +1,6 @@
 """Supervised stages: stopped and resumed is the same as never stopped, to the last bit."""
 
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -14,6 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.parallel.mesh import MeshConfig, make_mesh
 from sl_jax.parallel.processes import ALONE
+from sl_jax.training.health import NotFiniteError
 from sl_jax.training.metrics import LogConfig, MetricsWriter, read_metrics
 from sl_jax.training.optimizer import OptimizerConfig
 from sl_jax.training.pools import indices
@@ -32,7 +34,7 @@ INPUTS = RNG.normal(size=(24, 3)).astype(np.float32)
 TARGETS = INPUTS @ np.array([1.0, -2.0, 0.5], np.float32)
 
 
-def _loss(params, batch, key):
+def _loss(params, frozen, batch, key):
     x, y = batch
     error = x @ params["w"] + params["b"] - y - 0.1 * jax.random.normal(key, y.shape)
     return jnp.mean(error**2), {"mse": jnp.mean(error**2)}
@@ -51,12 +53,18 @@ class _Stopped(Exception):
     pass
 
 
+_CONFIG = StageConfig(
+    steps=STEPS,
+    optimizer=OptimizerConfig(0.15, warmup_steps=3, decay_steps=STEPS),
+    ema=0.9,
+    log_every=5,
+    eval_every=10,
+    checkpoint_every=5,
+)
+
+
 def _run(folder, stop=None, batches=_batches):
     """One process' share of a stage: from where the folder stands, up to `stop` or the end."""
-    optimizer = OptimizerConfig(0.15, warmup_steps=3, decay_steps=STEPS)
-    config = StageConfig(
-        steps=STEPS, optimizer=optimizer, ema=0.9, log_every=5, eval_every=10, checkpoint_every=5
-    )
 
     def read(step):
         if step == stop:
@@ -64,7 +72,7 @@ def _run(folder, stop=None, batches=_batches):
         return batches(step)
 
     held_out = [("all", (INPUTS, TARGETS))]
-    with ALONE.open(), open_stage(config, {"all": _loss}, folder, 1, LogConfig()) as stage:
+    with ALONE.open(), open_stage(_CONFIG, {"all": _loss}, folder, 1, LogConfig()) as stage:
         return stage.run(stage.start(_params()), read, held_out, "toy")
 
 
@@ -151,11 +159,69 @@ def test_ctrl_c_in_an_update_comes_through_after_it(tmp_path, whole, monkeypatch
     checkpoints.close()
 
 
+def _spoiled(*steps):
+    def batches(step):
+        kind, (x, y) = _batches(step)
+        return kind, (np.where(step in steps, np.nan, x).astype(np.float32), y)
+
+    return batches
+
+
+def test_an_update_that_is_not_finite_changes_nothing_and_is_counted(tmp_path, caplog):
+    """In the middle, and at a checkpoint."""
+    state = _run(tmp_path, batches=_spoiled(14, 16))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
+    assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (STEPS, 2, 0)
+    assert np.linalg.norm(state.trained["w"] - np.array([1.0, -2.0, 0.5])) < 1.0
+    assert caplog.text.count("is not finite and is skipped") == 2
+    assert "Update 15 is not finite" in caplog.text
+    records = [r for r in read_metrics(tmp_path) if "toy/mse" in r]
+    assert [r["toy/skipped_updates"] for r in records] == [0, 0, 1, 2, 2, 2]
+    assert all(np.isfinite(r["toy/mse"]) for r in records)  # of the finite updates
+
+    with contextlib.closing(RunCheckpoints(tmp_path / "checkpoints")) as checkpoints:
+        _, kept, _ = checkpoints.restore(state, 30)
+    _assert_same(kept, state)
+
+
+def test_skipped_parameters_are_those_of_before(tmp_path):
+    with pytest.raises(_Stopped):
+        _run(tmp_path, stop=5)
+    before = _latest(tmp_path)
+    with pytest.raises(_Stopped):
+        _run(tmp_path, stop=7, batches=_spoiled(5, 6))
+    after = _latest(tmp_path)
+    assert (int(after.step), int(after.skipped), int(after.in_a_row)) == (7, 2, 2)
+    for name in ("trained", "ema", "optimizer"):
+        _assert_same(getattr(after, name), getattr(before, name))
+
+
+def _latest(folder):
+    """The state in the newest checkpoint."""
+    with contextlib.closing(RunCheckpoints(folder / "checkpoints")) as checkpoints:
+        stage = Stage(_CONFIG, {"all": _loss}, checkpoints, None, seed=1)
+        return stage.start(_params())
+
+
+def test_many_in_a_row_end_the_run_with_a_checkpoint(tmp_path):
+    """At the fifth, or while the one after it is computed; the next one decides what follows."""
+    bad = _spoiled(*range(12, STEPS))
+    with pytest.raises(NotFiniteError, match=r"5 updates in a row .* lower optimizer.learning_ra"):
+        _run(tmp_path, batches=bad)
+    stopped = _latest(tmp_path)
+    assert (int(stopped.step), int(stopped.skipped)) == (18, 6)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(stopped))
+    with pytest.raises(NotFiniteError, match="7 updates in a row"):
+        _run(tmp_path, batches=bad)
+    state = _run(tmp_path)
+    assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (STEPS, 8, 0)
+
+
 def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
     config = StageConfig(steps=STEPS, optimizer=OptimizerConfig(0.1))
 
-    def loss(params, batch, key):
+    def loss(params, frozen, batch, key):
         return jnp.mean(batch[0]), {"mean": jnp.mean(batch[0])}
 
     stage = Stage(config, {"all": loss}, checkpoints, None, seed=1)
@@ -163,7 +229,7 @@ def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
     assert stage._evaluate(whole.state, batches, "toy") == {"toy/held_out_mean": 3.0}
     assert stage._evaluate(whole.state, [], "toy") == {}
     filled = [
-        ("all", FlowBatch(jnp.full((2, 1), mean), jnp.zeros((2, 1)), fresh))
+        ("all", FlowBatch(jnp.full((2, 1), mean), jnp.zeros((2, 1)), fresh=fresh))
         for mean, fresh in ((1.0, 2), (4.0, 1))
     ]
     assert stage._evaluate(whole.state, filled, "toy") == {"toy/held_out_mean": 2.0}
@@ -172,11 +238,12 @@ def test_the_loss_is_a_mean_over_all_examples(whole, tmp_path):
 
 def test_copies_are_not_in_the_loss_of_a_flow():
     """Those that fill up the last batch of held-out examples."""
-    loss = flow_loss(lambda trained, x, t, condition: trained * x, 1.0, "uniform")
+    loss = flow_loss(lambda trained, frozen, x, t, batch: trained * x, 1.0, "uniform")
     target = jax.random.normal(jax.random.key(1), (4, 3, 2))
 
     def found(target, fresh):
-        return float(loss(2.0, FlowBatch(target, target[:, :1], fresh), jax.random.key(0))[0])
+        batch = FlowBatch(target, target[:, :1], fresh=fresh)
+        return float(loss(2.0, None, batch, jax.random.key(0))[0])
 
     other = target.at[2:].add(1)
     assert found(target, 2) == found(other, 2)
@@ -217,7 +284,7 @@ def test_a_resumed_stage_holds_as_much_as_a_fresh_one(tmp_path, monkeypatch):
     size, updates, restored = 12_347, [], []
     restore = RunCheckpoints.restore
     config = StageConfig(steps=4, optimizer=OptimizerConfig(0.1), eval_every=9, checkpoint_every=9)
-    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+    losses = {"all": lambda params, frozen, batch, key: (jnp.sum(params["w"] ** 2), {})}
 
     def alive():
         return sum(x.shape == (size,) for x in jax.live_arrays())
@@ -251,7 +318,7 @@ def test_on_a_mesh_everything_stays_where_its_parameters_are(tmp_path):
     trained = {"w": jax.device_put(jnp.ones((8, 3)), spread)}
     checkpoints = RunCheckpoints(tmp_path / "checkpoints")
     config = StageConfig(steps=2, optimizer=OptimizerConfig(0.1))
-    losses = {"all": lambda params, batch, key: (jnp.sum(params["w"] ** 2), {})}
+    losses = {"all": lambda params, frozen, batch, key: (jnp.sum(params["w"] ** 2), {})}
     stage = Stage(config, losses, checkpoints, MetricsWriter(tmp_path), seed=1, mesh=mesh)
     state = stage.start(trained)
     for _ in range(2):
