@@ -57,6 +57,7 @@ def test_mistakes_end_in_one_line():
     for flags, message in (
         (("--topology=h100:1",), "PlanError: topology 'h100:1' is unknown"),
         (("--topology=v5e:2x4", "--config.mesh.fsdp=3"), "ConfigError"),
+        (("--topology=v5e:4x4", "--config.mesh.fsdp=1", "--config.mesh.tensor=16"), "24 heads"),
     ):
         code, printed, errors = _plan(*flags)
         assert code == 1 and not printed

@@ -315,8 +315,12 @@ class _LastAndBest(preservation_policy.PreservationPolicy):
 def _clear_up(folder: epath.Path) -> None:
     """Removes what a save that was killed left half written, which would stay for ever."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if _UNFINISHED in path.name or (path.name.isdecimal() and not _is_whole(path)):
-            path.rmtree()
+        while _UNFINISHED in path.name or (path.name.isdecimal() and not _is_whole(path)):
+            try:
+                path.rmtree()
+            except FileNotFoundError:  # a lock that TensorStore itself has just removed
+                continue
+            break
 
 
 def _is_whole(step: epath.Path) -> bool:

@@ -4,7 +4,6 @@ import jax
 import pytest
 from jax.sharding import PartitionSpec
 
-from sl_jax import plan
 from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_pipeline
 from sl_jax.grpo import config as grpo
 from sl_jax.grpo.run import run
@@ -51,15 +50,13 @@ def test_rules_lay_out_what_a_run_loads(random_checkpoint):
         run_layout(MeshConfig(tensor=2, sequence=2, rules=over_both), random_checkpoint)
 
 
-def test_all_doors_refuse_others(random_checkpoint, tmp_path):
+def test_runs_refuse_others(random_checkpoint, tmp_path):
     training = grpo.from_mapping(_settings("grpo", random_checkpoint, tmp_path, "tiny"), 8)
     tuning = finetune.from_mapping(
         _settings("sft", random_checkpoint, tmp_path, "tiny", batch=2), 8
     )
     with pytest.raises(ConfigError, match=_TOO_MANY):
         run(training)
-    with pytest.raises(ConfigError, match=_TOO_MANY):
-        plan.make_plan(training, random_checkpoint, None, jax.devices())
     with pytest.raises(ConfigError, match=_TOO_MANY):
         finetune.fine_tune(tuning, random_checkpoint, None)
     assert not (tmp_path / "config.json").exists()  # nothing was begun

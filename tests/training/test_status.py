@@ -219,7 +219,7 @@ def test_a_store_with_errors_of_its_own_ends_no_run(tmp_path, quick, caplog, mon
     def refuses(path, *_, **__):
         raise HttpError("503, try again")
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_text", refuses)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", refuses)
     with pytest.raises(ZeroDivisionError), watched(epath.Path(tmp_path), 3, ALONE) as status:
         for phase in ("rollout", "judging"):
             status.begin(phase)

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import pathlib
 from contextlib import nullcontext
 
 import pytest
@@ -128,11 +129,11 @@ def test_what_a_full_disk_takes_half_of_leaves_nothing(tmp_path, monkeypatch, wr
     write(folder)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
-    def half(path, text):
-        path.write_bytes(text.encode()[:9])
+    def half(path, content):
+        pathlib.Path(path).write_bytes(content[:9])
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(type(folder), "write_text", half)
+    monkeypatch.setattr(type(folder), "write_bytes", half)
     with pytest.raises(OSError, match="No space") if refuses else nullcontext():
         write(folder)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
