@@ -250,6 +250,15 @@ def shard_adapter(adapter: Adapter, params: Any) -> Adapter:
     return jax.tree.map(jax.device_put, adapter, adapter_shardings(adapter, params))
 
 
+def abstract_adapter(adapter: Adapter, params: Any) -> Adapter:
+    """What `shard_adapter` gives, as shapes with shardings; both may be shapes."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        adapter,
+        adapter_shardings(adapter, params),
+    )
+
+
 def adapter_shardings(adapter: Adapter, params: Any) -> Adapter:
     """Where `shard_adapter` puts the arrays of an adapter; both may be shapes.
 

@@ -186,11 +186,16 @@ def _changing(state: LearnerState) -> _Changing:
 
 
 class Learner:
-    """Updates the adapter by the clipped objective of `grpo.objective`."""
+    """Updates the adapter by the clipped objective of `grpo.objective`.
+
+    Attributes:
+        abstract: shapes and shardings of the state.
+    """
 
     def __init__(
         self,
         pipeline: Pipeline,
+        adapter: Adapter,
         rollout: RolloutConfig,
         objective: ObjectiveConfig,
         optimizer: OptimizerConfig,
@@ -198,6 +203,11 @@ class Learner:
         layout: Layout,
         guidance: Guidance | None = None,
     ):
+        """Makes all programs, of which each is compiled where it is first called.
+
+        Args:
+            adapter: like those that will be trained, or their shapes with shardings.
+        """
         self._pipeline = pipeline
         self._guidance = guidance
         self._rollout = rollout
@@ -207,7 +217,16 @@ class Learner:
         self._optimizer = make_optimizer(optimizer)
         self._forward = jax.jit(self._velocity, static_argnames="grid")
         self._select = jax.jit(self._micro_batch, static_argnames="size")
-        self._shardings: _Changing | None = None
+        self.abstract = self._abstract(adapter)
+        # What is replaced is laid out like what replaces it.
+        placed = jax.tree.map(lambda leaf: leaf.sharding, _changing(self.abstract))
+        known = replicated(layout.mesh)
+        summed, updated = (placed.lora, known), (placed, known)
+        self._backward = jax.jit(self._gradient, donate_argnums=0, out_shardings=summed)
+        self._add = jax.jit(_added, donate_argnums=0, out_shardings=summed)
+        self._zeros = jax.jit(_zeros, out_shardings=placed.lora)
+        self._apply = jax.jit(self._update, out_shardings=updated)
+        self._apply_donating = jax.jit(self._update, donate_argnums=0, out_shardings=updated)
 
     def start(self, adapter: Adapter) -> LearnerState:
         """The state before training; it holds copies of `adapter`."""
@@ -221,28 +240,25 @@ class Learner:
             transform_non_params=lambda leaf: jax.device_put(leaf, replicated(mesh)),
         )
         counters = (jax.device_put(jnp.int32(0), replicated(mesh)) for _ in range(2))
-        state = self._state(*(copy(adapter) for _ in range(3)), optimizer, *counters)
-        self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
-        return state
+        return self._state(*(copy(adapter) for _ in range(3)), optimizer, *counters)
 
-    def abstract(self, adapter: Adapter) -> LearnerState:
-        """Shapes and shardings of the state, for an adapter of shapes with shardings."""
+    def _abstract(self, like: Adapter) -> LearnerState:
+        """Shapes and shardings of the state."""
         whole = replicated(self._layout.mesh)
 
-        def number(leaf: Any) -> jax.ShapeDtypeStruct:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        def placed(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
+        adapter = jax.tree.map(lambda leaf: placed(leaf, leaf.sharding), like)
         optimizer = optax.tree.map_params(
             self._optimizer,
             lambda _, like: like,
             jax.eval_shape(self._optimizer.init, adapter.lora),
             adapter.lora,
-            transform_non_params=number,
+            transform_non_params=lambda leaf: placed(leaf, whole),
         )
-        counters = (number(jax.ShapeDtypeStruct((), jnp.int32)) for _ in range(2))
-        state = self._state(adapter, adapter, adapter, optimizer, *counters)
-        self._lay_out(jax.tree.map(lambda leaf: leaf.sharding, _changing(state)))
-        return state
+        counters = (placed(jax.ShapeDtypeStruct((), jnp.int32), whole) for _ in range(2))
+        return self._state(adapter, adapter, adapter, optimizer, *counters)
 
     def update(
         self,
@@ -359,22 +375,6 @@ class Learner:
         if self._rollout.max_staleness:
             return StaleState(adapter, *rest, adapter)
         return LearnerState(adapter, *rest)
-
-    def _lay_out(self, shardings: _Changing) -> None:
-        """Makes the programs whose results are laid out like what they replace."""
-        if shardings == self._shardings:
-            return
-        self._shardings = shardings
-        known = replicated(self._layout.mesh)
-        self._backward = jax.jit(
-            self._gradient, donate_argnums=0, out_shardings=(shardings.lora, known)
-        )
-        self._add = jax.jit(_added, donate_argnums=0, out_shardings=(shardings.lora, known))
-        self._zeros = jax.jit(_zeros, out_shardings=shardings.lora)
-        self._apply = jax.jit(self._update, out_shardings=(shardings, known))
-        self._apply_donating = jax.jit(
-            self._update, donate_argnums=0, out_shardings=(shardings, known)
-        )
 
     def _accumulate(
         self,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from sl_jax.checkpoints.pipeline import Pipeline, abstract_pipeline, adapter_shardings
+from sl_jax.checkpoints.pipeline import Pipeline, abstract_adapter, abstract_pipeline
 from sl_jax.data.buckets import make_buckets
 from sl_jax.flow.sampler import WindowSteps, evaluations, window_starts
 from sl_jax.grpo.config import GrpoConfig, RolloutConfig
@@ -44,17 +44,14 @@ class Programs:
         self._config, self._layout = config, layout
         shapes = first_adapter(config, folder, layout).shapes
         self.pipeline: Pipeline = abstract_pipeline(folder, config.compute, layout, [shapes])
-        self.adapter: Adapter = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            shapes,
-            adapter_shardings(shapes, self.pipeline.params),
-        )
+        self.adapter: Adapter = abstract_adapter(shapes, self.pipeline.params)
         self.grid = largest_grid(config)
         placed = (layout, self._guidance())
         self._rollout = Rollout(self.pipeline, config.rollout, *placed)
         learning = (config.objective, config.optimizer, config.learner)
-        self._learner = Learner(self.pipeline, config.rollout, *learning, *placed)
-        self.state: LearnerState = self._learner.abstract(self.adapter)
+        model = (self.pipeline, self.adapter)
+        self._learner = Learner(*model, config.rollout, *learning, *placed)
+        self.state: LearnerState = self._learner.abstract
 
     def resident(self) -> dict[str, Any]:
         """What is on the devices all the time, by name."""

@@ -10,7 +10,7 @@ from etils import epath
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.checkpoints.peft import save_peft
-from sl_jax.checkpoints.pipeline import load_pipeline
+from sl_jax.checkpoints.pipeline import abstract_adapter, load_pipeline
 from sl_jax.checkpoints.source import TINY, resolve_model
 from sl_jax.data import EvalSet, TrainStream
 from sl_jax.eval.report import write_html
@@ -156,6 +156,7 @@ def _parts(
             judging=training,
             learner=Learner(
                 pipeline=pipeline,
+                adapter=abstract_adapter(first.shapes, pipeline.params),
                 rollout=rollout,
                 objective=config.objective,
                 optimizer=config.optimizer,

@@ -282,7 +282,7 @@ def _updated(
     candidates = rolling(adapter, _pictures(pipeline, groups, grid), 1, grid)
     samples = groups * _GROUP
     learner = Learner(
-        *(pipeline, rollout, objective, OptimizerConfig(1e-3)),
+        *(pipeline, adapter, rollout, objective, OptimizerConfig(1e-3)),
         *(LearnerConfig(micro_batch=samples if moved else samples // 2), layout),
     )
     advantage = np.random.default_rng(1).normal(size=samples)

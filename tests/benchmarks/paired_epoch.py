@@ -44,7 +44,7 @@ class _Epoch:
         self.grid = LatentGrid(config.data.layers[0], *sides)
         self.rollout = Rollout(self.pipeline, config.rollout, layout)
         self._learner = Learner(
-            *(self.pipeline, config.rollout, config.objective),
+            *(self.pipeline, self.adapter, config.rollout, config.objective),
             *(config.optimizer, config.learner, layout),
         )
         samples = config.rollout.batch_groups * config.rollout.group_size

@@ -22,6 +22,7 @@ SAMPLES = 16
 def _learner(bench, micro_batch=16, **objective):
     return Learner(
         bench.pipeline,
+        bench.adapter,
         bench.config,
         ObjectiveConfig(**objective),
         OptimizerConfig(1e-3, clip_norm=1e9),
@@ -91,6 +92,16 @@ def _close(found, wanted):
 def _log_ratios(reports, steps):
     """[steps, samples], from reports in the order of steps and micro-batches."""
     return np.concatenate([r.objective.log_ratio for r in reports]).reshape(steps, -1)
+
+
+def test_programs_are_there_before_any_state(bench):
+    learner = _learner(bench)
+    changed, _ = learner.trace_apply(learner.abstract).out_info
+    found, wanted = (
+        [(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)]
+        for tree in (changed.lora, bench.adapter.lora)
+    )
+    assert found == wanted
 
 
 def test_one_update_makes_better_samples_more_likely(bench, scored, learner):
@@ -279,7 +290,7 @@ def test_frame_zero_may_be_left_out(bench, scored):
     """What was drawn there is then no reason for any update; elsewhere it is."""
     config = dataclasses.replace(bench.config, train_frames="layers")
     learner = Learner(
-        *(bench.pipeline, config, ObjectiveConfig(), OptimizerConfig(1e-3)),
+        *(bench.pipeline, bench.adapter, config, ObjectiveConfig(), OptimizerConfig(1e-3)),
         *(LearnerConfig(micro_batch=16), bench.layout),
     )
     window, first = scored.candidates.window, bench.grid.frame_tokens

@@ -35,7 +35,7 @@ def results(bench, to_host=_addressable):
     scored = Scored(candidates, rollout.table(bench.grid), advantage, weight, bench.grid)
     samples = to_host((candidates.latents, candidates.window))
     learner = Learner(
-        *(bench.pipeline, bench.config, ObjectiveConfig(), OptimizerConfig(1e-3)),
+        *(bench.pipeline, bench.adapter, bench.config, ObjectiveConfig(), OptimizerConfig(1e-3)),
         *(LearnerConfig(micro_batch=SAMPLES), bench.layout),
     )
     moved = bench.adapter.replace(lora=jax.tree.map(lambda x: 1.1 * x, bench.adapter.lora))

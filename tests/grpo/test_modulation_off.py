@@ -36,6 +36,7 @@ def _rolled_and_learned(bench, adapter):
     weight = np.full(samples, 1 / samples)
     learner = Learner(
         bench.pipeline,
+        adapter,
         bench.config,
         ObjectiveConfig(),
         OptimizerConfig(1e-3, clip_norm=1e9),

@@ -60,7 +60,7 @@ def test_a_picture_that_is_not_finite_is_noticed(bench, rollout, spoiled):
 def test_the_others_are_learned_from(bench, rollout, spoiled):
     objective = ObjectiveConfig(kl_weight=0.1)
     learner = Learner(
-        *(bench.pipeline, bench.config, objective, OptimizerConfig(1e-3)),
+        *(bench.pipeline, bench.adapter, bench.config, objective, OptimizerConfig(1e-3)),
         *(LearnerConfig(micro_batch=16), bench.layout),
     )
     weight = np.where(_of_spoiled(bench), 0, 1 / 14)

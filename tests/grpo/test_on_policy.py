@@ -7,6 +7,7 @@ import pytest
 
 from sl_jax.checkpoints.pipeline import (
     ComputeConfig,
+    abstract_adapter,
     load_pipeline,
     parameter_shapes,
     shard_adapter,
@@ -36,6 +37,7 @@ def _setting(folder, mesh, dtype, micro_batch, targets, guidance):
     pipeline = load_pipeline(folder, ComputeConfig(dtype=dtype), layout, [adapter])
     learner = Learner(
         pipeline,
+        abstract_adapter(adapter, pipeline.params),
         ROLLOUT,
         ObjectiveConfig(),
         OptimizerConfig(1e-3),

@@ -155,7 +155,8 @@ def test_samples_outside_the_trust_region_have_no_say(bench):
     )
 
     learner = Learner(
-        *(bench.pipeline, config, ObjectiveConfig(clip_low=1e-9, clip_high=1e-9)),
+        *(bench.pipeline, bench.adapter, config),
+        ObjectiveConfig(clip_low=1e-9, clip_high=1e-9),
         *(OptimizerConfig(1e-3), LearnerConfig(micro_batch=16), bench.layout),
     )
     start = learner.start(bench.adapter)

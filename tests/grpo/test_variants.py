@@ -139,7 +139,8 @@ def test_an_update_follows_the_gradient_of_the_whole_objective(bench, variant):
         *(weight / weight.sum(), bench.grid),
     )
     learner = Learner(
-        *(bench.pipeline, config, objective, OptimizerConfig(1e-3, clip_norm=1e9)),
+        *(bench.pipeline, bench.adapter, config, objective),
+        OptimizerConfig(1e-3, clip_norm=1e9),
         *(LearnerConfig(micro_batch=4, reference=variant.reference), bench.layout, guidance),
     )
     initial = bench.adapter.replace(lora=jax.tree.map(lambda x: 0.5 * x, bench.adapter.lora))
