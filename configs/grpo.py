@@ -265,7 +265,7 @@ def _production() -> ConfigDict:
 def _tiny() -> ConfigDict:
     """Sizes for two CPU cores and ten minutes; the program is the same."""
     config = _production()
-    # ours: trains in 184 s on two CPU cores, tests/benchmarks/results/quickstart.json
+    # ours: trains in 98 s on two CPU cores, tests/benchmarks/results/quickstart.json
     config.workdir = "runs/tiny"
     config.model = "tiny"
     config.epochs = 24

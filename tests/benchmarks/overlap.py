@@ -49,15 +49,19 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--factor", type=float, action="append", help="default: 1 and 2")
     arguments = parser.parse_args()
-    rows = []
+    rows, load = [], os.getloadavg()[0]
+    factors = arguments.factor or [1.0, 2.0]
     with tempfile.TemporaryDirectory() as folder:
         write_designs(Path(folder) / "pictures", "B", range(64), 64, 3)
         rows.append(measured(Path(folder), 0.0, 0.0, arguments.epochs))
         batch = _seconds_per_batch(rows[0])
-        for factor in arguments.factor or (1.0, 2.0):
+        for factor in factors:
             rows.append(measured(Path(folder), factor, factor * batch, arguments.epochs))
+    told = " ".join(f"--factor {factor:g}" for factor in factors)
     result = {
-        "settings": {"epochs": arguments.epochs, "factors": arguments.factor},
+        "command": f"python tests/benchmarks/overlap.py --epochs {arguments.epochs} {told}",
+        "load_before": round(load, 2),
+        "settings": {"epochs": arguments.epochs, "factors": factors},
         "device": f"CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in ("jax", "numpy")},
         "runs": rows,

@@ -117,3 +117,15 @@ def test_the_quickstart_takes_what_it_took():
     assert [int(part) for part in told.groups()] == [
         round(seconds[part]) for part in ("installation", "training")
     ]
+    rewards = results("quickstart.json")["evaluation_reward"]
+    assert f"Epoch 24 of 24: reward 0.383, held out {rewards['24']:.3f}, " in README
+    assert f"before training the held-out reward was {rewards['0']:.3f}" in README
+
+
+def test_the_learner_waits_as_little_as_it_did():
+    waits = {run["factor"]: run["share"]["judging"] for run in results("overlap.json")["runs"]}
+    assert waits[1.0] < 0.05
+    told = (
+        f"{waits[1.0]:.1%} of an epoch, and for {waits[0.0]:.1%} with a judge that answers at once"
+    )
+    assert told.replace("%", " %") in " ".join(README.split())
