@@ -62,7 +62,8 @@ def test_a_run_killed_in_five_phases_ends_as_one_that_was_not(one, undisturbed, 
         said, _ = one(tmp_path, ((served,),), SERVED, kills=[kill], code=-signal.SIGKILL)
         assert ("Going on after epoch" in said[0]) == (number > 0)
     said, _ = one(tmp_path, ((served,),), SERVED)
-    assert "Going on after epoch" in said[0]
+    # The last kill may have come when all was written.
+    assert "Going on after epoch" in said[0] or "This run is finished" in said[0]
     assert differences(left_by(tmp_path / "run"), undisturbed) == []
     asked = served.judge.asked
     again = asked.total() - len(asked) - PREFLIGHT * len(PHASES)
