@@ -330,9 +330,10 @@ def test_a_small_reproduction_measures_trains_and_goes_on(wheels, tmp_path):
     for name in ("B", "C"):
         change = tuned["held_out"][name]["layer_l1_order_free"]
         assert change["low"] <= change["change"] <= change["high"]
-        # The favourite of several is liked no less than the first of them.
+        # The best of several by the judge is liked no less than the first of them.
         assert found["best_of_0"]["held_out"][name]["reward"]["change"] >= 0
-    assert "| order-free L1 |" in told and "favourite" in told
+    assert "| order-free L1 |" in told and "best of 8 samples" in told
+    assert "Held-out B with two layers:" in told and set(tuned["held_out"]) == {"B", "C", "B2"}
     page = json.loads((tmp_path / "work" / "tuned_0" / "held_out_B" / "report.json").read_text())
     assert "tuned: Training reward" in [curve["title"] for curve in page["curves"]]
     assert (results / "curve.svg").exists() and (results / "l.png").exists()
