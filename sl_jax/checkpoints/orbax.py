@@ -315,12 +315,12 @@ class _LastAndBest(preservation_policy.PreservationPolicy):
 def _clear_up(folder: epath.Path) -> None:
     """Removes what a save that was killed left half written, which would stay for ever."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        while _UNFINISHED in path.name or (path.name.isdecimal() and not _is_whole(path)):
+        if _UNFINISHED in path.name or (path.name.isdecimal() and not _is_whole(path)):
             try:
                 path.rmtree()
-            except FileNotFoundError:  # a lock that TensorStore itself has just removed
-                continue
-            break
+            except FileNotFoundError:  # a lock that TensorStore itself has just removed, or all
+                if path.exists():
+                    path.rmtree()
 
 
 def _is_whole(step: epath.Path) -> bool:

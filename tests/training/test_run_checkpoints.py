@@ -491,3 +491,24 @@ def test_a_step_of_ones_choice(folder):
     assert int(checkpoints.restore(_tree(0), 1)[1]["n"]) == 1
     assert checkpoints.latest == 3
     checkpoints.close()
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_remains_may_vanish_while_they_are_removed(folder, monkeypatch, left):
+    """A file of them, or all of them: TensorStore may still be at it."""
+    remains = folder / "4.orbax-checkpoint-tmp-123"
+    remains.mkdir()
+    kind = type(orbax.epath.Path(folder))
+    remove, calls = kind.rmtree, []
+
+    def rmtree(path):
+        calls.append(path)
+        if len(calls) > 1 or not left:
+            remove(path)
+        if len(calls) == 1:
+            raise FileNotFoundError(errno.ENOENT, "No such file", "manifest.ocdbt.__lock")
+
+    monkeypatch.setattr(kind, "rmtree", rmtree)
+    with contextlib.closing(RunCheckpoints(folder)) as checkpoints:
+        assert checkpoints.latest == 3
+    assert not remains.exists() and len(calls) == 1 + left
