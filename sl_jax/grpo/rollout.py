@@ -28,7 +28,6 @@ from sl_jax.models.lora import Adapter
 from sl_jax.models.mmdit import MMDiTConfig
 from sl_jax.models.modulation import ModulationTable
 from sl_jax.models.rope import LatentGrid
-from sl_jax.models.vae import Vae
 from sl_jax.parallel.mesh import Layout, batch_sharding, replicated
 
 # Of one group in one pass of the model. More are no faster on accelerators, and take their memory.
@@ -97,7 +96,7 @@ class Rollout:
             out_shardings=Candidates(rows, window, rows, whole),
         )
         self._decode = jax.jit(
-            partial(_decoded, pipeline.vae, layout.mesh.size),
+            partial(decode_layers, pipeline.vae, devices=layout.mesh.size),
             static_argnames="grid",
             out_shardings=Decoded(rows, whole),
         )
@@ -353,9 +352,3 @@ def _finite(trajectory: sampler.Trajectory, condition: Condition) -> Bool[Array,
         [jnp.isfinite(x).all(axis=(1, 2)) for x in values]
         + [jnp.isfinite(x).all(axis=(0, 2, 3)) for x in steps]
     ).all(axis=0)
-
-
-def _decoded(
-    vae: Vae, devices: int, params: Any, latents: Float[Array, "b n c"], *, grid: LatentGrid
-) -> Decoded:
-    return decode_layers(vae, params, latents, grid, devices)
