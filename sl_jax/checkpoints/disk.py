@@ -132,15 +132,18 @@ def require_writable(folder: epath.PathLike) -> None:
         raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error
 
 
-def write_whole(path: epath.Path, content: str | bytes) -> None:
+def write_whole(path: epath.Path, content: str | bytes, *, shared: bool = False) -> None:
     """Writes a file of which nobody ever reads half; what a kill leaves, the next writing takes.
 
-    Text is written as UTF-8, with its own line ends. One process at a time may write a path.
+    Text is written as UTF-8, with its own line ends.
+
+    Args:
+        shared: several may write the path at once; what a kill leaves of theirs stays.
 
     Raises:
         OSError: it cannot be written; what was there before is there still, and nothing else.
     """
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{uuid.uuid4().hex if shared else path.name}.partial")
     try:
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
         partial.replace(path)

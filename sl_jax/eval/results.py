@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from sl_jax.checkpoints.disk import inside_name
+from sl_jax.checkpoints.disk import inside_name, write_whole
 from sl_jax.eval.compare import Measurement
 from sl_jax.eval.layerd import EditScores
 from sl_jax.eval.options import EvaluationError
@@ -206,9 +205,8 @@ def _fields(
 
 
 def _write_json(path: epath.Path, content: Any) -> None:
-    partial = path.parent / f".{uuid.uuid4().hex}.partial"  # shards may write one file at once
-    partial.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
-    partial.replace(path)
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    write_whole(path, text, shared=True)  # by shards of one evaluation
 
 
 def _plain(value: Any) -> Any:

@@ -195,12 +195,12 @@ class Programs:
         rest = (step.x_next, step.mean, step.advantage, step.weight)
         held = (vae, epoch, learning, gradients, rest)
         blocks, once = self._loops, self._weights(1)
-        compiled = yield Phase(
+        shardings = yield Phase(
             "learner forward", traced, steps * velocities, (), blocks, held, once
         )
-        if compiled is None:
+        if shardings is None:
             return
-        forward = _laid_out(traced, compiled)
+        forward = _laid_out(traced, shardings)
         traced = self._learner.trace_backward(self.adapter, forward, step, table.sigmas, self.grid)
         weights = jax.tree.leaves(
             (self.adapter.lora, self.adapter.lora_scale, self.pipeline.params)
@@ -298,15 +298,14 @@ class Programs:
         return Step(x, x, x, self._whole((), jnp.int32), self._condition(rows), number, number)
 
 
-def _laid_out(traced: jax.stages.Traced, compiled: jax.stages.Compiled) -> Any:
-    """What a program returns, as the compiler has laid it out."""
+def _laid_out(traced: jax.stages.Traced, shardings: Any) -> Any:
+    """What a program returns, with the compiler's shardings."""
     leaves, structure = jax.tree.flatten(traced.out_info)
-    shardings = jax.tree.leaves(compiled.output_shardings)
     return jax.tree.unflatten(
         structure,
         [
             jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-            for leaf, sharding in zip(leaves, shardings, strict=True)
+            for leaf, sharding in zip(leaves, jax.tree.leaves(shardings), strict=True)
         ],
     )
 

@@ -3,7 +3,6 @@
 import io
 import json
 import re
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +11,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float
 
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.data import Example
 from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.learner import UpdateReport
@@ -20,7 +20,7 @@ from sl_jax.grpo.rolling import Rolled, rollout_keys
 
 FOLDER = "not_finite"  # in the work directory
 _TOLD = {"picture_latents": "picture", "text": "text"}  # the model, of a group
-_PARTIAL = re.compile(r"\.epoch_.*\.[0-9a-f]{8}")  # see `_keep`
+_PARTIAL = re.compile(r"\.epoch_.*\.partial")  # of `write_whole`
 _STATES = ("x", "x_next", "mean")  # of the trained steps of a candidate
 
 
@@ -97,9 +97,7 @@ def _keep(
     text = json.dumps(told, indent=1, allow_nan=False)
     files = {f"{name}.json": text.encode(), f"{name}.npz": content.getvalue()}
     for file, whole in files.items():
-        partial = folder / f".{file}.{uuid.uuid4().hex[:8]}"
-        partial.write_bytes(whole)
-        partial.replace(folder / file)  # so that nobody finds half of it
+        write_whole(folder / file, whole)
     if folder / f"{name}.npz" in sorted(folder.glob("*.npz"))[most:]:
         for file in files:
             (folder / file).unlink(missing_ok=True)

@@ -12,7 +12,6 @@ import json
 import math
 import os
 import tempfile
-import uuid
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from safetensors.numpy import load, save
 from tqdm import tqdm
 
 from sl_jax.checkpoints.byte_ranges import is_remote
+from sl_jax.checkpoints.disk import write_whole
 from sl_jax.checkpoints.huggingface import CheckpointError, TensorFiles, load_params, read_config
 from sl_jax.checkpoints.naming import TEXT_ENCODER
 from sl_jax.inference.fingerprints import add_tensors
@@ -378,9 +378,6 @@ class _Cache:
             return None
 
     def write(self, prompt: str, hidden: np.ndarray) -> None:
-        """Puts a file in place at once, so that no process reads half of it."""
-        partial = self._folder / f".{uuid.uuid4().hex}.partial"
         content = save({"hidden": hidden.astype(np.float32)}, {"prompt": prompt})
         self._folder.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(self._path(prompt))
+        write_whole(self._path(prompt), content, shared=True)

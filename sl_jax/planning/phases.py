@@ -40,9 +40,9 @@ class Phase(NamedTuple):
         return math.prod(times for pattern, times in self.loops if re.search(pattern, path))
 
 
-# Phases one after the other, of which a later one may depend on how an earlier one was compiled:
-# that is sent, or None where it could not be compiled, which ends the chain.
-Phases = Generator[Phase, jax.stages.Compiled | None, None]
+# Phases one after the other, of which a later one may depend on where the compiler has put what an
+# earlier one returns: those shardings are sent, or None where it refused, which ends the chain.
+Phases = Generator[Phase, Any, None]
 
 
 class Workload(NamedTuple):

@@ -7,17 +7,21 @@ counts. A run takes longer; how much longer is what a measurement on the hardwar
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
-
-from sl_jax.planning.compiled import Memory, OutOfMemory, compile_program, memory
+from sl_jax.planning.compiled import (
+    Memory,
+    OutOfMemory,
+    compile_program,
+    memory,
+    return_freed_memory,
+)
 from sl_jax.planning.hlo import sent_bytes
 from sl_jax.planning.phases import Phase, Phases, Workload, bytes_per_chip
 from sl_jax.planning.topologies import Topology
 from sl_jax.planning.work import count_work
 
-_COMPILERS = 2  # at a time; each takes up to 2 GB of memory
+_COMPILERS = 2  # at a time; each takes up to a gigabyte of memory
 
 
 class PhasePlan(NamedTuple):
@@ -175,25 +179,26 @@ def _planned_chain(phases: Phases, slice_: Topology, quick: bool) -> list[PhaseP
     plans: list[PhasePlan] = []
     phase = next(phases, None)
     while phase is not None:
-        found = compile_program(phase.traced, quick or phase.quick)
-        refused = found if isinstance(found, OutOfMemory) else None
-        compiled = None if refused else found
-        plans.append(_planned(phase, compiled, refused, slice_))
+        plan, shardings = _planned(phase, slice_, quick)
+        plans.append(plan)
+        return_freed_memory()
         try:
-            phase = phases.send(compiled)
+            phase = phases.send(shardings)
         except StopIteration:
             phase = None
     return plans
 
 
-def _planned(
-    phase: Phase,
-    compiled: jax.stages.Compiled | None,
-    refused: OutOfMemory | None,
-    slice_: Topology,
-) -> PhasePlan:
+def _planned(phase: Phase, slice_: Topology, quick: bool) -> tuple[PhasePlan, Any]:
+    """The plan of a phase, and the shardings of its results; None where the compiler refused.
+
+    The program itself, which can take a gigabyte here, is let go of.
+    """
+    found = compile_program(phase.traced, quick or phase.quick)
+    refused = found if isinstance(found, OutOfMemory) else None
+    compiled = None if refused else found
     work = count_work(phase.traced, phase.trips)
-    return PhasePlan(
+    plan = PhasePlan(
         phase.name,
         phase.calls,
         memory(compiled) if compiled else None,
@@ -203,3 +208,4 @@ def _planned(
         work.bytes / slice_.chips + phase.weights,
         sent_bytes(compiled.as_text(), phase.times) if compiled else {},
     )
+    return plan, compiled.output_shardings if compiled else None

@@ -13,9 +13,11 @@ import re
 import socket
 import struct
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+import numpy as np
 from etils import epath
+from tensorboardX import summary
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
@@ -57,12 +59,26 @@ class EventFiles:
             records += _framed(Event(step=purge_step, session_log=start))
         self._write(records)
 
-    def add(self, step: int, summaries: Iterable[Summary]) -> None:
-        """Adds what the functions of `tensorboardX.summary` make; it is written on return.
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds numbers, which are written on return.
 
         Raises:
             OSError: nothing is added.
         """
+        self._add(step, (summary.scalar(name, value) for name, value in values.items()))
+
+    def picture(self, step: int, name: str, pixels: np.ndarray, text: str) -> None:
+        """Adds a uint8 [H, W, 3] picture and, if there is any, a text (Markdown) of its name.
+
+        Raises:
+            OSError: nothing is added.
+        """
+        shown = [summary.image(name, pixels, dataformats="HWC")]
+        if text:
+            shown.append(summary.text(name, text))
+        self._add(step, shown)
+
+    def _add(self, step: int, summaries: Iterable[Summary]) -> None:
         values = [value for summary in summaries for value in summary.value]
         self._write(_framed(Event(step=step, summary=Summary(value=values))))
 

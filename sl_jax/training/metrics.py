@@ -13,12 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
-from tensorboardX import summary
 
 from sl_jax.checkpoints.byte_ranges import is_remote
 from sl_jax.checkpoints.disk import write_whole
 from sl_jax.parallel.processes import ALONE, Processes
-from sl_jax.training.event_files import EventFiles
 
 _log = logging.getLogger(__name__)
 
@@ -101,6 +99,10 @@ class MetricsWriter:
         resume_from: int | None = None,
         log: LogConfig = LogConfig(),
     ):
+        # TensorBoard's library loads PyTorch where that is installed: what reads metrics, and the
+        # processes that write none, need not wait for it.
+        from sl_jax.training.event_files import EventFiles
+
         self._directory = epath.Path(directory)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._path = self._directory / FILE
@@ -118,8 +120,7 @@ class MetricsWriter:
         """Records numbers at `step`; values that are not finite are kept as null in JSON."""
         numbers = {name: float(value) for name, value in values.items()}
         record = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
-        shown = (summary.scalar(name, x) for name, x in record.items() if x is not None)
-        self._board.add(step, shown)
+        self._board.scalars(step, {name: x for name, x in record.items() if x is not None})
         line = json.dumps({"step": step, **record}) + "\n"
         if self._lines is None:
             _append(self._path, line)
@@ -131,10 +132,7 @@ class MetricsWriter:
 
     def picture(self, step: int, name: str, pixels: np.ndarray, text: str = "") -> None:
         """Shows a uint8 [H, W, 3] picture, and under its name a text (Markdown) about it."""
-        shown = [summary.image(name, pixels, dataformats="HWC")]
-        if text:
-            shown.append(summary.text(name, text))
-        self._board.add(step, shown)
+        self._board.picture(step, name, pixels, text)
         if self._wandb:
             import wandb
 

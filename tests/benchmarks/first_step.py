@@ -91,7 +91,7 @@ def measured() -> tuple[dict[str, float], dict[str, float]]:
             compiled_bytes += len(compiled.runtime_executable().serialize())
             clock.lap()
             try:
-                phase = chain.send(compiled)
+                phase = chain.send(compiled.output_shardings)
             except StopIteration:
                 phase = None
     on_chips, whole = (

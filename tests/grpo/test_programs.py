@@ -2,7 +2,6 @@
 
 import runpy
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
@@ -104,10 +103,8 @@ def _held(programs):
     forward = next(learner)
     # On one device the compiler has no choice.
     whole = replicated(programs._layout.mesh)
-    compiled = SimpleNamespace(
-        output_shardings=[whole] * len(jax.tree.leaves(forward.traced.out_info))
-    )
-    phases = [forward, learner.send(compiled), *small]
+    shardings = [whole] * len(jax.tree.leaves(forward.traced.out_info))
+    phases = [forward, learner.send(shardings), *small]
     return {phase.name: bytes_per_chip(phase.held) for phase in phases}
 
 
