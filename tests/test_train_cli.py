@@ -48,7 +48,7 @@ LIMIT = 300  # seconds for one process, on a busy machine
 
 
 class Trainer:
-    """Starts runs on one checkpoint, one folder of pictures and one compilation cache."""
+    """Starts runs on one checkpoint and one folder of pictures."""
 
     def __init__(self, model, folder):
         self.model, self.folder = model, folder
@@ -57,9 +57,6 @@ class Trainer:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": "",
             "HF_HUB_OFFLINE": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(folder / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
 
     def start(self, workdir, *extra, **settings):

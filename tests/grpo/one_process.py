@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 
 def main(arguments: dict) -> None:
@@ -22,10 +23,13 @@ def main(arguments: dict) -> None:
     """
     import jax
     import numpy as np
+    from jax._src import compiler
 
     jax.config.update("jax_disable_most_optimizations", True)
     # Simulated devices share the cores: programs that wait for each other may starve otherwise.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
+    # JAX keeps programs of the first process alone, and on CPUs those of another have other keys.
+    compiler.distributed = SimpleNamespace(global_state=SimpleNamespace(process_id=0))
     from sl_jax import train
     from sl_jax.grpo import phases, run
     from sl_jax.grpo.config import from_mapping

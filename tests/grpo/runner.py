@@ -90,7 +90,8 @@ class Runner:
 
     Args:
         model: folder of the base.
-        folder: gets the pictures and compiled programs, which all runs share.
+        folder: gets the pictures and, where JAX is told no other place, compiled programs, which
+            all runs share.
         settings: fields of all configurations.
         devices: of all processes of a run together.
         pictures: how many.
@@ -99,7 +100,8 @@ class Runner:
 
     def __init__(self, model, folder, settings, *, devices, pictures=12, token=""):
         self.model, self.settings, self.devices, self.token = model, settings, devices, token
-        self.pictures, self.programs = folder / "pictures", folder / "programs"
+        self.pictures = folder / "pictures"
+        self.programs = Path(os.environ.get("JAX_COMPILATION_CACHE_DIR", folder / "programs"))
         size, layers = settings["data.buckets"][0][0], max(settings.get("data.layers", (3,)))
         write_designs(self.pictures, "B", range(pictures), size, layers)
 
