@@ -205,10 +205,10 @@ def test_too_many_updates_that_are_not_finite_leave_a_checkpoint(tmp_path, monke
 
 
 def test_what_a_kill_left_of_samples_half_written_is_removed(tmp_path, monkeypatch):
-    """The next run keeps others, under other names."""
+    """The next run may keep others."""
     kept = tmp_path / "not_finite"
     kept.mkdir()
-    for name in ("epoch_000001_step_1_slot_0.json", ".epoch_000001_step_1_slot_0.npz.1a2b3c4d"):
+    for name in ("epoch_000001_step_1_slot_0.json", ".epoch_000001_step_1_slot_0.npz.partial"):
         (kept / name).write_bytes(b"{")
     Run(tmp_path, monkeypatch, epochs=1).start()
     assert [path.name for path in kept.iterdir()] == ["epoch_000001_step_1_slot_0.json"]

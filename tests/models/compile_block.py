@@ -15,6 +15,7 @@ from jax.experimental import topologies
 from sl_jax.checkpoints.pipeline import ComputeConfig, abstract_params, make_model
 from sl_jax.models.rope import LatentGrid
 from sl_jax.parallel.mesh import Layout, MeshConfig, make_mesh
+from sl_jax.planning.compiled import compile_program
 
 GRID, TEXT = LatentGrid(4, 40, 40), 512
 BATCH = 4
@@ -46,7 +47,7 @@ def main(folder: str, fsdp: str, tensor: str, sequence: str, attention: str) -> 
         array((BATCH,), jnp.int32),
         array((BATCH,), jnp.float32),
     )
-    compiled = jax.jit(jax.grad(square, (1, 2, 3))).lower(*arguments).compile()
+    compiled = compile_program(jax.jit(jax.grad(square, (1, 2, 3))).trace(*arguments), quick=True)
     memory = compiled.memory_analysis()
     print(
         json.dumps(
