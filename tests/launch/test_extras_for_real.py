@@ -88,4 +88,4 @@ def test_weights_and_biases_for_real(tmp_path):
         (picture,) = folder.glob("files/media/images/judged/*.png")
         assert picture.name.startswith(f"0_{step}_")
     told = (tmp_path / "a run" / "wandb_id").read_text()
-    assert first.name.endswith(told) and second.name.endswith(told)
+    assert told in first.name and told in second.name  # which of one second get a number

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from live_buffers import buffers_of
 
 from sl_jax.checkpoints.orbax import RunCheckpoints
 from sl_jax.parallel.mesh import MeshConfig, make_mesh
@@ -286,15 +287,12 @@ def test_a_resumed_stage_holds_as_much_as_a_fresh_one(tmp_path, monkeypatch):
     config = StageConfig(steps=4, optimizer=OptimizerConfig(0.1), eval_every=9, checkpoint_every=9)
     losses = {"all": lambda params, frozen, batch, key: (jnp.sum(params["w"] ** 2), {})}
 
-    def alive():
-        return sum(x.shape == (size,) for x in jax.live_arrays())
-
     def restoring(self, like):
-        restored.append(alive())
+        restored.append(len(buffers_of(size)))
         return restore(self, like)
 
     def batches(step):
-        updates.append(alive())
+        updates.append(len(buffers_of(size)))
         if updates == [4, 4]:
             raise _Stopped
         return "all", None
