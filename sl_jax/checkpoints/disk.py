@@ -132,13 +132,17 @@ def require_writable(folder: epath.PathLike) -> None:
         raise OSError(error.errno, str(error.strerror or error), os.fspath(folder)) from error
 
 
+# What a kill leaves of files that several may write at once, see `write_whole`.
+REMAINS = re.compile(r"\.[0-9a-f]{32}\.partial")
+
+
 def write_whole(path: epath.Path, content: str | bytes, *, shared: bool = False) -> None:
     """Writes a file of which nobody ever reads half; what a kill leaves, the next writing takes.
 
     Text is written as UTF-8, with its own line ends.
 
     Args:
-        shared: several may write the path at once; what a kill leaves of theirs stays.
+        shared: several may write the path at once; what a kill leaves of theirs, `REMAINS`, stays.
 
     Raises:
         OSError: it cannot be written; what was there before is there still, and nothing else.

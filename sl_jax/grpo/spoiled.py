@@ -2,7 +2,6 @@
 
 import io
 import json
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Bool, Float
 
-from sl_jax.checkpoints.disk import write_whole
+from sl_jax.checkpoints.disk import REMAINS, write_whole
 from sl_jax.data import Example
 from sl_jax.grpo.advantages import Advantages
 from sl_jax.grpo.learner import UpdateReport
@@ -20,7 +19,6 @@ from sl_jax.grpo.rolling import Rolled, rollout_keys
 
 FOLDER = "not_finite"  # in the work directory
 _TOLD = {"picture_latents": "picture", "text": "text"}  # the model, of a group
-_PARTIAL = re.compile(r"\.epoch_.*\.partial")  # of `write_whole`
 _STATES = ("x", "x_next", "mean")  # of the trained steps of a candidate
 
 
@@ -74,7 +72,7 @@ def clear_up(folder: epath.Path) -> None:
     """
     kept = folder / FOLDER
     for path in kept.iterdir() if kept.is_dir() else ():
-        if _PARTIAL.fullmatch(path.name):
+        if REMAINS.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
@@ -97,7 +95,7 @@ def _keep(
     text = json.dumps(told, indent=1, allow_nan=False)
     files = {f"{name}.json": text.encode(), f"{name}.npz": content.getvalue()}
     for file, whole in files.items():
-        write_whole(folder / file, whole)
+        write_whole(folder / file, whole, shared=True)  # by all that hold the group
     if folder / f"{name}.npz" in sorted(folder.glob("*.npz"))[most:]:
         for file in files:
             (folder / file).unlink(missing_ok=True)

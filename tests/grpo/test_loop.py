@@ -209,7 +209,7 @@ def test_what_a_kill_left_of_samples_half_written_is_removed(tmp_path, monkeypat
     """The next run may keep others."""
     kept = tmp_path / "not_finite"
     kept.mkdir()
-    for name in ("epoch_000001_step_1_slot_0.json", ".epoch_000001_step_1_slot_0.npz.partial"):
+    for name in ("epoch_000001_step_1_slot_0.json", f".{'0a' * 16}.partial"):
         (kept / name).write_bytes(b"{")
     Run(tmp_path, monkeypatch, epochs=1).start()
     assert [path.name for path in kept.iterdir()] == ["epoch_000001_step_1_slot_0.json"]

@@ -138,13 +138,29 @@ def test_processes_that_keep_at_the_same_time_keep_no_more_than_that(tmp_path, b
     assert keep(tmp_path, [batch], kept=1) == ["epoch_000001_step_1_slot_0"]
 
 
+def test_processes_that_hold_one_group_may_both_write_it(tmp_path, batch, monkeypatch):
+    """As where a part of a batch is on devices of several: another comes between, each time."""
+    kind, moved = type(tmp_path), []
+    replace = kind.replace
+
+    def slowly(path, target):
+        moved.append(target)
+        if len(moved) == 1:
+            keep(tmp_path, [batch])
+        return replace(path, target)
+
+    monkeypatch.setattr(kind, "replace", slowly)
+    assert keep(tmp_path, [batch]) == [NAME]
+    assert len(moved) == 4 and len(list((tmp_path / "not_finite").iterdir())) == 2
+
+
 def test_what_cannot_be_written_whole_is_not_there(tmp_path, batch, monkeypatch):
     monkeypatch.setattr(type(tmp_path), "replace", _full)
     with pytest.raises(OSError, match="no space"):
         keep(tmp_path, [batch])
     kept = tmp_path / "not_finite"
     assert list(kept.iterdir()) == []
-    (kept / f".{NAME}.npz.partial").touch()  # of a process that was killed while it wrote
+    (kept / f".{'0a' * 16}.partial").touch()  # of a process that was killed while it wrote
     (kept / ".ipynb_checkpoints").mkdir()
     others = [".epochs.swp", ".nfs00000000000012ab", f"{NAME}.json", f"{NAME}.npz"]
     for name in others:
