@@ -240,6 +240,15 @@ def test_importing_the_package_is_cheap():
     assert heavy & set(done.stdout.split()) == set()
 
 
+@pytest.mark.parametrize("door", ["plan", "train"])
+def test_a_door_does_without_tensorboard_until_metrics_are_written(door):
+    """Its library loads PyTorch, where that is installed, and takes longer than any other."""
+    done = _python("-c", f"import sys, sl_jax.{door}, sl_jax.grpo.run; print(*sys.modules)")
+    loaded = set(done.stdout.split())
+    assert "sl_jax.training.metrics" in loaded, done.stderr
+    assert not {"tensorboardX", "torch"} & loaded
+
+
 def test_pytorch_is_for_tests_only(house):
     for name in house:
         assert PEERS.isdisjoint(map(top, imports(name, house, lazy=False))), name

@@ -74,7 +74,7 @@ def compile_program(
 
 
 def return_freed_memory() -> None:
-    """Hands the system what compilers have freed, gigabytes that the C library would keep."""
+    """Hands the system what compilers have freed, which the C library would keep."""
     with contextlib.suppress(AttributeError):  # of another library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 

@@ -192,20 +192,19 @@ def _planned_chain(phases: Phases, slice_: Topology, quick: bool) -> list[PhaseP
 def _planned(phase: Phase, slice_: Topology, quick: bool) -> tuple[PhasePlan, Any]:
     """The plan of a phase, and the shardings of its results; None where the compiler refused.
 
-    The program itself, which can take a gigabyte here, is let go of.
+    The program itself is let go of, so that no two of a chain take memory here.
     """
     found = compile_program(phase.traced, quick or phase.quick)
-    refused = found if isinstance(found, OutOfMemory) else None
-    compiled = None if refused else found
+    refused = isinstance(found, OutOfMemory)
     work = count_work(phase.traced, phase.trips)
     plan = PhasePlan(
         phase.name,
         phase.calls,
-        memory(compiled) if compiled else None,
-        refused,
+        None if refused else memory(found),
+        found if refused else None,
         bytes_per_chip(phase.held),
         work.flops / slice_.chips,
         work.bytes / slice_.chips + phase.weights,
-        sent_bytes(compiled.as_text(), phase.times) if compiled else {},
+        {} if refused else sent_bytes(found.as_text(), phase.times),
     )
-    return plan, compiled.output_shardings if compiled else None
+    return plan, None if refused else found.output_shardings

@@ -122,6 +122,22 @@ def test_the_quickstart_takes_what_it_took():
     assert f"before training the held-out reward was {rewards['0']:.3f}" in README
 
 
+def test_planning_takes_what_it_took():
+    took = {name: row["planning"] for name, row in results("plan_table.json").items()}
+    whole = took.pop("v5e:2x4")
+    core = [row["cpu_seconds"] for row in took.values()]
+    peak = max(row["peak_bytes_of_any_row"] for row in took.values())
+    assert whole["seconds"] < 180 and whole["peak_bytes_of_any_row"] < 4e9
+    told = " ".join(README.split())
+    assert (
+        f"took {min(core):.0f} to {max(core):.0f} s of a core each, and at most {peak / 1e9:.1f} GB"
+    ) in told
+    assert (
+        f"{whole['seconds']:.0f} s on two free cores, {whole['cpu_seconds']:.0f} s of a core, and "
+        f"{whole['peak_bytes_of_any_row'] / 1e9:.1f} GB"
+    ) in told
+
+
 def test_the_learner_waits_as_little_as_it_did():
     waits = {run["factor"]: run["share"]["judging"] for run in results("overlap.json")["runs"]}
     assert waits[1.0] < 0.05
